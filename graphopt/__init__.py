@@ -1,0 +1,1 @@
+"""graphopt: a compiler for trained neural networks."""

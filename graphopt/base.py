@@ -1,0 +1,104 @@
+"""The contract between passes, the manager and the user: Pass, PassResult, Context.
+
+A pass is a frozen dataclass whose fields are its options; parser, help, recipe and documentation are generated from the
+fields (`graphopt.spec`). `Pass.run` changes the model it is given in place and leaves it valid, or raises: the manager
+hands it a private clone (weights are shared by reference, so a clone costs O(nodes)) and throws the clone away when a
+check or a gate refuses it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from graphopt.calibration import Calibration
+    from graphopt.evaluation import Evaluation
+    from graphopt.progress import Progress
+    from graphopt.target import Target
+
+
+class Effect(Enum):
+    """What a pass does to the function that the model computes."""
+
+    EXACT = "exact"
+    """Equal up to rounding; verified numerically at the dtype's tolerance."""
+    LOSSY = "lossy"
+    """An approximation; measured, reported and guarded by the gates."""
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A place where a pass could have fired and did not."""
+
+    node: str
+    reason: str
+
+
+@dataclass
+class PassResult:
+    """What a pass did. Counts before and after are measured by the manager, not claimed by the pass.
+
+    Attributes:
+        changed: False promises that the model is untouched.
+        skipped: node by node, what did not fire and why.
+        notes: sentences for the report (what fired, how often, warnings the user must see start with "warning: ").
+        details: JSON-serialisable tables for the report, by title; each a list of flat row mappings.
+    """
+
+    changed: bool
+    skipped: list[Skip] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    details: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Context:
+    """Everything a pass may know besides the model.
+
+    Attributes:
+        target: the device the model is made for.
+        calibration: unlabelled feeds; None where the user gave no data.
+        evaluation: the user's accuracy function; None without `--eval`.
+        seed: the only source of randomness: use `numpy.random.default_rng(ctx.seed)`.
+        jobs: threads a pass may use.
+        progress: where to report steps of long work.
+        resolve: looks a pass class up by name; how a composite pass reaches its members without importing them.
+    """
+
+    target: Target
+    calibration: Calibration | None
+    evaluation: Evaluation | None
+    seed: int
+    jobs: int
+    progress: Progress
+    resolve: Any = None
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """One rewrite of a model. Subclasses are frozen dataclasses; see the module docstring and docs/extending.md."""
+
+    name: ClassVar[str]
+    effect: ClassVar[Effect]
+    needs_calibration: ClassVar[bool] = False
+    """True: the manager refuses to start the pipeline without calibration data (exit code 2), before any work."""
+
+    @abstractmethod
+    def run(self, model: ir.Model, ctx: Context) -> PassResult:
+        """Rewrite `model` in place.
+
+        Raises:
+            GraphoptError: the rewrite cannot be done; names the node, the cause and the next step.
+        """
+
+    def option_values(self) -> Mapping[str, Any]:
+        """The options of this instance by field name."""
+        from dataclasses import fields
+
+        return {f.name: getattr(self, f.name) for f in fields(self)}
