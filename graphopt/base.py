@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
+
+from graphopt.errors import UsageError
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -30,6 +32,17 @@ class Effect(Enum):
     """Equal up to rounding; verified numerically at the dtype's tolerance."""
     LOSSY = "lossy"
     """An approximation; measured, reported and guarded by the gates."""
+
+
+def option(default: Any, help: str, *, low: float | None = None, high: float | None = None) -> Any:
+    """Declare an option of a pass: `macs: float = option(0.5, "fraction of the MACs to keep", low=0, high=1)`.
+
+    Args:
+        default: what the option is when the user says nothing; immutable.
+        help: one line for `graphopt passes NAME` and the documentation.
+        low, high: closed range of a number (or of each number of a tuple), checked when the pass is made; None: open.
+    """
+    return field(default=default, metadata={"help": help, "low": low, "high": high})
 
 
 @dataclass(frozen=True)
@@ -89,6 +102,26 @@ class Pass(ABC):
     needs_calibration: ClassVar[bool] = False
     """True: the manager refuses to start the pipeline without calibration data (exit code 2), before any work."""
 
+    def __post_init__(self) -> None:
+        """Check the ranges that `option` declares; a pass with more to check calls `super().__post_init__()` first.
+
+        Raises:
+            UsageError: a number outside its range.
+        """
+        for f in fields(self):
+            low, high = f.metadata.get("low"), f.metadata.get("high")
+            value = getattr(self, f.name)
+            for number in value if isinstance(value, tuple) else (value,):
+                if not isinstance(number, (int, float)) or isinstance(number, bool):
+                    continue
+                # Written so that NaN, for which every comparison is false, is refused too.
+                if (low is not None and not number >= low) or (high is not None and not number <= high):
+                    raise UsageError(
+                        f"{number} is outside {'(-inf' if low is None else f'[{low}'}, {'inf)' if high is None else f'{high}]'}",
+                        where=f"{self.name}.{f.name}",
+                        hint=f"give a value within the range ({f.metadata['help']})",
+                    )
+
     @abstractmethod
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         """Rewrite `model` in place.
@@ -99,6 +132,4 @@ class Pass(ABC):
 
     def option_values(self) -> Mapping[str, Any]:
         """The options of this instance by field name."""
-        from dataclasses import fields
-
         return {f.name: getattr(self, f.name) for f in fields(self)}
