@@ -116,8 +116,9 @@ class Pass(ABC):
                     continue
                 # Written so that NaN, for which every comparison is false, is refused too.
                 if (low is not None and not number >= low) or (high is not None and not number <= high):
+                    span = f"{'(-inf' if low is None else f'[{low}'}, {'inf)' if high is None else f'{high}]'}"
                     raise UsageError(
-                        f"{number} is outside {'(-inf' if low is None else f'[{low}'}, {'inf)' if high is None else f'{high}]'}",
+                        f"{number} is outside {span}",
                         where=f"{self.name}.{f.name}",
                         hint=f"give a value within the range ({f.metadata['help']})",
                     )
