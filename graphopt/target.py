@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from graphopt.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -55,3 +58,65 @@ class Target:
     quant: QuantScheme | None = field(default_factory=QuantScheme)
     artefacts: tuple[str, ...] = ()
     description: str = ""
+
+
+def parse_target(name: str, table: object, source: str) -> Target:
+    """Make a target from its table: keys are the fields of `Target`, `quant` is a sub-table of `QuantScheme` or false.
+
+    Args:
+        name: name of the table, which becomes the target's.
+        table: as TOML gives it.
+        source: file or distribution, for error messages.
+
+    Raises:
+        UsageError: an unknown key, a wrong type, or a missing backend; names the table and the key.
+    """
+    where = f"target {name!r} in {source}"
+    if not isinstance(table, Mapping):
+        raise UsageError(
+            f"is a {type(table).__name__}, not a table", where=where, hint="write [name] and then its keys"
+        )
+    values = dict(table)
+    scheme = values.pop("quant", None)
+    made: dict[str, Any] = _checked(values, Target, where, without=("name", "quant"))
+    if scheme is False:
+        made["quant"] = None
+    elif isinstance(scheme, Mapping):
+        made["quant"] = QuantScheme(**_checked(dict(scheme), QuantScheme, f"{where}, quant"))
+    elif scheme is not None:
+        raise UsageError("'quant' must be a table or false", where=where, hint="write [name.quant] and its keys")
+    if "backend" not in made:
+        raise UsageError("lacks 'backend'", where=where, hint="name the backend that runs it, such as 'ort'")
+    if made.get("channel_multiple", 1) < 1:
+        raise UsageError("'channel_multiple' must be at least 1", where=where, hint="write 1 for no rounding")
+    return Target(name=name, **made)
+
+
+def _checked(values: dict[str, Any], kind: type, where: str, without: tuple[str, ...] = ()) -> dict[str, Any]:
+    hints = {k: v for k, v in get_type_hints(kind).items() if k not in without}
+    made: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in hints:
+            raise UsageError(f"unknown key {key!r}", where=where, hint=f"known keys are {', '.join(hints)}")
+        made[key] = _typed(value, hints[key], f"{where}, key {key!r}")
+    return made
+
+
+def _typed(value: Any, wanted: Any, where: str) -> Any:
+    """Check a TOML value against the annotation of the field; TOML arrays become tuples."""
+    arguments = get_args(wanted)
+    if get_origin(wanted) is Literal:
+        if value in arguments:
+            return value
+        text = " or ".join(repr(a) for a in arguments)
+    elif get_origin(wanted) is tuple:
+        if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
+            return tuple(value)
+        text = "an array of strings"
+    else:
+        kinds = tuple(a for a in (arguments or (wanted,)) if a is not type(None))
+        # bool is a subclass of int, but `opset_max = true` is a mistake.
+        if isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool)):
+            return value
+        text = " or ".join(k.__name__ for k in kinds)
+    raise UsageError(f"{value!r} is not {text}", where=where, hint="correct the table")

@@ -94,7 +94,7 @@ class PassRecord:
     """What one pass of the pipeline did.
 
     Attributes:
-        status: "applied"; "unchanged" (nothing to do); "undone" (a gate refused it); "not run" (bisect limit, or data it
+        status: "applied"; "unchanged" (nothing to do); "undone" (a gate refused it); "not run" (bisect limit, data it
             needs is missing); "planned" (dry run).
         reason: why it was undone or not run.
         peak_memory: growth of the process's resident high-water mark during the pass and its checks, bytes.
