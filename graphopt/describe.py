@@ -47,7 +47,9 @@ def describe(kind: type[Pass]) -> PassHelp:
     Raises:
         UsageError: an option is of a type that has no written form.
     """
-    text = inspect.cleandoc(kind.__doc__ or "")
+    written = kind.__doc__ or ""
+    # A dataclass without a docstring is given its signature as one, which says nothing.
+    text = "" if written.startswith(f"{kind.__name__}(") else inspect.cleandoc(written)
     return PassHelp(
         name=kind.name,
         effect=kind.effect.value,

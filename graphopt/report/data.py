@@ -97,7 +97,7 @@ class PassRecord:
         status: "applied"; "unchanged" (nothing to do); "undone" (a gate refused it); "not run" (bisect limit, data it
             needs is missing); "planned" (dry run).
         reason: why it was undone or not run.
-        peak_memory: growth of the process's resident high-water mark during the pass and its checks, bytes.
+        peak_memory: peak resident memory of the process during the pass and its checks, bytes (sampled).
     """
 
     name: str
