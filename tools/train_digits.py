@@ -1,7 +1,7 @@
 """Train the network of examples/digits and export it as ONNX with its calibration and evaluation arrays.
 
-Needs `pip install torch scikit-learn onnx`; graphopt itself needs neither of the first two. Takes about a minute on
-one CPU core:
+Needs `pip install torch scikit-learn onnx`; graphopt itself needs neither of the first two. Takes about two
+minutes on one CPU core:
 
     python tools/train_digits.py --out examples/digits
 
@@ -20,22 +20,22 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
 
-EPOCHS = 60
+EPOCHS = 40
 CALIBRATION_IMAGES = 256
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions around a shortcut, which is a 1x1 convolution where the shape changes."""
+    """Two 3x3 convolutions around a shortcut, which is a 1x1 convolution where the width changes."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+    def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
         self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+        if inputs != outputs:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = torch.relu(self.bn1(self.conv1(x)))
@@ -47,11 +47,11 @@ class DigitsNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(1, 32, 3, 1, 1, bias=False)
-        self.bn = nn.BatchNorm2d(32)
-        self.stage1 = nn.Sequential(Block(32, 32), Block(32, 32))
-        self.stage2 = nn.Sequential(Block(32, 64, stride=2), Block(64, 64))
-        self.head = nn.Linear(64, 10)
+        self.stem = nn.Conv2d(1, 48, 3, 1, 1, bias=False)
+        self.bn = nn.BatchNorm2d(48)
+        self.stage1 = nn.Sequential(Block(48, 48), Block(48, 48))
+        self.stage2 = nn.Sequential(Block(48, 96), Block(96, 96))
+        self.head = nn.Linear(96, 10)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = torch.relu(self.bn(self.stem(images)))

@@ -1,0 +1,162 @@
+"""What a report says in short: the rows, verdicts and groups that the tables and the HTML page both show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from graphopt.base import Skip
+from graphopt.report import text
+from graphopt.report.data import Latency, PassRecord, Report, Stats
+
+Tone = Literal["good", "bad", "neutral"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measure of the model before and after.
+
+    Attributes:
+        before, after: as shown.
+        change: the relative change as shown; may be empty.
+        tone: whether the change is what the user hoped for.
+        bar: the two values to draw as bars, (before, after), where both are known and not negative.
+    """
+
+    label: str
+    before: str
+    after: str
+    change: str = ""
+    tone: Tone = "neutral"
+    bar: tuple[float, float] | None = None
+
+
+@dataclass
+class SkipGroup:
+    """Places with one reason in common."""
+
+    reason: str
+    nodes: list[str] = field(default_factory=list)
+
+
+def count_rows(before: Stats, after: Stats) -> list[Row]:
+    """Size of the graph before and after: nodes, parameters, MACs, bytes; opset and IR version where they changed."""
+    rows = [
+        _lower_is_better("nodes", before.nodes, after.nodes, text.count),
+        _lower_is_better("parameters", before.parameters, after.parameters, text.count),
+        _lower_is_better("MACs", before.macs, after.macs, text.short),
+        _lower_is_better("weights", before.bytes, after.bytes, text.size),
+    ]
+    for domain in sorted({*before.opset, *after.opset}):
+        old, new = before.opset.get(domain), after.opset.get(domain)
+        if old != new:
+            name = text.clean(domain) or "ai.onnx"
+            rows.append(Row(f"opset {name}", "-" if old is None else str(old), "-" if new is None else str(new)))
+    if before.ir_version != after.ir_version:
+        rows.append(Row("IR version", str(before.ir_version), str(after.ir_version)))
+    return rows
+
+
+def rows(report: Report) -> list[Row]:
+    """Everything measured on the model before and after; what could not be measured says why."""
+    found = count_rows(report.input, report.output)
+    latency, fidelity, accuracy = report.latency, report.fidelity, report.accuracy
+    if latency is not None:
+        found.append(_latency_row(latency))
+    if fidelity is not None:
+        # The reference is compared with itself, so its cosine is 1 by definition.
+        after = f"not measured: {text.clean(fidelity.reason or '')}"
+        if fidelity.cosine is not None:
+            after = f"{fidelity.cosine:.6f} (cosine, {text.clean(fidelity.data)} data)"
+        found.append(Row("fidelity", "1", after))
+    if accuracy is not None:
+        tone: Tone = "neutral" if accuracy.drop == 0 else "bad" if accuracy.drop > 0 else "good"
+        before, after = (text.score(accuracy.metric, value) for value in (accuracy.before, accuracy.after))
+        moved = accuracy.after - accuracy.before
+        points = f"{100 * moved:+.2f} points" if accuracy.metric in ("top1", "top5") else f"{moved:+.4g}"
+        bar = (accuracy.before, accuracy.after) if min(accuracy.before, accuracy.after) >= 0 else None
+        found.append(Row(text.clean(accuracy.metric), before, after, points if moved else "", tone, bar))
+    return found
+
+
+def verdict(report: Report) -> str:
+    """One line: how much smaller, how much faster, at what price."""
+    parts = []
+    if report.input.bytes and report.output.bytes != report.input.bytes:
+        share = report.output.bytes / report.input.bytes
+        parts.append(f"{1 - share:.0%} smaller" if share < 1 else f"{share - 1:.0%} larger")
+    if report.latency is not None and report.latency.ratio is not None:
+        value = report.latency.ratio
+        # Quartiles that embrace 1 mean that no difference was seen.
+        same = (report.latency.low or value) <= 1 <= (report.latency.high or value)
+        parts.append("no faster" if same else f"{1 / value:.2f}x as fast" if value < 1 else f"{value:.2f}x SLOWER")
+    if report.accuracy is not None:
+        metric = report.accuracy.metric
+        before, after = (text.score(metric, v) for v in (report.accuracy.before, report.accuracy.after))
+        parts.append(f"{text.clean(metric)} {before} -> {after}")
+    elif report.fidelity is not None and report.fidelity.cosine is not None:
+        parts.append(f"output fidelity {report.fidelity.cosine:.4f}")
+    return ", ".join(parts) or "nothing changed"
+
+
+def op_rows(before: Stats, after: Stats, *, changed_only: bool) -> list[tuple[str, int, int]]:
+    """Operators with their counts before and after, the largest change first."""
+    found = [(op, before.ops.get(op, 0), after.ops.get(op, 0)) for op in {*before.ops, *after.ops}]
+    if changed_only:
+        found = [row for row in found if row[1] != row[2]]
+    return sorted(found, key=lambda row: (-abs(row[1] - row[2]), -row[2], row[0]))
+
+
+def pass_error(record: PassRecord) -> str:
+    """How far the outputs moved in this pass, in a few words."""
+    check = record.verification
+    if check is None:
+        return ""
+    if not check.outputs:
+        return text.clean(check.reason or "structure only")
+    worst = max(check.outputs, key=lambda output: output.rel_l2)
+    if record.effect == "exact":
+        return f"equal ({worst.rel_l2:.1e})" if check.passed else f"DIFFERS ({worst.rel_l2:.1e})"
+    return f"cosine {min(output.cosine for output in check.outputs):.4f}"
+
+
+def group_skips(skips: Iterable[Skip]) -> list[SkipGroup]:
+    """Skipped places by reason, the most frequent first."""
+    groups: dict[str, SkipGroup] = {}
+    for skip in skips:
+        groups.setdefault(skip.reason, SkipGroup(skip.reason)).nodes.append(skip.node)
+    return sorted(groups.values(), key=lambda group: (-len(group.nodes), group.reason))
+
+
+def warnings(report: Report) -> list[str]:
+    """Everything the user must not miss: of the run, of gates that undid a pass, and of the passes."""
+    found = list(report.warnings)
+    for record in report.passes:
+        found += [
+            f"{record.name}: {note.removeprefix('warning: ')}"
+            for note in record.notes
+            if note.startswith("warning: ") and not any(note.removeprefix("warning: ") in known for known in found)
+        ]
+    return found
+
+
+def _lower_is_better(label: str, before: int | None, after: int | None, show: Callable[[int | None], str]) -> Row:
+    shown = show(before), show(after)
+    if before is None or after is None:
+        return Row(label, *shown)
+    tone: Tone = "neutral" if before == after else "good" if after < before else "bad"
+    return Row(label, *shown, text.change(before, after), tone, (float(before), float(after)))
+
+
+def _latency_row(latency: Latency) -> Row:
+    if latency.ratio is None:
+        return Row("latency", "", f"not measured: {text.clean(latency.reason or '')}")
+    spread = "" if latency.low is None or latency.high is None else f" ({latency.low:.3g}..{latency.high:.3g})"
+    low, high = latency.low or latency.ratio, latency.high or latency.ratio
+    tone: Tone = "good" if high < 1 else "bad" if low > 1 else "neutral"
+    times = ["" if ms is None else f"{ms:.3g} ms" for ms in (latency.input_ms, latency.output_ms)]
+    bar = None
+    if latency.input_ms is not None and latency.output_ms is not None:
+        bar = (latency.input_ms, latency.output_ms)
+    return Row("latency", times[0], times[1], f"{text.ratio(latency.ratio)}{spread}", tone, bar)
