@@ -1,0 +1,243 @@
+"""Weights on disk: tensors that read through a shared memory map, and streamed access that never holds a whole model.
+
+Two things that `onnx_ir.ExternalTensor` alone does not give. One map (and one file descriptor) per file instead of one
+per tensor, so a model of many thousand external tensors does not run out of descriptors; and bounded residency: pages
+that were handed out are given back to the system once they sum to `RESIDENT_BUDGET`, so that walking over 100 GB of
+weights does not show up as 100 GB of resident memory. Giving pages back is always safe: the map is read-only and backed
+by the file, an array that still looks at it faults them in again.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import onnx_ir as ir
+
+RESIDENT_BUDGET = 96 << 20
+"""Bytes of one file that may be handed out before its pages are given back."""
+
+CHUNK = 4 << 20
+"""Bytes that streamed reads hold at a time."""
+
+
+class FileMap:
+    """A read-only memory map of one file, shared by all tensors that live in it.
+
+    The map holds the file's inode: it stays valid when the path is renamed over or deleted, which is what makes saving
+    a model over its own input safe.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with path.open("rb") as file:
+            self.size = os.fstat(file.fileno()).st_size
+            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else None
+        self._handed_out = 0
+
+    def view(self, offset: int, length: int) -> memoryview:
+        """The bytes `[offset, offset + length)` without a copy."""
+        if self.map is None:
+            return memoryview(b"")[0:0]
+        self.account(length)
+        return memoryview(self.map)[offset : offset + length]
+
+    def account(self, length: int) -> None:
+        """Note that `length` bytes are about to be touched, and give earlier pages back when the budget is reached."""
+        if self._handed_out + length > RESIDENT_BUDGET:
+            self.shed()
+        self._handed_out += length
+
+    def shed(self) -> None:
+        """Give all resident pages back to the system; views stay valid."""
+        self._handed_out = 0
+        if self.map is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self.map.madvise(mmap.MADV_DONTNEED)
+
+
+class MappedTensor(ir.ExternalTensor):
+    """An external tensor that reads through a `FileMap`.
+
+    Serialised as it stands it is a reference into the file, like every `onnx_ir.ExternalTensor`.
+    """
+
+    __slots__ = ("file",)
+
+    def __init__(self, source: ir.ExternalTensor, file: FileMap) -> None:
+        super().__init__(
+            source.location,
+            source.offset,
+            source.length,
+            source.dtype,
+            shape=ir.Shape(source.shape),
+            name=source.name,
+            doc_string=source.doc_string,
+            metadata_props=dict(source.metadata_props),
+            base_dir=source.base_dir,
+        )
+        self.file = file
+
+    def _bytes(self) -> memoryview:
+        return self.file.view(self.offset or 0, self.nbytes)
+
+    def numpy(self) -> np.ndarray[Any, Any]:
+        """The values. A view of the map where the file allows it; an aligned private copy where the offset is odd."""
+        dtype = np.dtype(self.dtype.numpy())
+        shape = self.shape.numpy()
+        if self.size == 0:
+            return np.empty(shape, dtype=dtype)
+        if self.dtype.bitwidth < 8:
+            # Packed types are unpacked by onnx_ir, from the bytes.
+            return ir.PackedTensor(
+                np.frombuffer(self._bytes(), dtype=np.uint8), self.dtype, shape=self.shape, name=self.name
+            ).numpy()
+        little = dtype.newbyteorder("<") if dtype.byteorder in "=<>" else dtype
+        array: np.ndarray[Any, Any] = np.frombuffer(self._bytes(), dtype=np.uint8)
+        if array.ctypes.data % max(dtype.alignment, 1):
+            array = array.copy()
+        return array.view(little).reshape(shape)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+        return np.asarray(self.numpy(), dtype=dtype)
+
+    def tobytes(self) -> bytes:
+        """The bytes of the tensor, copied."""
+        return bytes(self._bytes())
+
+    def tofile(self, file: IO[bytes]) -> None:
+        """Write the bytes of the tensor, a chunk at a time."""
+        for chunk in chunks(self):
+            file.write(chunk)
+
+    def release(self) -> None:
+        """Give the resident pages of the file back."""
+        self.file.shed()
+
+
+def chunks(tensor: ir.TensorProtocol, size: int = CHUNK) -> Iterator[memoryview]:
+    """The serialised little-endian bytes of a tensor in pieces of at most `size` bytes.
+
+    A mapped tensor is read piece by piece; any other tensor is already in memory and is cut up without another copy
+    where its array allows it.
+    """
+    if isinstance(tensor, MappedTensor):
+        start, end = tensor.offset or 0, (tensor.offset or 0) + tensor.nbytes
+        for position in range(start, end, size):
+            yield tensor.file.view(position, min(size, end - position))
+        return
+    view = memoryview(_plain_bytes(tensor))
+    for position in range(0, len(view), size):
+        yield view[position : position + size]
+
+
+def _plain_bytes(tensor: ir.TensorProtocol) -> Any:
+    if isinstance(tensor, ir.Tensor) and isinstance(tensor.raw, np.ndarray) and tensor.dtype.bitwidth >= 8:
+        array = tensor.raw
+        little = array.dtype.byteorder in "<|" or (array.dtype.byteorder == "=" and sys.byteorder == "little")
+        if little and array.flags.c_contiguous:
+            return array.reshape(-1).view(np.uint8).data
+    return tensor.tobytes()
+
+
+def contains_nan(tensor: ir.TensorProtocol) -> bool:
+    """Whether a floating-point tensor holds a NaN, streamed. Infinities are legitimate: attention masks."""
+    if not tensor.dtype.is_floating_point():
+        return False
+    if isinstance(tensor, MappedTensor) and tensor.dtype in _STREAMED and tensor.nbytes > CHUNK:
+        dtype = np.dtype(tensor.dtype.numpy()).newbyteorder("<")
+        return any(bool(_isnan(np.frombuffer(chunk, dtype=dtype))) for chunk in chunks(tensor))
+    return bool(_isnan(tensor.numpy()))
+
+
+_STREAMED = {ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16}
+
+
+def _isnan(array: np.ndarray[Any, Any]) -> bool:
+    if array.size == 0:
+        return False
+    if array.dtype in (np.float32, np.float64):
+        # One pass without a temporary: a minimum is NaN exactly where an element is.
+        with np.errstate(invalid="ignore"):
+            return bool(np.isnan(array.min()))
+    try:
+        return bool(np.isnan(array).any())
+    except TypeError:
+        # Narrow ml_dtypes floats without an isnan loop; all widen to float32 exactly.
+        return bool(np.isnan(array.astype(np.float32)).any())
+
+
+def all_graphs(model: ir.Model) -> Iterator[ir.Graph]:
+    """The main graph, function bodies and every nested subgraph, in a deterministic order."""
+    yield model.graph
+    yield from model.graph.subgraphs()
+    for function in model.functions.values():
+        yield function.graph
+        yield from function.graph.subgraphs()
+
+
+def model_tensors(model: ir.Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
+    """Every stored tensor with its name: initialisers and tensor attributes of all graphs, in graph order."""
+    for graph in all_graphs(model):
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                yield value.name or "", value.const_value
+        for node in graph:
+            for attribute in node.attributes.values():
+                if attribute.is_ref():
+                    continue
+                label = f"{node.name or node.op_type}.{attribute.name}"
+                if attribute.type == ir.AttributeType.TENSOR:
+                    yield label, attribute.as_tensor()
+                elif attribute.type == ir.AttributeType.TENSORS:
+                    for tensor in attribute.as_tensors():
+                        yield label, tensor
+
+
+Exchange = Callable[[ir.TensorProtocol], ir.TensorProtocol | None]
+"""Gives the tensor to store instead of a tensor, or None to keep it."""
+
+
+def with_placeholders(model: ir.Model, initializer: Exchange, attribute: Exchange) -> ir.Model:
+    """A clone in which stored tensors are exchanged, so that it can be serialised without its weights.
+
+    Args:
+        model: left as it is; the clone shares all tensors that are not exchanged.
+        initializer: the exchange for initialisers of all graphs.
+        attribute: the exchange for tensor attributes of nodes in all graphs.
+    """
+    clone = model.clone()
+    for graph in all_graphs(clone):
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                value.const_value = initializer(value.const_value) or value.const_value
+        for node in graph:
+            for name, old in list(node.attributes.items()):
+                if old.is_ref():
+                    continue
+                if old.type == ir.AttributeType.TENSOR:
+                    other = attribute(old.as_tensor())
+                    if other is not None:
+                        node.attributes[name] = ir.Attr(name, old.type, other, doc_string=old.doc_string)
+                elif old.type == ir.AttributeType.TENSORS:
+                    tensors = [attribute(tensor) or tensor for tensor in old.as_tensors()]
+                    node.attributes[name] = ir.Attr(name, old.type, tensors, doc_string=old.doc_string)
+    return clone
+
+
+def reference(tensor: ir.TensorProtocol, location: str, offset: int, name: str | None = None) -> ir.ExternalTensor:
+    """A tensor that only says where its bytes are to be found; nothing is read or checked."""
+    return ir.ExternalTensor(
+        location,
+        offset,
+        tensor.nbytes,
+        tensor.dtype,
+        shape=ir.Shape(tensor.shape.numpy()),
+        name=name or tensor.name or "",
+        doc_string=tensor.doc_string,
+        metadata_props=dict(tensor.metadata_props),
+    )
