@@ -7,6 +7,7 @@ and latency live here and nowhere else, so that the model itself is the same byt
 from __future__ import annotations
 
 import json
+import math
 import types
 import typing
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -129,6 +130,7 @@ class Latency:
         ratio: median of the paired ratios; below 1 is faster. None where it was not measured.
         low, high: quartiles of the paired ratios.
         input_ms, output_ms: median time of one run, milliseconds.
+        rounds: number of pairs.
         reason: why there is no ratio.
     """
 
@@ -137,9 +139,17 @@ class Latency:
     high: float | None = None
     input_ms: float | None = None
     output_ms: float | None = None
+    rounds: int | None = None
     batch: int | None = None
     threads: int | None = None
     reason: str | None = None
+
+    @property
+    def certain_low(self) -> float | None:
+        """Lower end of the 95 % interval of the median ratio (median - 1.57 IQR / sqrt(n), McGill et al. 1978)."""
+        if self.ratio is None or self.low is None or self.high is None or not self.rounds:
+            return self.ratio
+        return self.ratio - 1.57 * (self.high - self.low) / math.sqrt(self.rounds)
 
 
 @dataclass
