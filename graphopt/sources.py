@@ -1,0 +1,403 @@
+"""Where samples come from: arrays in memory, `.npz` files, folders of `.npy`/`.npz`, user functions.
+
+Every source is re-iterable and deterministic and yields `Block`s: arrays and how they become calls (`graphopt.feeds`).
+Files are opened with `allow_pickle=False` and only inside the path that the user gave.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from graphopt.errors import DataError, GraphoptError
+from graphopt.feeds import Array, InputSpec, Layout, arrange, check_dtype, check_names, fits, format_shape
+
+CACHE_BYTES = 512 << 20
+"""Feeds of a user function are kept after the first complete pass if they fit; else the function is called anew."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Arrays by input name, and how they become calls of the model."""
+
+    arrays: Mapping[str, Array]
+    layout: Layout
+
+
+class Source(Protocol):
+    """A re-iterable, deterministic stream of blocks.
+
+    Attributes:
+        name: what the user gave, for messages.
+        notes: what the user should know about how the data is read.
+    """
+
+    name: str
+    notes: tuple[str, ...]
+
+    @property
+    def samples(self) -> int | None:
+        """How many samples there are; None where only a pass can tell."""
+
+    def blocks(self) -> Iterator[Block]:
+        """Start a new pass."""
+
+
+def as_arrays(feeds: Mapping[str, Any]) -> dict[str, Array]:
+    """Feeds as numpy arrays; anything with `__array__` (torch CPU tensors) is taken without a copy where it can be."""
+    return {str(k): v if isinstance(v, np.ndarray) else np.asarray(v) for k, v in feeds.items()}
+
+
+def examine(specs: tuple[InputSpec, ...], arrays: Mapping[str, Array], source: str) -> tuple[Layout, list[str]]:
+    """Check names, dtypes and shapes; returns the layout and notes.
+
+    Raises:
+        DataError: see `graphopt.feeds`.
+    """
+    notes = [f"key {k!r} is no input and is ignored" for k in check_names(arrays, specs, source)]
+    for spec in specs:
+        if spec.name in arrays:
+            note = check_dtype(spec, arrays[spec.name].dtype, arrays[spec.name].shape, source)
+            notes += [note] if note else []
+    shapes = {s.name: arrays[s.name].shape for s in specs if s.name in arrays}
+    dtypes = {s.name: arrays[s.name].dtype for s in specs if s.name in arrays}
+    return arrange(specs, shapes, dtypes, source), notes
+
+
+@dataclass
+class Arrays:
+    """One set of arrays, in memory or memory-mapped."""
+
+    name: str
+    arrays: Mapping[str, Array]
+    layout: Layout
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def checked(cls, arrays: Mapping[str, Array], specs: tuple[InputSpec, ...], name: str) -> Arrays:
+        """Build from arrays that the user gave.
+
+        Raises:
+            DataError: they do not fit the model.
+        """
+        layout, notes = examine(specs, arrays, name)
+        inputs = {s.name: arrays[s.name] for s in specs if s.name in arrays}
+        return cls(name, inputs, layout, tuple(notes))
+
+    @property
+    def samples(self) -> int | None:
+        """Samples in the arrays."""
+        return self.layout.samples
+
+    def blocks(self) -> Iterator[Block]:
+        """The one block."""
+        yield Block(self.arrays, self.layout)
+
+
+@dataclass
+class Folder:
+    """Files of a folder, one block each, opened one at a time in natural order of their names."""
+
+    name: str
+    files: Sequence[Path]
+    specs: tuple[InputSpec, ...]
+    samples: int | None = None
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check every file's names, dtypes and shapes (headers of `.npy` only; a `.npz` is decompressed)."""
+        notes: dict[str, None] = {}
+        total = 0
+        for path in self.files:
+            layout, found = examine(self.specs, self._open(path), str(path))
+            notes.update(dict.fromkeys(found))
+            total += layout.samples
+        self.samples, self.notes = total, tuple(notes)
+
+    def _open(self, path: Path) -> dict[str, Array]:
+        if path.suffix == ".npz":
+            return read_npz(path)
+        array = read_npy(path)
+        spec = next(s for s in self.specs if s.required)
+        if (
+            spec.shape is not None
+            and array.ndim == len(spec.shape) - 1
+            and fits(spec, (1, *array.shape), skip_batch=True)
+        ):
+            array = array[None]
+        return {spec.name: array}
+
+    def blocks(self) -> Iterator[Block]:
+        """One block a file."""
+        for path in self.files:
+            arrays = self._open(path)
+            layout, _ = examine(self.specs, arrays, str(path))
+            yield Block(arrays, layout)
+
+
+@dataclass
+class Feeds:
+    """Feeds of a user function, a list or another re-iterable: each is one call, never cut or merged.
+
+    Where the model fixes the batch size, a feed that holds a multiple of it is cut into calls.
+    """
+
+    name: str
+    open: Callable[[], Iterable[Any]]
+    specs: tuple[InputSpec, ...]
+    cache_bytes: int = CACHE_BYTES
+    samples: int | None = None
+    notes: tuple[str, ...] = ()
+    _cache: list[Block] | None = None
+    _first: bytes | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        """Read and check the first feed, so that wrong data is refused before work starts."""
+        first = next(self._fresh(), None)
+        if first is None:
+            raise DataError("yields no feeds", where=self.name, hint="yield at least one feed")
+        self.notes = tuple(examine(self.specs, first.arrays, self.name)[1])
+
+    def blocks(self) -> Iterator[Block]:
+        """One block a feed; from memory after a first complete pass that fitted in it."""
+        if self._cache is not None:
+            yield from self._cache
+            return
+        kept: list[Block] | None = []
+        size = samples = 0
+        for block in self._fresh():
+            samples += block.layout.samples
+            size += sum(a.nbytes for a in block.arrays.values())
+            if kept is not None and size <= self.cache_bytes:
+                # copied: a generator may yield the same buffer again and again
+                block = Block({k: v.copy() for k, v in block.arrays.items()}, block.layout)  # noqa: PLW2901
+                kept.append(block)
+            else:
+                kept = None
+            yield block
+        self._cache, self.samples = kept, samples
+
+    def _fresh(self) -> Iterator[Block]:
+        try:
+            iterator = iter(self.open())
+        except GraphoptError:
+            raise
+        except Exception as error:
+            raise self._failed(error) from error
+        index = 0
+        while True:
+            try:
+                item = next(iterator, None)
+            except GraphoptError:
+                raise
+            except Exception as error:
+                raise self._failed(error) from error
+            if item is None:
+                return
+            block = self._block(item, f"{self.name}, feed {index}")
+            if index == 0:
+                self._same_again(block)
+            yield block
+            index += 1
+
+    def _block(self, item: Any, where: str) -> Block:
+        if not isinstance(item, Mapping):
+            names = [s.name for s in self.specs if s.required]
+            if len(names) != 1 or isinstance(item, (list, tuple)):
+                raise DataError(
+                    f"a feed must map input names to arrays, got {type(item).__name__}",
+                    where=where,
+                    hint="yield {" + ", ".join(f"{n!r}: array" for n in names) + "}",
+                )
+            item = {names[0]: item}
+        arrays = as_arrays(item)
+        layout, _ = examine(self.specs, arrays, where)
+        if layout.kind == "stacked":
+            name = min(layout.stacked)
+            spec = next(s for s in self.specs if s.name == name)
+            raise DataError(
+                f"input {name!r} expects {spec}, got {arrays[name].dtype.name} {format_shape(arrays[name].shape)}",
+                where=where,
+                hint="a feed is one call of the model: yield the samples one by one",
+            )
+        if layout.kind == "rows" and layout.batch is None:
+            layout = Layout("call", layout.samples)
+        return Block({s.name: arrays[s.name] for s in self.specs if s.name in arrays}, layout)
+
+    def _same_again(self, block: Block) -> None:
+        digest = hashlib.sha256()
+        hash_block(digest, block)
+        if self._first is not None and digest.digest() != self._first:
+            raise DataError(
+                "gives other data each time it is called",
+                where=self.name,
+                hint="make it deterministic (fixed seed, no shuffling): calibration reads the data several times",
+            )
+        self._first = digest.digest()
+
+    def _failed(self, error: Exception) -> DataError:
+        return DataError(
+            f"raised {type(error).__name__}: {error}", where=self.name, hint="mend the function that yields the data"
+        )
+
+
+def hash_block(digest: Any, block: Block) -> None:
+    """Feed names, dtypes, shapes and bytes of a block to a hash, a few MB at a time."""
+    for name in sorted(block.arrays):
+        array = block.arrays[name]
+        digest.update(f"{name}|{array.dtype.str}|{array.shape}|".encode())
+        if array.dtype == object:
+            digest.update(repr(array.tolist()).encode())
+            continue
+        rows = max(1, (4 << 20) // max(1, array[:1].nbytes)) if array.ndim else 1
+        parts = [array[i : i + rows] for i in range(0, len(array), rows)] if array.ndim else [array]
+        for part in parts:
+            digest.update(np.ascontiguousarray(part).tobytes())
+
+
+def rebatch(source: Source, batch_size: int, limit: int | None) -> Iterator[tuple[dict[str, Array], int]]:
+    """Calls of the model, each with its number of samples.
+
+    Rows are cut and merged to `batch_size`, or to the size that the model fixes (what is left over is dropped); other
+    blocks pass as they are. With `limit` the stream ends once that many samples were given.
+    """
+    pending: list[Mapping[str, Array]] = []
+    rows, done, fixed = 0, 0, False
+
+    def merged() -> dict[str, Array]:
+        if len(pending) == 1:
+            return dict(pending[0])
+        return {k: np.concatenate([p[k] for p in pending]) for k in pending[0]}
+
+    for block in source.blocks():
+        arrays, layout = block.arrays, block.layout
+        if limit is not None and done + rows >= limit and not fixed:
+            break
+        if layout.kind != "rows" or (pending and not _mergeable(pending[0], arrays)):
+            if pending and not fixed:
+                yield merged(), rows
+                done += rows
+            pending, rows = [], 0
+        if layout.kind != "rows":
+            for call, count in _calls(block):
+                if limit is not None and done >= limit:
+                    return
+                yield call, count
+                done += count
+            continue
+        fixed = layout.batch is not None
+        size = layout.batch or batch_size
+        start = 0
+        while start < layout.samples:
+            room = size - rows
+            if limit is not None and not fixed:
+                room = min(room, limit - done - rows)
+            if room <= 0 or (limit is not None and done >= limit):
+                break
+            stop = min(layout.samples, start + room)
+            pending.append({k: v[start:stop] for k, v in arrays.items()})
+            rows += stop - start
+            start = stop
+            if rows == size:
+                yield merged(), rows
+                done += rows
+                pending, rows = [], 0
+    if pending and not fixed:
+        yield merged(), rows
+
+
+def _mergeable(a: Mapping[str, Array], b: Mapping[str, Array]) -> bool:
+    return a.keys() == b.keys() and all(a[k].shape[1:] == b[k].shape[1:] and a[k].dtype == b[k].dtype for k in a)
+
+
+def _calls(block: Block) -> Iterator[tuple[dict[str, Array], int]]:
+    if block.layout.kind == "call":
+        yield dict(block.arrays), block.layout.samples
+        return
+    for i in range(block.layout.samples):
+        yield (
+            {
+                k: v[i] if k in block.layout.stacked else (v[i : i + 1] if v.ndim else v)
+                for k, v in block.arrays.items()
+            },
+            1,
+        )
+
+
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """Sort key that puts sample 2 before sample 10."""
+    return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in re.split(r"(\d+)", name) if p]
+
+
+def read_npy(path: Path) -> Array:
+    """Memory-map a `.npy` file.
+
+    Raises:
+        DataError: not readable, or it holds Python objects.
+    """
+    try:
+        array: Array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise _unreadable(path, error) from error
+    if not isinstance(array, np.ndarray):
+        raise _unreadable(path, ValueError("not a .npy array"))
+    return array
+
+
+def read_npz(path: Path) -> dict[str, Array]:
+    """Arrays of a `.npz`: members stored without compression are memory-mapped, others read once.
+
+    Raises:
+        DataError: not readable, or it holds Python objects.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            if not isinstance(data, np.lib.npyio.NpzFile):
+                raise ValueError("not a .npz archive")
+            mapped = _mapped_members(path)
+            return {k: mapped[k] if k in mapped else data[k] for k in data.files}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise _unreadable(path, error) from error
+    except Exception as error:  # zlib.error, lzma.LZMAError: the decompressors have no common base
+        raise _unreadable(path, error) from error
+
+
+def _mapped_members(path: Path) -> dict[str, Array]:
+    """Memory maps of the members that are stored uncompressed."""
+    out: dict[str, Array] = {}
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        for info in archive.infolist():
+            if info.compress_type != zipfile.ZIP_STORED or not info.filename.endswith(".npy"):
+                continue
+            # a local header is 30 bytes, then the name and the extra field, whose lengths it states itself
+            file.seek(info.header_offset + 26)
+            name_length, extra_length = np.frombuffer(file.read(4), "<u2")
+            file.seek(info.header_offset + 30 + int(name_length) + int(extra_length))
+            version = np.lib.format.read_magic(file)
+            read_header = (
+                np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            )
+            shape, fortran, dtype = read_header(file)
+            if dtype.hasobject:
+                raise ValueError(f"member {info.filename!r} holds Python objects")
+            key = info.filename.removesuffix(".npy")
+            if 0 in shape or not shape:
+                continue
+            order: Literal["C", "F"] = "F" if fortran else "C"
+            out[key] = np.memmap(path, dtype, "r", file.tell(), shape, order)
+    return out
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    return DataError(
+        f"cannot be read as arrays: {error}",
+        where=str(path),
+        hint="write it with numpy.savez (plain numeric arrays; Python objects are never loaded)",
+    )
