@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from graphopt.base import Context
@@ -76,10 +77,18 @@ class Measures:
         return self._baseline
 
     def accuracy_drop(self, candidate: ir.Model) -> float:
-        """How much worse the candidate scores than the input model, in the metric's unit; negative where it is better."""
-        difference = self.baseline() - self.accuracy(candidate)
-        assert self.ctx.evaluation is not None
-        return difference if self.ctx.evaluation.higher_is_better else -difference
+        """How much worse the candidate scores than the input model; negative where it is better.
+
+        In the unit of the metric for scores (0.01 of top1 is one point); relative to the input model's for errors such
+        as mse, whose unit is that of the outputs squared and says nothing by itself.
+        """
+        assert self.ctx.evaluation is not None, "callers ask only where there is an evaluation"
+        before, after = self.baseline(), self.accuracy(candidate)
+        if self.ctx.evaluation.higher_is_better:
+            return before - after
+        if before == 0:
+            return 0.0 if after == 0 else math.inf
+        return (after - before) / abs(before)
 
     def _score(self, model: ir.Model) -> float:
         assert self.ctx.evaluation is not None, "callers ask only where there is an evaluation"
@@ -100,7 +109,7 @@ class Measures:
 
 
 def paired_latency(reference: ir.Model, candidate: ir.Model, ctx: Context, seconds: float, threads: int = 1) -> Latency:
-    """Time of `candidate` over time of `reference`; where it cannot be measured, `ratio` is None and `reason` says why."""
+    """Time of `candidate` over time of `reference`; where it cannot be measured, `reason` says why."""
     from graphopt import registry
 
     try:

@@ -1,0 +1,75 @@
+"""The presets -O0 to -O3: pipelines for those who do not want to choose, always with both gates on.
+
+-O0  nothing
+-O1  exact clean-up; needs no data
+-O2  and int8
+-O3  and structured pruning before it
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from graphopt.base import Pass
+from graphopt.errors import UsageError
+from graphopt.spec import Resolve, parse, to_spec
+from graphopt.target import Target
+
+PIPELINES = {
+    "O0": "",
+    "O1": "fold,shrink",
+    "O2": "fold,shrink,quantize",
+    "O3": "fold,shrink,prune{macs=0.8},quantize",
+}
+
+MAX_DROP = 0.01
+MAX_LATENCY = 1.0
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """What a preset became.
+
+    Attributes:
+        name: "O2".
+        passes: the pipeline.
+        left_out: sentences: which pass is not in it, and why.
+    """
+
+    name: str
+    passes: tuple[Pass, ...]
+    left_out: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [
+            f"-{self.name} is --passes '{to_spec(self.passes)}' --max-drop {MAX_DROP:g} --max-latency {MAX_LATENCY:g}"
+        ]
+        return "\n".join([*lines, *self.left_out])
+
+
+def expand(preset: str | int, target: Target, has_data: bool, resolve: Resolve | None = None) -> Expansion:
+    """The pipeline of a preset for a target; members that cannot work without what is missing are left out.
+
+    Args:
+        preset: "O2", "-O2", "2" or 2.
+        target: what the model is made for.
+        has_data: whether calibration data was given.
+        resolve: finds pass classes by name; None: the registry.
+
+    Raises:
+        UsageError: there is no such preset.
+    """
+    name = f"O{str(preset).strip().lstrip('-').upper().removeprefix('O')}"
+    if name not in PIPELINES:
+        raise UsageError(f"there is no preset {preset!r}", hint=f"choose one of {', '.join(PIPELINES)}")
+    passes = parse(PIPELINES[name]) if resolve is None else parse(PIPELINES[name], resolve)
+    kept: list[Pass] = []
+    left_out: list[str] = []
+    for p in passes:
+        if p.needs_calibration and not has_data:
+            left_out.append(f"{p.name} is left out: it needs calibration data (--calib DATA)")
+        elif p.name == "quantize" and target.quant is None:
+            left_out.append(f"{p.name} is left out: target {target.name!r} does not run int8")
+        else:
+            kept.append(p)
+    return Expansion(name, tuple(kept), tuple(left_out))
