@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from graphopt.base import Skip
 from graphopt.report import text
@@ -40,10 +40,25 @@ class SkipGroup:
     nodes: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Column:
+    """A column of a table of flat rows."""
+
+    name: str
+    numeric: bool
+
+
+def columns(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
+    """The columns of flat rows: the keys of all of them, in order of appearance."""
+    found = dict.fromkeys(key for row in rows for key in row)
+    return [Column(name, all(_is_number(row.get(name, 0)) for row in rows)) for name in found]
+
+
 def count_rows(before: Stats, after: Stats) -> list[Row]:
     """Size of the graph before and after: nodes, parameters, MACs, bytes; opset and IR version where they changed."""
     rows = [
-        _lower_is_better("nodes", before.nodes, after.nodes, text.count),
+        # More nodes are no loss in themselves: an int8 graph names its scales in nodes.
+        replace(_lower_is_better("nodes", before.nodes, after.nodes, text.count), tone="neutral"),
         _lower_is_better("parameters", before.parameters, after.parameters, text.count),
         _lower_is_better("MACs", before.macs, after.macs, text.short),
         _lower_is_better("weights", before.bytes, after.bytes, text.size),
@@ -65,11 +80,11 @@ def rows(report: Report) -> list[Row]:
     if latency is not None:
         found.append(_latency_row(latency))
     if fidelity is not None:
-        # The reference is compared with itself, so its cosine is 1 by definition.
-        after = f"not measured: {text.clean(fidelity.reason or '')}"
-        if fidelity.cosine is not None:
-            after = f"{fidelity.cosine:.6f} (cosine, {text.clean(fidelity.data)} data)"
-        found.append(Row("fidelity", "1", after))
+        if fidelity.cosine is None:
+            found.append(Row("fidelity", "", "not measured", text.clean(fidelity.reason or "")))
+        else:
+            # The reference is compared with itself, so its cosine is 1 by definition.
+            found.append(Row("fidelity", "1", f"{fidelity.cosine:.6f}", f"cosine, {text.clean(fidelity.data)} data"))
     if accuracy is not None:
         tone: Tone = "neutral" if accuracy.drop == 0 else "bad" if accuracy.drop > 0 else "good"
         before, after = (text.score(accuracy.metric, value) for value in (accuracy.before, accuracy.after))
@@ -151,7 +166,7 @@ def _lower_is_better(label: str, before: int | None, after: int | None, show: Ca
 
 def _latency_row(latency: Latency) -> Row:
     if latency.ratio is None:
-        return Row("latency", "", f"not measured: {text.clean(latency.reason or '')}")
+        return Row("latency", "", "not measured", text.clean(latency.reason or ""))
     spread = "" if latency.low is None or latency.high is None else f" ({latency.low:.3g}..{latency.high:.3g})"
     low, high = latency.low or latency.ratio, latency.high or latency.ratio
     tone: Tone = "good" if high < 1 else "bad" if low > 1 else "neutral"
@@ -160,3 +175,7 @@ def _latency_row(latency: Latency) -> Row:
     if latency.input_ms is not None and latency.output_ms is not None:
         bar = (latency.input_ms, latency.output_ms)
     return Row("latency", times[0], times[1], f"{text.ratio(latency.ratio)}{spread}", tone, bar)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

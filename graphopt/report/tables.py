@@ -78,6 +78,7 @@ def print_passes(out: Console, records: Sequence[PassRecord]) -> None:
             summary.pass_error(record),
             text.duration(record.seconds),
             text.clean("; ".join(why), 400),
+            style="dim" if record.status == "undone" else "",
         )
     out.print(found)
 
@@ -136,11 +137,10 @@ def print_units(out: Console, units: Units) -> None:
 
 def print_mappings(out: Console, rows: Sequence[dict[str, Any]]) -> None:
     """Flat rows as a table; the columns are the keys of all rows in order of appearance."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    numeric = {c for c in columns if all(isinstance(row.get(c, 0), (int, float)) for row in rows)}
-    found = grid(out, [f">{column}" if column in numeric else column for column in columns])
+    columns = summary.columns(rows)
+    found = grid(out, [f">{column.name}" if column.numeric else column.name for column in columns])
     for row in rows:
-        found.add_row(*(cell(row.get(column, "")) for column in columns))
+        found.add_row(*(text.cell(row.get(column.name)) for column in columns))
     out.print(found)
 
 
@@ -156,19 +156,6 @@ def grid(out: Console, columns: Sequence[str]) -> Table:
     for title in columns:
         made.add_column(title.lstrip(">"), justify="right" if title.startswith(">") else "left", overflow="fold")
     return made
-
-
-def cell(value: object) -> str:
-    """One value of a table."""
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: ""}[value]
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, int):
-        return text.count(value)
-    if isinstance(value, (list, tuple)):
-        return text.names(map(str, value), 6)
-    return text.clean(value, 300)
 
 
 def _moved(before: int | None, after: int | None, show: Any) -> str:

@@ -78,3 +78,16 @@ def names(found: Iterable[str], most: int = 3) -> str:
     every = list(found)
     shown = ", ".join(clean(name, 60) for name in every[:most])
     return shown if len(every) <= most else f"{shown} and {len(every) - most:,} more"
+
+
+def cell(value: object) -> str:
+    """One value of a table."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: ""}[value]
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int):
+        return count(value)
+    if isinstance(value, (list, tuple)):
+        return names(map(str, value), 6)
+    return clean(value, 300)

@@ -1,0 +1,49 @@
+"""The report as one HTML file that needs nothing else: no scripts, fonts or network; it opens from a mail or a phone.
+
+All text is escaped by the template engine, and a Content-Security-Policy forbids scripts and external resources, so
+that a model whose nodes are named like markup stays text.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from graphopt.report import summary, text
+from graphopt.report.data import Report
+
+MOST_ROWS = 300
+"""Rows of a detail table that the page shows; report.json has all of them."""
+MOST_NAMES = 60
+"""Names of skipped nodes that the page shows for one reason."""
+
+
+def render(report: Report) -> str:
+    """The page."""
+    environment = Environment(
+        loader=PackageLoader("graphopt.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    ops = summary.op_rows(report.input, report.output, changed_only=False)
+    return environment.get_template("report.html.j2").render(
+        report=report,
+        css=Markup(files("graphopt.report").joinpath("report.css").read_text(encoding="utf-8")),
+        verdict="planned, nothing was run" if report.dry_run else summary.verdict(report),
+        rows=summary.rows(report),
+        warnings=summary.warnings(report),
+        skips=[(r.name, summary.group_skips(r.skipped)) for r in report.passes if r.skipped],
+        ops=ops,
+        most_ops=max((max(before, after) for _, before, after in ops), default=1) or 1,
+        most_rows=MOST_ROWS,
+        most_names=MOST_NAMES,
+        clean=text.clean,
+        text=text,
+        columns=summary.columns,
+        cell=text.cell,
+        pass_error=summary.pass_error,
+    )
