@@ -131,9 +131,9 @@ def _write_external(model: ir.Model, path: Path) -> None:
     def choose(tensor: ir.TensorProtocol) -> ir.TensorProtocol | None:
         if id(tensor) in offsets:
             return reference(tensor, data_path.name, offsets[id(tensor)])
-        return _in_memory(tensor)
+        return in_memory(tensor)
 
-    proto = _skeleton(with_placeholders(model, choose, choose if huge_attributes else _in_memory))
+    proto = _skeleton(with_placeholders(model, choose, choose if huge_attributes else in_memory))
     if order:
         with _replacing(data_path) as file:
             for tensor in order:
@@ -159,7 +159,7 @@ def _attributes(model: ir.Model) -> list[ir.TensorProtocol]:
     ]
 
 
-def _in_memory(tensor: ir.TensorProtocol) -> ir.TensorProtocol | None:
+def in_memory(tensor: ir.TensorProtocol) -> ir.TensorProtocol | None:
     """An in-memory stand-in for an external tensor that is to be stored inside the message."""
     if not isinstance(tensor, ir.ExternalTensor):
         return None
@@ -192,7 +192,7 @@ def _serialize(proto: onnx.ModelProto) -> bytes:
 def _write_inline(model: ir.Model, path: Path) -> None:
     import onnx
 
-    clone = with_placeholders(model, _in_memory, _in_memory)
+    clone = with_placeholders(model, in_memory, in_memory)
     sources: dict[str, ir.TensorProtocol] = {}
     for name, value in clone.graph.initializers.items():
         tensor = model.graph.initializers[name].const_value

@@ -6,7 +6,7 @@ shapes depend on (Reshape targets, Slice bounds, ...) are far smaller and take p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
@@ -67,34 +67,54 @@ def _intermediate_values(model: ir.Model) -> Iterator[ir.Value]:
                 yield value
 
 
+class _Names:
+    """Tells the dimension names of the model from the placeholders that onnx invents ("unk__7").
+
+    Invented ones are no names of the user's and are numbered anew in every run: they become unknown dimensions.
+    """
+
+    def __init__(self, model: ir.Model) -> None:
+        declared = [*model.graph.inputs, *model.graph.outputs]
+        self._own = {dim.value for v in declared for dim in v.shape or () if isinstance(dim, ir.SymbolicDim)}
+
+    def cleaned(self, shape: ir.Shape) -> ir.Shape:
+        return ir.Shape([None if self._invented(dim) else dim for dim in shape])
+
+    def _invented(self, dim: int | ir.SymbolicDim) -> bool:
+        if not isinstance(dim, ir.SymbolicDim) or dim.value in self._own:
+            return False
+        return dim.value is None or dim.value.startswith("unk__")
+
+
 def _copy_inferred(model: ir.Model, proto: onnx.ModelProto) -> None:
-    _copy_graph(model.graph, proto.graph)
+    names = _Names(model)
+    _copy_graph(model.graph, proto.graph, names)
     functions = {(f.domain, f.name, f.overload): f for f in proto.functions}
     for key, function in model.functions.items():
         if key in functions:
-            _copy_infos(function.graph, functions[key].value_info)
-            _copy_subgraphs(function.graph, functions[key].node)
+            _copy_infos(function.graph, functions[key].value_info, names)
+            _copy_subgraphs(function.graph, functions[key].node, names)
 
 
-def _copy_graph(graph: ir.Graph, proto: onnx.GraphProto) -> None:
-    _copy_infos(graph, [*proto.value_info, *proto.output])
-    _copy_subgraphs(graph, proto.node)
+def _copy_graph(graph: ir.Graph, proto: onnx.GraphProto, names: _Names) -> None:
+    _copy_infos(graph, [*proto.value_info, *proto.output], names)
+    _copy_subgraphs(graph, proto.node, names)
 
 
-def _copy_subgraphs(graph: ir.Graph, nodes: list[onnx.NodeProto]) -> None:
+def _copy_subgraphs(graph: ir.Graph, nodes: Iterable[onnx.NodeProto], names: _Names) -> None:
     for node, node_proto in zip(graph, nodes, strict=True):
         for attribute in node_proto.attribute:
             ours = node.attributes.get(attribute.name)
             if ours is None or ours.is_ref():
                 continue
             if attribute.type == attribute.GRAPH:
-                _copy_graph(ours.as_graph(), attribute.g)
+                _copy_graph(ours.as_graph(), attribute.g, names)
             elif attribute.type == attribute.GRAPHS:
                 for subgraph, subproto in zip(ours.as_graphs(), attribute.graphs, strict=True):
-                    _copy_graph(subgraph, subproto)
+                    _copy_graph(subgraph, subproto, names)
 
 
-def _copy_infos(graph: ir.Graph, infos: list[onnx.ValueInfoProto]) -> None:
+def _copy_infos(graph: ir.Graph, infos: Iterable[onnx.ValueInfoProto], names: _Names) -> None:
     values = {value.name: value for value in _produced(graph)}
     for info in infos:
         value = values.get(info.name)
@@ -105,20 +125,7 @@ def _copy_infos(graph: ir.Graph, infos: list[onnx.ValueInfoProto]) -> None:
             value.type = kind
         shape = ir.serde.deserialize_type_proto_for_shape(info.type)
         if shape is not None:
-            value.shape = _known(shape)
-
-
-def _known(shape: ir.Shape) -> ir.Shape:
-    """The shape with the placeholder names that onnx invents ("unk__7") replaced by unknown dimensions.
-
-    They are no names of the user's, and onnx numbers them anew in every run.
-    """
-    return ir.Shape(
-        [
-            None if isinstance(dim, ir.SymbolicDim) and (dim.value is None or dim.value.startswith("unk__")) else dim
-            for dim in shape
-        ]
-    )
+            value.shape = names.cleaned(shape)
 
 
 def dimension_names(model: ir.Model) -> list[str]:
