@@ -6,7 +6,7 @@ refused gate without reading text.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class GraphoptError(Exception):
@@ -56,9 +56,10 @@ class VerificationError(GraphoptError):
 
 
 class GateRefused(GraphoptError):
-    """Every result broke a gate, so the input model stands."""
+    """Every result broke a gate, so the input model stands; `report` (a `graphopt.Report`) tells what was tried."""
 
     exit_code = 5
+    report: Any = None
 
 
 class MissingBackendError(GraphoptError):

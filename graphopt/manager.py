@@ -1,6 +1,6 @@
 """The pass manager: runs a tuple of passes, each on a private clone, watched by instruments that may undo it.
 
-What makes a pass leave no trace in the model: it found nothing to do, an instrument vetoed it, or it raised. In the last
+A pass leaves no trace in the model where it found nothing to do, an instrument vetoed it, or it raised. In the last
 case the pipeline ends: a half-done pipeline is not what the user asked for.
 """
 

@@ -54,6 +54,10 @@ class Measures:
         self._latency = (candidate, found)
         return found
 
+    def known_latency(self, candidate: ir.Model) -> Latency | None:
+        """The latency of the candidate where it was measured already."""
+        return self._latency[1] if self._latency is not None and self._latency[0] is candidate else None
+
     def fidelity(self, candidate: ir.Model) -> Fidelity:
         """Mean cosine per sample between the outputs of the candidate and of the input model."""
         if self._fidelity is None or self._fidelity[0] is not candidate:

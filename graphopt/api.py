@@ -1,0 +1,456 @@
+"""`graphopt.optimize`: the whole road from a model to a smaller one and a report. The command line is this call.
+
+Errors are those of `graphopt.errors`; their `exit_code` is what the command line exits with.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graphopt import registry
+from graphopt.base import Context, Effect, Pass
+from graphopt.errors import GateRefused, GraphoptError, UsageError
+from graphopt.gates import DropGate, LatencyGate, Regressions, parse_bound
+from graphopt.instruments import BisectLimit, Clock, DumpIR, Instrument, PrintIR, ShowProgress
+from graphopt.manager import PassManager, stats
+from graphopt.measure import BENCH_WEIGHTS_LIMIT, Measures
+from graphopt.presets import MAX_DROP, MAX_LATENCY, expand
+from graphopt.progress import Progress, Silent
+from graphopt.recipe import Recipe, read_recipe
+from graphopt.report.data import Accuracy, Fidelity, Latency, PassRecord, Report, Units
+from graphopt.spec import parse, to_spec
+from graphopt.target import Target
+from graphopt.verify_each import Level, VerifyEach
+from graphopt.version import versions
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+DEFAULT_PRESET = "O1"
+
+
+@dataclass
+class Result:
+    """An optimised model and the report of how it came about.
+
+    Attributes:
+        model: the result; the input model itself where nothing was changed.
+        report: what every pass did, and what was measured.
+        recipe: what to save to get the same again.
+    """
+
+    model: ir.Model
+    report: Report
+    recipe: Recipe
+    target: Target
+    context: Context = field(repr=False)
+
+    def save(self, path: str | os.PathLike[str]) -> list[Path]:
+        """Write the model to a `.onnx` file, or to a folder the model, `report.json`, `report.html` and `recipe.toml`.
+
+        Returns:
+            The files written.
+
+        Raises:
+            GraphoptError: something cannot be written.
+        """
+        from graphopt.model import save
+
+        path = Path(path)
+        if path.suffix == ".onnx":
+            save(self.model, path)
+            return [path]
+        _make_folder(path)
+        save(self.model, path / "model.onnx")
+        return [path / "model.onnx", *self._write_reports(path)]
+
+    def lower(self, path: str | os.PathLike[str], target: Target | str | None = None) -> list[Path]:
+        """Write the deployable bundle of a target (default: the one the model was made for) into a folder.
+
+        Returns:
+            The files written.
+
+        Raises:
+            MissingBackendError: a tool that the target needs is not installed.
+            GraphoptError: something cannot be written.
+        """
+        chosen = self.target if target is None else _target(target)
+        feeds = None
+        if self.context.calibration is not None:
+            feeds = next(iter(self.context.calibration.batches(batch_size=1, limit=1)), None)
+        backend = registry.backend(chosen.backend)
+        return backend.lower(self.model, chosen, Path(path), report=self.report.to_dict(), feeds=feeds)
+
+    def _write_reports(self, folder: Path) -> list[Path]:
+        from graphopt.report.html import render
+
+        texts = {
+            "report.json": self.report.to_json() + "\n",
+            "report.html": render(self.report),
+            "recipe.toml": self.recipe.to_toml(),
+        }
+        for name, text in texts.items():
+            try:
+                (folder / name).write_text(text, encoding="utf-8")
+            except OSError as error:
+                raise UsageError(
+                    f"cannot be written: {error.strerror}", where=str(folder / name), hint="choose another folder"
+                ) from error
+        return [folder / name for name in texts]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the arguments of `optimize` come to."""
+
+    passes: tuple[Pass, ...]
+    target: Target
+    calib: Any
+    evaluate: Any
+    metric: str | None
+    max_drop: float | None
+    max_latency: float | None
+    seed: int
+    dim: Mapping[str, int]
+    preset: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+def optimize(
+    model: ir.Model | str | os.PathLike[str],
+    passes: str | Sequence[Pass] | None = None,
+    *,
+    preset: str | int | None = None,
+    recipe: Recipe | str | os.PathLike[str] | None = None,
+    target: Target | str | None = None,
+    calib: Any = None,
+    evaluate: Any = None,
+    metric: str | None = None,
+    max_drop: float | str | None = None,
+    max_latency: float | str | None = None,
+    dim: Mapping[str, int] | None = None,
+    seed: int | None = None,
+    jobs: int = 1,
+    verify_each: Level = "numeric",
+    instruments: Iterable[Instrument] = (),
+    print_ir_after: Sequence[str] = (),
+    dump_ir: str | os.PathLike[str] | None = None,
+    bisect_limit: int | None = None,
+    dry_run: bool = False,
+    units: bool = True,
+    bench: bool = True,
+    bench_seconds: float = 1.0,
+    bundles: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+    say: Callable[[str], object] | None = None,
+    command: str | None = None,
+) -> Result:
+    """Make a trained model smaller and faster, and tell what that did.
+
+    Args:
+        model: an ONNX file, or a model from `graphopt.load`; never changed.
+        passes: a pipeline as text (`'fold,prune{macs=0.5}'`) or pass objects. Without `passes`, `preset` and `recipe`
+            it is the preset -O1.
+        preset: "O0" to "O3".
+        recipe: a recipe, or the path of one; arguments given beside it go before what it says.
+        target: name of a target, or a target; default "cpu".
+        calib: unlabelled inputs: whatever `graphopt.calibration.load` takes.
+        evaluate: labelled data or a function: whatever `graphopt.evaluation.load` takes.
+        metric: for evaluation data.
+        max_drop: gate on accuracy (or on fidelity without `evaluate`); 0.01, "1%", inf; None: off, except for presets.
+        max_latency: gate on the latency ratio to the input model; None: off, except for presets.
+        dim: fixed sizes of symbolic input dimensions.
+        seed: of every random choice; default 0.
+        jobs: threads that passes may use.
+        verify_each: "numeric", "structure" or "off".
+        instruments: more of them, called after verification and before the gates.
+        print_ir_after: names of passes, or "all": print the model to stderr after them.
+        dump_ir: folder for the model's text before and after every pass.
+        bisect_limit: run only so many passes.
+        dry_run: check everything and plan; run no pass.
+        units: find out what could be pruned, for the report.
+        bench: measure latency for the report and its warnings, where the target runs here. Gates measure regardless.
+        bench_seconds: time of one latency measurement.
+        bundles: folder for reproducer bundles; default: the folder for temporary files.
+        progress: sink for progress.
+        say: gets lines the user should see while it runs (what a preset expands to).
+        command: how the run was started, for the report.
+
+    Raises:
+        GateRefused: every result broke a gate; its attribute `report` tells more. The input model stands.
+        GraphoptError: see `graphopt.errors`.
+    """
+    from graphopt.model import fix_dims, load
+
+    start = time.perf_counter()
+    plan = _plan(passes, preset, recipe, target, calib, evaluate, metric, max_drop, max_latency, dim, seed)
+    for line in plan.notes:
+        (say or _ignore)(line)
+    loaded, name = (load(model), str(model)) if isinstance(model, (str, os.PathLike)) else (model, "model")
+    if plan.dim:
+        from graphopt.clone import private_clone
+
+        loaded = private_clone(loaded)
+        fix_dims(loaded, plan.dim)
+    ctx = _context(loaded, plan, jobs, progress)
+    measures = Measures(loaded, ctx, seconds=bench_seconds)
+    gates = _gates(plan, measures, bench)
+    chain: list[Instrument] = [Clock(), ShowProgress(len(plan.passes))]
+    if bisect_limit is not None:
+        chain.append(BisectLimit(bisect_limit))
+    if print_ir_after:
+        _check_names(print_ir_after, plan.passes)
+        chain.append(PrintIR(print_ir_after))
+    if dump_ir is not None and not dry_run:
+        chain.append(DumpIR(Path(dump_ir)))
+    chain += [VerifyEach(verify_each), *instruments, *gates]
+    manager = PassManager(plan.passes, chain, bundles=None if bundles is None else Path(bundles), command=command)
+    report = Report(
+        model=name,
+        target=plan.target.name,
+        pipeline=to_spec(plan.passes),
+        seed=plan.seed,
+        input=stats(loaded),
+        output=stats(loaded),
+        gates={"max-drop": plan.max_drop, "max-latency": plan.max_latency},
+        preset=plan.preset,
+        calibration=ctx.calibration.name if ctx.calibration is not None else None,
+        evaluation=ctx.evaluation.name if ctx.evaluation is not None else None,
+        notes=list(plan.notes),
+        versions=versions(),
+        command=command,
+        dry_run=dry_run,
+    )
+    if units:
+        report.units = _units(loaded)
+    if dry_run:
+        manager.check(ctx)
+        report.passes = [PassRecord(p.name, to_spec([p]), p.effect.value, "planned") for p in plan.passes]
+        result = loaded
+    else:
+        result = manager.run(loaded, ctx)
+        report.passes = manager.records
+        report.output = stats(result)
+        _measure(report, result, measures, bench, verify_each)
+    _warn(report, plan)
+    report.seconds = time.perf_counter() - start
+    _refuse(report, plan, gates)
+    return Result(result, report, _as_recipe(plan), plan.target, ctx)
+
+
+def _plan(
+    passes: str | Sequence[Pass] | None,
+    preset: str | int | None,
+    recipe: Recipe | str | os.PathLike[str] | None,
+    target: Target | str | None,
+    calib: Any,
+    evaluate: Any,
+    metric: str | None,
+    max_drop: float | str | None,
+    max_latency: float | str | None,
+    dim: Mapping[str, int] | None,
+    seed: int | None,
+) -> _Plan:
+    given = [n for n, v in (("passes", passes), ("preset", preset), ("recipe", recipe)) if v is not None]
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)} are given together", hint="give one of passes, preset and recipe")
+    said = recipe if isinstance(recipe, Recipe) else Recipe(()) if recipe is None else read_recipe(recipe)
+    chosen = _target(target if target is not None else said.target if said.target is not None else "cpu")
+    drop, latency = parse_bound(max_drop, "max-drop"), parse_bound(max_latency, "max-latency")
+    plan = _Plan(
+        passes=said.passes,
+        target=chosen,
+        calib=calib if calib is not None else said.calib,
+        evaluate=evaluate if evaluate is not None else said.evaluate,
+        metric=metric if metric is not None else said.metric,
+        max_drop=drop if drop is not None else said.max_drop,
+        max_latency=latency if latency is not None else said.max_latency,
+        seed=seed if seed is not None else said.seed if said.seed is not None else 0,
+        dim=dim if dim is not None else dict(said.dim),
+    )
+    if recipe is not None:
+        return plan
+    if passes is not None:
+        return replace(plan, passes=parse(passes) if isinstance(passes, str) else _instances(passes))
+    expansion = expand(DEFAULT_PRESET if preset is None else preset, chosen, plan.calib is not None)
+    return replace(
+        plan,
+        passes=expansion.passes,
+        preset=expansion.name,
+        max_drop=MAX_DROP if plan.max_drop is None else plan.max_drop,
+        max_latency=MAX_LATENCY if plan.max_latency is None else plan.max_latency,
+        notes=tuple(str(expansion).splitlines()),
+    )
+
+
+def _instances(passes: Sequence[Pass]) -> tuple[Pass, ...]:
+    for p in passes:
+        problem = registry.pass_problem(type(p)) if isinstance(p, Pass) else f"{p!r} is not a pass object"
+        if problem is not None:
+            raise UsageError(problem, where="passes", hint="give a pipeline as text, or instances of Pass dataclasses")
+    return tuple(passes)
+
+
+def _target(target: Target | str) -> Target:
+    return target if isinstance(target, Target) else registry.target(target)
+
+
+def _context(model: ir.Model, plan: _Plan, jobs: int, progress: Progress | None) -> Context:
+    from graphopt import calibration, evaluation
+
+    data = None if plan.calib is None else calibration.load(plan.calib, model, seed=plan.seed)
+    if plan.metric is not None and plan.evaluate is None:
+        raise UsageError("a metric without evaluation data", where="metric", hint="give --eval DATA as well")
+    score = None if plan.evaluate is None else evaluation.load(plan.evaluate, plan.metric, model)
+    return Context(
+        target=plan.target,
+        calibration=data,
+        evaluation=score,
+        seed=plan.seed,
+        jobs=jobs,
+        progress=progress or Silent(),
+        resolve=registry.pass_class,
+    )
+
+
+def _gates(plan: _Plan, measures: Measures, bench: bool) -> list[Instrument]:
+    gates: list[Instrument] = []
+    if plan.max_drop is not None:
+        gates.append(DropGate(plan.max_drop, measures))
+    gates.append(Regressions(measures, drop=plan.max_drop is None, latency=plan.max_latency is None and bench))
+    if plan.max_latency is not None:
+        # Last, because it remembers how fast the model has become: a later veto would make that wrong.
+        gates.append(LatencyGate(plan.max_latency, measures))
+    return gates
+
+
+def _check_names(names: Sequence[str], passes: Sequence[Pass]) -> None:
+    known = {p.name for p in passes}
+    for name in names:
+        if name not in known and name != "all":
+            raise UsageError(
+                f"{name!r} is not in the pipeline",
+                where="print-ir-after",
+                hint=f"name one of {', '.join(sorted(known)) or 'no passes'}, or all",
+            )
+
+
+def _measure(report: Report, result: ir.Model, measures: Measures, bench: bool, verify_each: Level) -> None:
+    """Compare the result with the input model for the report."""
+    ctx = measures.ctx
+    applied = [r for r in report.passes if r.changed]
+    if ctx.evaluation is not None:
+        before = measures.baseline()
+        after = measures.accuracy(result) if applied else before
+        report.accuracy = Accuracy(ctx.evaluation.metric, ctx.evaluation.higher_is_better, before, after)
+    if not applied:
+        report.latency = Latency(None, reason="the model is unchanged")
+        report.fidelity = Fidelity(1.0, "none", reason="the model is unchanged")
+        return
+    lossy = any(r.effect == Effect.LOSSY.value for r in applied)
+    only = applied[0].verification if len(applied) == 1 and not lossy else None
+    if only is not None and only.outputs:
+        # One exact pass was compared with the input model already.
+        report.fidelity = Fidelity(min(o.cosine for o in only.outputs), only.data, only.outputs)
+    elif verify_each != "numeric" and not lossy:
+        report.fidelity = Fidelity(None, "none", reason=f"not measured with --verify-each {verify_each}")
+    else:
+        report.fidelity = measures.fidelity(result)
+    big = report.input.bytes > BENCH_WEIGHTS_LIMIT
+    if measures.known_latency(result) is not None or (bench and not big):
+        report.latency = measures.latency(result)
+    else:
+        reason = f"the weights exceed {BENCH_WEIGHTS_LIMIT >> 20} MiB" if big else "switched off"
+        report.latency = Latency(None, reason=f"not measured: {reason}")
+
+
+def _units(model: ir.Model) -> Units:
+    """What could be pruned; an analysis that fails does not end a run that may not even prune, but it is told."""
+    from graphopt.report.units import summarise
+
+    try:
+        return summarise(model)
+    except GraphoptError as error:
+        return Units(0, 0, 0, 0, reason=str(error))
+
+
+def _warn(report: Report, plan: _Plan) -> None:
+    mark = "warning: "
+    for record in report.passes:
+        report.warnings += [note.removeprefix(mark) for note in record.notes if note.startswith(mark)]
+        if record.status == "undone":
+            report.warnings.append(f"{record.name} was undone: {record.reason}")
+    found = report.latency
+    if found is not None and found.certain_low is not None and found.certain_low > 1 and plan.max_latency is None:
+        report.warnings.append(f"the model is slower than the input model: {found.ratio:.2f}x its time")
+    if report.output.bytes > report.input.bytes:
+        report.warnings.append(f"the weights are larger: {report.input.bytes} -> {report.output.bytes} bytes")
+    opset, cap = report.output.opset.get("ai.onnx", 0), plan.target.opset_max
+    if cap is not None and opset > cap:
+        report.warnings.append(f"opset {opset} is newer than target {plan.target.name!r} reads (at most {cap})")
+    if plan.target.ir_max is not None and report.output.ir_version > plan.target.ir_max:
+        report.warnings.append(
+            f"IR version {report.output.ir_version} is newer than target {plan.target.name!r} reads "
+            f"(at most {plan.target.ir_max})"
+        )
+    report.warnings = list(dict.fromkeys(report.warnings))
+
+
+def _refuse(report: Report, plan: _Plan, gates: Sequence[Instrument]) -> None:
+    """Raise where the gates left nothing.
+
+    Raises:
+        GateRefused: a gate undid a pass and no pass is left, or the result misses a latency bound below 1.
+    """
+    applied = [r for r in report.passes if r.changed]
+    undone = [r for r in report.passes if r.status == "undone"]
+    problem = None
+    if undone and not applied:
+        problem = "; ".join(f"{r.name}: {r.reason}" for r in undone)
+    elif plan.max_latency is not None and plan.max_latency < 1 and not report.dry_run:
+        ratio = 1.0 if not applied else report.latency.ratio if report.latency is not None else None
+        gate = next(g for g in gates if isinstance(g, LatencyGate))
+        if ratio is not None and not gate.meets(ratio):
+            problem = f"max-latency: the result takes {ratio:.3f}x the time of the input model, not {gate.limit:g}x"
+    if problem is not None:
+        error = GateRefused(
+            f"no result passed the gates, so the input model stands ({problem})",
+            hint="loosen --max-drop or --max-latency, choose milder options, or add passes",
+        )
+        error.report = report
+        raise error
+
+
+def _as_recipe(plan: _Plan) -> Recipe:
+    def text(value: Any) -> str | None:
+        return str(value) if isinstance(value, (str, os.PathLike)) else None
+
+    return Recipe(
+        passes=plan.passes,
+        target=plan.target.name,
+        calib=text(plan.calib),
+        evaluate=text(plan.evaluate),
+        metric=plan.metric,
+        max_drop=plan.max_drop,
+        max_latency=plan.max_latency,
+        seed=plan.seed,
+        dim=tuple(plan.dim.items()),
+    )
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"cannot be made: {error.strerror}", where=str(path), hint="choose another folder, or a .onnx file"
+        ) from error
+
+
+def _ignore(line: str) -> None:
+    """For callers who do not listen; the report keeps the lines."""
