@@ -1,1 +1,14 @@
-"""ops."""
+"""Operator rules, one family a file. Importing this package registers them all."""
+
+from graphopt.analysis.ops import (  # noqa: F401
+    convolution,
+    elementwise,
+    joining,
+    layout,
+    linear,
+    normalization,
+    reduction,
+    resizing,
+    shaping,
+    slicing,
+)

@@ -1,0 +1,97 @@
+"""Operators that only move data, described by what they do to one axis; labels and dead values are moved alike.
+
+A `Move` says: the positions of axis `source` appear in the axes `results` of the output, arranged as `apply` arranges a
+vector. `apply` is run by numpy on the labels themselves, so a channel shuffle, a flatten or a split of heads needs no
+rule of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from graphopt.analysis.labels import Axes, close_box
+from graphopt.analysis.rules import DeadValues, Labeller, OpRule, where
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Move:
+    """Where the positions of one input axis go.
+
+    Attributes:
+        source: axis of the first input.
+        results: axes of the output that `apply`'s result spans, in order.
+        apply: takes a vector over the source axis, gives an array over `results`.
+    """
+
+    source: int
+    results: tuple[int, ...]
+    apply: Callable[[Array], Array]
+
+
+def taking(places: slice | Array) -> Callable[[Array], Array]:
+    """Some positions of the axis."""
+    return lambda vector: vector[places]
+
+
+def same(vector: Array) -> Array:
+    """The axis as it is."""
+    return vector
+
+
+class Movement(OpRule):
+    """Rule of an operator whose output is its first input, rearranged."""
+
+    def moves(self, node: ir.Node, axes: Sequence[int], output: int) -> list[Move] | str:
+        """Moves of the labelled `axes`, or the reason why they cannot be followed. Axes left out end here: frozen."""
+        raise NotImplementedError
+
+    def label(self, node: ir.Node, g: Labeller) -> None:
+        name = where(node)
+        # A parameter that is rearranged before its use: zeroing its slices zeroes the unit wherever they end up.
+        x = g.operand(node, 0, role="producer")
+        for index, output in enumerate(node.outputs):
+            moves = self.moves(node, list(x), index) if x else []
+            if isinstance(moves, str):
+                g.freeze(x, f"{name}: {moves}")
+                continue
+            followed = {move.source for move in moves}
+            g.freeze(x, f"{name}: the axis cannot be followed", only=[a for a in x if a not in followed])
+            result: Axes = {}
+            for move in moves:
+                for factor in x[move.source]:
+                    moved = move.apply(factor)
+                    keep = g.modes.get(node.outputs[0].name or "")
+                    closed = close_box(
+                        g.table, moved, name, move.results.index(keep) if keep in move.results else None
+                    )
+                    for place, factors in closed.items():
+                        axis = move.results[place]
+                        result[axis] = (*result.get(axis, ()), *factors)
+            g.set(output, result)
+
+    def dead(self, node: ir.Node, d: DeadValues) -> None:
+        source = node.inputs[0]
+        if source is None:
+            return
+        for index, output in enumerate(node.outputs):
+            moves = self.moves(node, list(d.axes(source)), index)
+            if isinstance(moves, str):
+                continue
+            for move in moves:
+                values = d.operand(node, 0, move.source)
+                if values is None:
+                    continue
+                moved = move.apply(values)
+                for place, axis in enumerate(move.results):
+                    if axis in d.axes(output):
+                        rows = np.moveaxis(moved, place, 0).reshape(moved.shape[place], -1)
+                        uniform = (rows == rows[:, :1]).all(axis=1)
+                        d.set(output, axis, np.where(uniform, rows[:, 0], np.nan))

@@ -1,0 +1,159 @@
+"""Conv and ConvTranspose of every kind: plain, depthwise, grouped.
+
+With g groups, the weight's axis 0 is split by group and axis 1 is not: Conv [g o, c, k...] reads along axis 1 and writes
+along axis 0, ConvTranspose [g c, o, k...] the other way round. For g = 1 the axis read is tied to the input's channels
+and the axis written names the output's. For g > 1 groups must stay equally wide, so there are two modes:
+
+    position  the same positions go in every group; the unsplit axis is one group's channels
+    group     whole groups go; the unsplit axis stays. Depthwise convolution is this mode with c = 1
+
+and the one with more units is taken. A dead input channel of constant value v adds v * sum(W[:, channel]) to every
+output, exactly so where no padding mixes zeros in; v = 0 is exact everywhere.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.analysis import shapes
+from graphopt.analysis.labels import Axes, Factors, Vector
+from graphopt.analysis.remove import Removal
+from graphopt.analysis.rules import CostView, DeadValues, Labeller, OpRule, rule, where
+
+
+def padded(node: ir.Node) -> bool:
+    """True where the convolution may mix padding zeros into its sums."""
+    mode = node.attributes.get_string("auto_pad", "NOTSET")
+    if mode in {"SAME_UPPER", "SAME_LOWER"}:
+        return True
+    return mode != "VALID" and any(node.attributes.get_ints("pads", ()) or ())
+
+
+def groups(node: ir.Node) -> int:
+    """Number of groups."""
+    return int(node.attributes.get_int("group", 1) or 1)
+
+
+class _Convolution(OpRule):
+    """What Conv and ConvTranspose share; they differ in which weight axis reads and which writes."""
+
+    reads: int
+    writes: int
+
+    def label(self, node: ir.Node, g: Labeller) -> None:
+        name = where(node)
+        source = node.inputs[0]
+        assert source is not None
+        size = shapes.sizes(node.inputs[1])
+        if size is None:
+            g.freeze_node(node, f"{name}: its weight is computed")
+            return
+        x = g.operand(node, 0)
+        w = g.operand(node, 1, {self.reads: "consumer", self.writes: "producer"}, only=(0, 1))
+        g.freeze(x, f"{name}: the axis is convolved over", but=(0, 1))
+        count = groups(node)
+        if count == 1:
+            read, out = w.get(self.reads, ()), w.get(self.writes, ())
+        else:
+            split, whole = self._grouped(name, g, w, size, count)
+            read, out = (whole, split) if self.reads == 1 else (split, whole)
+        if read or 1 in x:
+            g.equate(x.get(1, ()), read, f"{name}: its input channels are never removed")
+        bias = g.operand(node, 2, {0: "producer"}).get(0, ())
+        if bias:
+            out = g.equate(out, bias, f"{name}: its output channels are never removed")
+        g.set(node.outputs[0], {0: x.get(0, ()), 1: out})
+        if 1 in x:
+            exact_constant = count == 1 and self.reads == 1 and not padded(node)
+            reason = "reads an unknown value" if exact_constant else "reads a value that is not zero next to padding"
+            g.sink(source, 1, node, "constant" if exact_constant else "zero", f"{name}: {reason}")
+
+    @staticmethod
+    def _grouped(name: str, g: Labeller, w: Axes, size: list[int], count: int) -> tuple[Factors, Factors]:
+        """Labels of the activations on the split and on the unsplit side of the weight."""
+        if 0 not in w:
+            return (), ()
+        rows = w[0][0].reshape(count, -1)
+        positions, inner = rows.shape[1], size[1]
+        tie = f"{name}: shares a slice of its {count} groups with a channel that is never removed"
+        by_position = sum(n for n in (positions, inner) if n > 1) > count
+        if by_position:
+            g.table.equate(rows, rows[:1], tie)
+            if positions == 1:
+                g.freeze(w, f"{name}: a group has one channel on this side", only=(0,))
+            return w[0], tuple(np.tile(vector, count) for vector in w.get(1, ()))
+        g.table.equate(rows, rows[:, :1], tie)
+        g.freeze(w, f"{name}: whole groups are its units", only=(1,))
+        return w[0], (np.repeat(rows[:, 0], inner),)
+
+    def dead(self, node: ir.Node, d: DeadValues) -> None:
+        output, source = node.outputs[0], node.inputs[0]
+        if 1 not in d.axes(output):
+            return
+        size = d.size(output, 1)
+        if d.hypothetical:
+            d.set(output, 1, np.zeros(size))
+            return
+        array = shapes.constant(node.inputs[1])
+        bias = d.operand(node, 2, 0)
+        inputs = d.of(source, 1) if source is not None else None
+        if array is None:
+            return
+        if groups(node) > 1:
+            # Only an all-zero filter is recognised; ConvTranspose mixes its groups along the unsplit axis.
+            if self.writes == 0:
+                zero = ~np.any(array.reshape(len(array), -1), axis=1)
+                d.set(output, 1, np.where(zero, 0.0 if bias is None else bias, np.nan))
+            return
+        kernel = np.moveaxis(array.astype(np.float64).reshape(*array.shape[:2], -1), self.writes, 0)
+        inputs = np.full(kernel.shape[1], np.nan) if inputs is None else inputs
+        constants_pass = self.reads == 1 and not padded(node)
+        usable = ~np.isnan(inputs) & ((inputs == 0) | constants_pass)
+        known = ~(np.any(kernel, axis=2) & ~usable).any(axis=1)
+        total = kernel.sum(axis=2) @ np.where(usable, inputs, 0.0) + (0.0 if bias is None else bias)
+        d.set(output, 1, np.where(known, total, np.nan))
+
+    def cost(self, node: ir.Node, c: CostView) -> tuple[float, tuple[Vector, ...]]:
+        positions = node.outputs[0] if self.reads == 1 else node.inputs[0]
+        size = shapes.sizes(node.inputs[1])
+        spatial = shapes.static_dims(positions) if positions is not None else None
+        if spatial is None or size is None:
+            return 0.0, ()
+        points = float(np.prod([spatial[0], *spatial[2:]])) * float(np.prod(size[2:]))
+        first, one = c.axis(node, 1, 0, size[0])
+        second, two = c.axis(node, 1, 1, size[1])
+        return points * first * second, (*one, *two)
+
+    def rewrite(self, node: ir.Node, r: Removal) -> None:
+        source = node.inputs[0]
+        assert source is not None
+        count, size = groups(node), shapes.sizes(node.inputs[1])
+        if count == 1:
+            if self.reads == 1:
+                r.fold_constants(node, source, 1, weight=1, bias=2)
+            return
+        if size is None or r.operand_count(node, 1, 1) < size[1]:
+            return  # position mode: as many groups as before, each narrower
+        unsplit = source if self.reads == 1 else node.outputs[0]
+        left = r.count(unsplit, 1, size[1] * count) // size[1]
+        if left != count:
+            node.attributes.add(ir.AttrInt64("group", left))
+
+
+@rule
+class Conv(_Convolution):
+    """Conv: weight [O, C/g, k...]."""
+
+    ops = ("Conv",)
+    reads = 1
+    writes = 0
+
+
+@rule
+class ConvTranspose(_Convolution):
+    """ConvTranspose: weight [C, O/g, k...]."""
+
+    ops = ("ConvTranspose",)
+    reads = 0
+    writes = 1

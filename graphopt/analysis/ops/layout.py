@@ -1,0 +1,174 @@
+"""Reshape, Flatten, Squeeze, Unsqueeze, Transpose, DepthToSpace, SpaceToDepth, Expand and Tile.
+
+A reshape is cut into blocks of axes with equal products; only blocks that carry labels need known sizes, so symbolic
+batch and sequence axes stay symbolic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.analysis import shapes
+from graphopt.analysis.movement import Array, Move, Movement, same
+from graphopt.analysis.remove import Removal
+from graphopt.analysis.rules import rule
+
+
+def _shapes(node: ir.Node) -> tuple[tuple[shapes.Dim, ...], tuple[shapes.Dim, ...]] | str:
+    source = node.inputs[0]
+    before = shapes.dims(source) if source is not None else None
+    after = shapes.dims(node.outputs[0])
+    if before is None or after is None:
+        return "a rank is unknown"
+    return before, after
+
+
+@rule
+class Reshape(Movement):
+    """Reshape and Flatten: the same elements in row-major order under other axes."""
+
+    ops = ("Reshape", "Flatten")
+
+    def moves(self, node: ir.Node, axes: Sequence[int], output: int) -> list[Move] | str:
+        found = _shapes(node)
+        if isinstance(found, str):
+            return found
+        before, after = found
+        moves = []
+        for sources, results in shapes.reshape_blocks(before, after):
+            inner = [before[a] for a in sources]
+            outer = [after[a] for a in results]
+            for axis in axes:
+                if axis not in sources:
+                    continue
+                if len(inner) == 1 and len(outer) == 1:
+                    moves.append(Move(axis, tuple(results), same))
+                    continue
+                if not all(isinstance(d, int) for d in (*inner, *outer)):
+                    continue
+                place = axis - sources.start
+                full = [int(d) for d in inner if isinstance(d, int)]
+                target = [int(d) for d in outer if isinstance(d, int)]
+                if np.prod(full) != np.prod(target):
+                    return "the sizes of its block are not known"
+
+                def spread(vector: Array, place: int = place, full: list[int] = full, to: list[int] = target) -> Array:
+                    shape = [1] * len(full)
+                    shape[place] = full[place]
+                    return np.broadcast_to(vector.reshape(shape), full).reshape(to)
+
+                moves.append(Move(axis, tuple(results), spread))
+        return moves
+
+    def rewrite(self, node: ir.Node, r: Removal) -> None:
+        if node.op_type == "Reshape":  # Flatten computes its sizes itself
+            r.set_sizes(node, 1)
+
+
+@rule
+class Squeeze(Movement):
+    """Squeeze and Unsqueeze: axes of size 1 go or come, the others keep their order."""
+
+    ops = ("Squeeze", "Unsqueeze")
+
+    def moves(self, node: ir.Node, axes: Sequence[int], output: int) -> list[Move] | str:
+        found = _shapes(node)
+        if isinstance(found, str):
+            return found
+        before, after = found
+        given = node.attributes.get_ints("axes", None)
+        if given is None and len(node.inputs) > 1 and node.inputs[1] is not None:
+            given = shapes.ints(node.inputs[1])
+            if given is None:
+                return "its axes are computed"
+        longer = after if node.op_type == "Unsqueeze" else before
+        if given is None:
+            gone = {axis for axis, size in enumerate(before) if size == 1}
+        else:
+            gone = {axis % len(longer) for axis in given}
+        kept = [axis for axis in range(len(longer)) if axis not in gone]
+        if node.op_type == "Unsqueeze":
+            return [Move(axis, (kept[axis],), same) for axis in axes]
+        return [Move(axis, (kept.index(axis),), same) for axis in axes if axis in kept]
+
+
+@rule
+class Transpose(Movement):
+    """Axes in another order."""
+
+    ops = ("Transpose",)
+
+    def moves(self, node: ir.Node, axes: Sequence[int], output: int) -> list[Move] | str:
+        source = node.inputs[0]
+        shape = shapes.dims(source) if source is not None else None
+        if shape is None:
+            return "the rank is unknown"
+        order = list(node.attributes.get_ints("perm", ()) or range(len(shape))[::-1])
+        return [Move(axis, (order.index(axis),), same) for axis in axes]
+
+
+@rule
+class DepthToSpace(Movement):
+    """Channels (b, b, C') [DCR] or (C', b, b) [CRD] become C' channels of blocks of b x b positions."""
+
+    ops = ("DepthToSpace",)
+
+    def moves(self, node: ir.Node, axes: Sequence[int], output: int) -> list[Move] | str:
+        block = int(node.attributes.get_int("blocksize", 1) or 1)
+        leading = node.attributes.get_string("mode", "DCR") == "DCR"
+
+        def deal(vector: Array) -> Array:
+            """Channel first, positions of the block second: only the channel axis is an axis of the output."""
+            return vector.reshape(block * block, -1).T if leading else vector.reshape(-1, block * block)
+
+        # The positions of a block become spatial positions: the result's second axis is the spatial one, kept whole.
+        return [Move(a, (1, 2), deal) if a == 1 else Move(a, (0,), same) for a in axes if a in {0, 1}]
+
+
+@rule
+class SpaceToDepth(Movement):
+    """Blocks of b x b positions become channels (b, b, C)."""
+
+    ops = ("SpaceToDepth",)
+
+    def moves(self, node: ir.Node, axes: Sequence[int], output: int) -> list[Move] | str:
+        block = int(node.attributes.get_int("blocksize", 1) or 1)
+        return [Move(a, (a,), _copies(block * block) if a == 1 else same) for a in axes if a in {0, 1}]
+
+
+def _copies(count: int) -> Callable[[Array], Array]:
+    return lambda vector: np.tile(vector, count)
+
+
+@rule
+class Expand(Movement):
+    """Broadcast to a larger shape: axes that keep their size pass."""
+
+    ops = ("Expand",)
+
+    def moves(self, node: ir.Node, axes: Sequence[int], output: int) -> list[Move] | str:
+        found = _shapes(node)
+        if isinstance(found, str):
+            return found
+        before, after = found
+        shift = len(after) - len(before)
+        return [Move(a, (a + shift,), same) for a in axes if before[a] == after[a + shift]]
+
+    def rewrite(self, node: ir.Node, r: Removal) -> None:
+        r.set_sizes(node, 1)
+
+
+@rule
+class Tile(Movement):
+    """Whole copies, one behind the other: a position and its copies are one unit."""
+
+    ops = ("Tile",)
+
+    def moves(self, node: ir.Node, axes: Sequence[int], output: int) -> list[Move] | str:
+        repeats = shapes.ints(node.inputs[1]) if len(node.inputs) == 2 else None
+        if repeats is None:
+            return "its repeats are computed"
+        return [Move(a, (a,), _copies(repeats[a])) for a in axes]

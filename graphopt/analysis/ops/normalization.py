@@ -1,0 +1,126 @@
+"""BatchNormalization, InstanceNormalization, and the operators that judge a whole axis together (softmax, norms).
+
+Batch and instance normalisation work channel by channel: the channel keeps its labels and takes its scale, bias and
+statistics along. An operator that mixes positions of an axis freezes that axis.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.analysis import shapes
+from graphopt.analysis.rules import DeadValues, Labeller, OpRule, Role, rule, where
+
+
+class _ChannelNorm(OpRule):
+    """Axis 1 carries scale, bias and statistics."""
+
+    roles: tuple[Role, ...] = ()
+
+    def label(self, node: ir.Node, g: Labeller) -> None:
+        name = where(node)
+        x = g.operand(node, 0)
+        channels = x.get(1, ())
+        for index, role in enumerate(self.roles, start=1):
+            own = g.operand(node, index, role=role).get(0, ())
+            if own or channels:
+                channels = g.equate(channels, own, f"{name}: its channels are never removed")
+        g.set(node.outputs[0], {**x, 1: channels})
+
+
+@rule
+class BatchNormalization(_ChannelNorm):
+    """Y = scale (X - mean) / sqrt(var + epsilon) + B, per channel."""
+
+    ops = ("BatchNormalization",)
+    roles = ("producer", "producer", "follower", "follower")
+
+    def label(self, node: ir.Node, g: Labeller) -> None:
+        if node.attributes.get_int("training_mode", 0):
+            g.freeze_node(node, f"{where(node)}: in training mode its statistics come from the batch")
+            return
+        super().label(node, g)
+
+    def dead(self, node: ir.Node, d: DeadValues) -> None:
+        output = node.outputs[0]
+        for axis in d.axes(output):
+            if axis != 1:
+                continue
+            x, scale, bias, mean, variance = (d.operand(node, i, 1 if i == 0 else 0) for i in range(5))
+            if scale is None or bias is None or mean is None or variance is None:
+                continue
+            x = np.full(d.size(output, 1), np.nan) if x is None else x
+            epsilon = node.attributes.get_float("epsilon", 1e-5)
+            normal = np.where(scale == 0, 0.0, scale * (x - mean) / np.sqrt(variance + epsilon))
+            d.set(output, 1, normal + bias)
+
+
+@rule
+class InstanceNormalization(_ChannelNorm):
+    """Each channel of each sample normalised over its positions: a constant channel becomes its bias."""
+
+    ops = ("InstanceNormalization",)
+    roles = ("producer", "producer")
+
+    def label(self, node: ir.Node, g: Labeller) -> None:
+        g.freeze(g.operand(node, 0), f"{where(node)}: the axis is normalised over", but=(0, 1))
+        super().label(node, g)
+        labels = g.of(node.outputs[0])
+        g.set(node.outputs[0], {axis: labels[axis] for axis in (0, 1) if axis in labels})
+
+    def dead(self, node: ir.Node, d: DeadValues) -> None:
+        output = node.outputs[0]
+        if 1 in d.axes(output):
+            x, scale, bias = d.operand(node, 0, 1), d.operand(node, 1, 0), d.operand(node, 2, 0)
+            if scale is not None and bias is not None:
+                constant = (scale == 0) if x is None else (scale == 0) | ~np.isnan(x)
+                d.set(output, 1, np.where(constant, bias, np.nan))
+
+
+@rule
+class AxisTogether(OpRule):
+    """Softmax and its kin: one axis is judged together and keeps its length; the other axes pass."""
+
+    ops = ("Softmax", "LogSoftmax", "Hardmax", "CumSum", "LpNormalization")
+
+    def label(self, node: ir.Node, g: Labeller) -> None:
+        x = g.operand(node, 0)
+        rank = len(shapes.dims(node.inputs[0]) or ()) if node.inputs[0] is not None else 0
+        if node.op_type == "CumSum":
+            axis = shapes.scalar(node.inputs[1])
+            together = [int(axis) % rank] if axis is not None and rank else list(x)
+        else:
+            old = (node.version or 13) < 13 and node.op_type != "LpNormalization"
+            axis = node.attributes.get_int("axis", 1 if old else -1) or 0
+            first = int(axis) % rank if rank else 0
+            together = list(range(first, rank)) if old else [first]
+        g.freeze(x, f"{where(node)}: all positions of the axis are judged together", only=together)
+        g.set(node.outputs[0], {a: f for a, f in x.items() if a not in together})
+
+
+@rule
+class LayerNormalization(OpRule):
+    """Normalises the axes from `axis` on together: those keep their length."""
+
+    ops = ("LayerNormalization", "RMSNormalization")
+
+    def label(self, node: ir.Node, g: Labeller) -> None:
+        reason = f"{where(node)}: all positions of the axis are normalised together"
+        x = g.operand(node, 0)
+        rank = len(shapes.dims(node.inputs[0]) or ()) if node.inputs[0] is not None else 0
+        first = int(node.attributes.get_int("axis", -1) or 0) % max(rank, 1)
+        g.freeze(x, reason, only=range(first, rank))
+        for index in range(1, len(node.inputs)):
+            g.freeze(g.operand(node, index), reason)
+        g.set(node.outputs[0], {a: f for a, f in x.items() if a < first})
+
+
+@rule
+class AcrossChannels(OpRule):
+    """LRN and GroupNormalization mix neighbouring channels: the channel axis keeps its length."""
+
+    ops = ("LRN", "GroupNormalization", "MeanVarianceNormalization")
+
+    def label(self, node: ir.Node, g: Labeller) -> None:
+        g.freeze_node(node, f"{where(node)}: channels are normalised together")

@@ -1,0 +1,59 @@
+"""Resize, Upsample and GridSample: spatial axes are interpolated, batch and channels pass."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from graphopt.analysis import shapes
+from graphopt.analysis.remove import Removal
+from graphopt.analysis.rules import DeadValues, Labeller, OpRule, rule, where
+
+
+@rule
+class Resize(OpRule):
+    """Axes of scale 1 pass. Interpolating a constant gives that constant, except where it extrapolates."""
+
+    ops = ("Resize", "Upsample")
+
+    def label(self, node: ir.Node, g: Labeller) -> None:
+        x = g.operand(node, 0)
+        before, after = shapes.dims(node.inputs[0]) if node.inputs[0] is not None else None, shapes.dims(node.outputs[0])
+        passing = [a for a in x if before is not None and after is not None and before[a] == after[a]]
+        extrapolates = node.attributes.get_string("coordinate_transformation_mode", "") == "tf_crop_and_resize"
+        if extrapolates:
+            passing = []
+        g.freeze(x, f"{where(node)}: the axis is interpolated", but=passing)
+        g.set(node.outputs[0], {a: x[a] for a in passing})
+
+    def dead(self, node: ir.Node, d: DeadValues) -> None:
+        for axis in d.axes(node.outputs[0]):
+            values = d.operand(node, 0, axis)
+            if values is not None:
+                d.set(node.outputs[0], axis, values)
+
+    def rewrite(self, node: ir.Node, r: Removal) -> None:
+        if node.op_type == "Resize" and len(node.inputs) > 3 and node.inputs[3] is not None:
+            if node.attributes.get_ints("axes", None) is None:
+                r.set_sizes(node, 3)
+
+
+@rule
+class GridSample(OpRule):
+    """Samples each channel at the positions of a grid."""
+
+    ops = ("GridSample",)
+
+    def label(self, node: ir.Node, g: Labeller) -> None:
+        x = g.operand(node, 0)
+        g.freeze(x, f"{where(node)}: the axis is sampled", but=(1,))
+        g.freeze(g.operand(node, 1), f"{where(node)}: grid positions are no units")
+        g.set(node.outputs[0], {a: x[a] for a in (1,) if a in x})
+
+    def dead(self, node: ir.Node, d: DeadValues) -> None:
+        if 1 in d.axes(node.outputs[0]):
+            values = d.operand(node, 0, 1)
+            zeros = node.attributes.get_string("padding_mode", "zeros") == "zeros"
+            if values is not None:
+                import numpy as np
+
+                d.set(node.outputs[0], 1, np.where(values == 0, 0.0, np.nan) if zeros else values)

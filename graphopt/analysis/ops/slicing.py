@@ -1,0 +1,230 @@
+"""Slice, Gather by constants, and Pad: some positions are taken, some are added.
+
+After a removal a slice takes what is left of its positions. Where these are no longer evenly spaced it becomes a Gather.
+Positions that a constant Pad adds are fresh units: they join whatever they are added to later, and a padding that is
+no longer needed shrinks. That is how an option-A shortcut of a residual network is pruned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.analysis import shapes
+from graphopt.analysis.labels import Axes
+from graphopt.analysis.movement import Array, Move, Movement, same, taking
+from graphopt.analysis.remove import Removal
+from graphopt.analysis.rules import DeadValues, Labeller, OpRule, rule, where
+
+_END = np.iinfo(np.int64).max
+
+
+def _rank(node: ir.Node) -> int:
+    return len(shapes.dims(node.inputs[0]) or ()) if node.inputs[0] is not None else 0
+
+
+def slices(node: ir.Node) -> dict[int, slice] | None:
+    """Axis -> slice of a Slice node; None where they are computed."""
+    rank = _rank(node)
+    if (node.version or 13) < 10:
+        starts = list(node.attributes.get_ints("starts", ()) or ())
+        ends = list(node.attributes.get_ints("ends", ()) or ())
+        axes, steps = list(node.attributes.get_ints("axes", ()) or range(len(starts))), [1] * len(starts)
+    else:
+        given = [shapes.ints(v) for v in node.inputs[1:]]
+        present = [v is not None for v in node.inputs[1:]]
+        if any(there and found is None for there, found in zip(present, given, strict=True)) or not rank:
+            return None
+        starts, ends = given[0] or [], given[1] or []
+        axes = (given[2] if len(given) > 2 else None) or list(range(len(starts)))
+        steps = (given[3] if len(given) > 3 else None) or [1] * len(starts)
+    result = {}
+    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+        # numpy wraps a negative end; ONNX's "past the front" is any number below -size.
+        stop = None if step < 0 and end < -(2**31) + 1 else end
+        result[axis % rank] = slice(start, stop, step)
+    return result
+
+
+@rule
+class Slice(Movement):
+    """Evenly spaced positions of some axes."""
+
+    ops = ("Slice",)
+
+    def moves(self, node: ir.Node, axes: Sequence[int], output: int) -> list[Move] | str:
+        found = slices(node)
+        if found is None:
+            return "its bounds are computed"
+
+        return [Move(axis, (axis,), taking(found[axis]) if axis in found else same) for axis in axes]
+
+    def rewrite(self, node: ir.Node, r: Removal) -> None:
+        source, found = node.inputs[0], slices(node)
+        if source is None or found is None:
+            return
+        changed = {axis: cut for axis, cut in found.items() if r.shortened(source, axis)}
+        if not changed:
+            return
+        for axis, cut in changed.items():
+            places = r.places(source, axis, np.arange(r.size(source, axis))[cut])
+            step = int(places[1] - places[0]) if len(places) > 1 else 1
+            if len(places) and step and (np.diff(places) == step).all():
+                stop = int(places[-1]) + (1 if step > 0 else -1)
+                found[axis] = slice(int(places[0]), stop if stop >= 0 else -_END, step)
+            else:
+                del found[axis]
+                source = r.insert_gather(node, source, axis, places)
+        ordered = sorted(found.items())
+        columns = {
+            "starts": [cut.start for _, cut in ordered],
+            "ends": [-_END if cut.stop is None else cut.stop for _, cut in ordered],
+            "axes": [axis for axis, _ in ordered],
+            "steps": [cut.step for _, cut in ordered],
+        }
+        if (node.version or 13) < 10:
+            for name in ("starts", "ends", "axes"):
+                node.attributes.add(ir.AttrInt64s(name, columns[name]))
+        else:
+            for index, name in enumerate(("starts", "ends", "axes", "steps"), start=1):
+                r.set_input(node, index, np.asarray(columns[name], dtype=np.int64))
+
+
+@rule
+class Gather(Movement):
+    """Positions of an axis by index. Constant indices are followed; computed ones freeze the axis they look up."""
+
+    ops = ("Gather",)
+
+    def label(self, node: ir.Node, g: Labeller) -> None:
+        g.freeze(g.of(node.inputs[1]), f"{where(node)}: indices are no units")
+        super().label(node, g)
+
+    @staticmethod
+    def _axis(node: ir.Node) -> int:
+        return int(node.attributes.get_int("axis", 0) or 0) % max(_rank(node), 1)
+
+    def moves(self, node: ir.Node, axes: Sequence[int], output: int) -> list[Move] | str:
+        axis = self._axis(node)
+        indices = node.inputs[1]
+        shape = shapes.dims(indices) if indices is not None else None
+        if shape is None:
+            return "the rank of its indices is unknown"
+        moves = [Move(a, (a if a < axis else a + len(shape) - 1,), same) for a in axes if a != axis]
+        constant = shapes.constant(indices)
+        if axis in axes and constant is not None and constant.ndim == 1:
+            moves.append(Move(axis, (axis,), taking(constant.astype(np.int64))))
+        return moves
+
+    def rewrite(self, node: ir.Node, r: Removal) -> None:
+        source, axis = node.inputs[0], self._axis(node)
+        indices = shapes.constant(node.inputs[1])
+        if source is not None and indices is not None and indices.ndim == 1 and r.shortened(source, axis):
+            size = r.size(source, axis) or 0
+            places = r.places(source, axis, np.where(indices < 0, indices + size, indices).astype(np.int64))
+            r.set_input(node, 1, places.astype(indices.dtype))
+
+
+def pads(node: ir.Node) -> dict[int, tuple[int, int]] | None:
+    """Axis -> (before, after) of a Pad node; None where they are computed."""
+    rank = _rank(node)
+    given = (
+        list(node.attributes.get_ints("pads", ()) or ())
+        if (node.version or 13) < 11
+        else shapes.ints(node.inputs[1])
+    )
+    axes: list[int] | None = list(range(rank))
+    if len(node.inputs) > 3 and node.inputs[3] is not None:
+        axes = shapes.ints(node.inputs[3])
+    if given is None or axes is None:
+        return None
+    half = len(given) // 2
+    return {axis % rank: (given[k], given[half + k]) for k, axis in enumerate(axes)}
+
+
+def _pad_value(node: ir.Node) -> float:
+    """The padded constant; NaN where it is computed."""
+    if (node.version or 13) < 11:
+        return float(node.attributes.get_float("value", 0.0) or 0.0)
+    if len(node.inputs) > 2 and node.inputs[2] is not None:
+        value = shapes.scalar(node.inputs[2])
+        return float("nan") if value is None else value
+    return 0.0
+
+
+@rule
+class Pad(OpRule):
+    """Positions added before and after an axis; negative pads cut."""
+
+    ops = ("Pad",)
+
+    def label(self, node: ir.Node, g: Labeller) -> None:
+        name = where(node)
+        x = g.operand(node, 0)
+        found = pads(node)
+        if found is None:
+            g.freeze(x, f"{name}: its pads are computed")
+            return
+        constant = node.attributes.get_string("mode", "constant") == "constant"
+        result: Axes = {}
+        for axis, factors in x.items():
+            before, after = found.get(axis, (0, 0))
+            if not before and not after:
+                result[axis] = factors
+            elif not constant:
+                g.freeze(x, f"{name}: copies positions of the axis to its border", only=(axis,))
+            else:
+                head, tail = g.table.fresh(max(before, 0)), g.table.fresh(max(after, 0))
+                kept = [_crop(vector, before, after) for vector in factors]
+                first = np.concatenate([head, kept[0], tail])
+                rest = [np.concatenate([0 * head, vector, 0 * tail]) for vector in kept[1:]]
+                result[axis] = (first, *rest)
+        g.set(node.outputs[0], result)
+
+    def dead(self, node: ir.Node, d: DeadValues) -> None:
+        found, value = pads(node), _pad_value(node)
+        for axis in d.axes(node.outputs[0]):
+            values = d.operand(node, 0, axis)
+            before, after = (found or {}).get(axis, (0, 0))
+            if values is None:
+                values = np.full(d.size(node.outputs[0], axis) - before - after, np.nan)
+            kept = _crop(values, before, after)
+            # Other axes that are padded put the padded value next to the dead one.
+            elsewhere = any(any(edges) for other, edges in (found or {}).items() if other != axis)
+            if elsewhere and node.attributes.get_string("mode", "constant") == "constant":
+                kept = np.where(kept == value, kept, np.nan)
+            d.set(node.outputs[0], axis, np.pad(kept, (max(before, 0), max(after, 0)), constant_values=value))
+
+    def rewrite(self, node: ir.Node, r: Removal) -> None:
+        found, output = pads(node), node.outputs[0]
+        if found is None or not any(r.shortened(output, axis) for axis in found):
+            return
+        for axis, (before, after) in found.items():
+            mask = r.mask(output, axis)
+            if mask is not None and (before or after):
+                source_mask = r.mask(node.inputs[0], axis) if node.inputs[0] is not None else None
+                found[axis] = (_left(mask, source_mask, before, False), _left(mask, source_mask, after, True))
+        rank, ordered = _rank(node), sorted(found)
+        flat = [found[axis][0] for axis in ordered] + [found[axis][1] for axis in ordered]
+        if (node.version or 13) < 11:
+            full = [found.get(a, (0, 0))[side] for side in (0, 1) for a in range(rank)]
+            node.attributes.add(ir.AttrInt64s("pads", full))
+            return
+        r.set_input(node, 1, np.asarray(flat, dtype=np.int64))
+        if len(node.inputs) > 3 and node.inputs[3] is not None:
+            r.set_input(node, 3, np.asarray(ordered, dtype=np.int64))
+
+
+def _crop(vector: Array, before: int, after: int) -> Array:
+    return vector[max(-before, 0) : len(vector) - max(-after, 0)]
+
+
+def _left(mask: Array, source: Array | None, pad: int, back: bool) -> int:
+    """What a pad becomes: added positions that stay alive, or minus the cut positions that were still there."""
+    if pad >= 0:
+        return int((mask[len(mask) - pad :] if back else mask[:pad]).sum())
+    if source is None:
+        return pad
+    return -int((source[pad:] if back else source[:-pad]).sum())

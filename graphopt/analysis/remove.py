@@ -1,0 +1,371 @@
+"""Removing units: slice every parameter, rewrite every size, fold what dead units leave behind.
+
+Names of nodes, values and parameters stay, so the model before and after can be matched tensor by tensor.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from graphopt.analysis import shapes
+from graphopt.analysis.rules import node_key
+from graphopt.errors import GraphoptError
+
+if TYPE_CHECKING:
+    from graphopt.analysis.rules import DeadValues, Use
+    from graphopt.analysis.units import Coupling
+
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass
+class RemovalReport:
+    """What a removal changed.
+
+    Attributes:
+        sliced: parameters that became smaller: name -> (shape before, shape after).
+        folded: nodes whose bias took over the constants of dead units.
+        assumed_zero: nodes that read a dead unit whose value is not known to be a constant; it was taken as zero.
+    """
+
+    sliced: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    folded: list[str] = field(default_factory=list)
+    assumed_zero: list[str] = field(default_factory=list)
+
+
+def remove_units(
+    model: ir.Model, coupling: Coupling, dead: set[int], values: DeadValues | None = None
+) -> RemovalReport:
+    """Remove units from a model in place.
+
+    Args:
+        model: the model that `coupling` was computed on, or a clone of it.
+        coupling: result of `graphopt.analysis.units.analyse`.
+        dead: unit ids.
+        values: what dead units leave behind; by default what they would if their producers were zeroed.
+
+    Raises:
+        GraphoptError: an axis would become empty.
+    """
+    from graphopt.analysis.rules import rule_for
+
+    removal = Removal(model, coupling, dead, values or coupling.dead_values(hypothetical=True))
+    removal.check_no_axis_empties()
+    nodes = list(model.graph)
+    for node in nodes:
+        handler = rule_for(node)
+        if handler is not None:
+            handler.rewrite(node, removal)
+    removal.slice_parameters()
+    removal.shorten_annotations()
+    return removal.report
+
+
+class Removal:
+    """One removal in progress: what rules see of it, and the edits they ask for."""
+
+    def __init__(self, model: ir.Model, coupling: Coupling, dead: set[int], values: DeadValues) -> None:
+        self.model = model
+        self.coupling = coupling
+        self.values = values
+        self.report = RemovalReport()
+        self._alive = np.ones(len(coupling.units) + 1, dtype=bool)
+        self._alive[list(dead)] = False
+        self._uses: dict[tuple[str, int], Use] = {(use.node, use.index): use for use in coupling.uses}
+        self._nodes = {node_key(node): node for node in model.graph}
+        self._values = {value.name: value for node in model.graph for value in node.outputs if value.name}
+        self._values.update({v.name: v for v in (*model.graph.inputs, *model.graph.initializers.values()) if v.name})
+        self._taken = {*self._values, *(v.name for n in model.graph.all_nodes() for v in n.outputs)}
+
+    # Questions -------------------------------------------------------------------------------------------------------
+
+    def mask(self, value: ir.Value | None, axis: int) -> Mask | None:
+        """Which positions of an axis stay; None where all do."""
+        if value is None:
+            return None
+        return self._mask(self.coupling.axis_units(value.name or "", axis))
+
+    def shortened(self, value: ir.Value, axis: int) -> bool:
+        """True where the axis loses positions."""
+        return self.mask(value, axis) is not None
+
+    def size(self, value: ir.Value, axis: int) -> int | None:
+        """Size of an axis before the removal; None for a symbolic one."""
+        shape = shapes.dims(value)
+        found = shape[axis] if shape is not None else None
+        return found if isinstance(found, int) else None
+
+    def count(self, value: ir.Value, axis: int, default: int) -> int:
+        """Size of an axis after the removal."""
+        mask = self.mask(value, axis)
+        return default if mask is None else int(mask.sum())
+
+    def operand_mask(self, node: ir.Node, index: int, axis: int) -> Mask | None:
+        """As `mask`, for an operand that may be a parameter."""
+        use = self._uses.get((node_key(node), index))
+        if use is None:
+            return self.mask(node.inputs[index], axis)
+        return self._mask(self.coupling.solution.units(use.axes.get(axis, ())))
+
+    def operand_count(self, node: ir.Node, index: int, axis: int) -> int:
+        """Size of a parameter's axis after the removal."""
+        mask = self.operand_mask(node, index, axis)
+        if mask is not None:
+            return int(mask.sum())
+        size = shapes.sizes(node.inputs[index])
+        assert size is not None
+        return size[axis]
+
+    def places(self, value: ir.Value, axis: int, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Where dense positions of an axis are after the removal; removed ones are left out."""
+        mask = self.mask(value, axis)
+        if mask is None:
+            return positions
+        return (np.cumsum(mask) - 1)[positions[mask[positions]]]
+
+    def _mask(self, factors: tuple[npt.NDArray[np.int64], ...]) -> Mask | None:
+        if not factors:
+            return None
+        mask = np.logical_and.reduce([self._alive[vector] for vector in factors])
+        return None if mask.all() else mask
+
+    # Edits -----------------------------------------------------------------------------------------------------------
+
+    def set_input(self, node: ir.Node, index: int, array: npt.NDArray[np.generic]) -> None:
+        """Give a node a private constant operand."""
+        if index >= len(node.inputs):
+            node.resize_inputs(index + 1)
+        node.replace_input_with(index, self._constant(f"{node_key(node)}_input{index}", array))
+
+    def set_sizes(self, node: ir.Node, index: int) -> None:
+        """Write the new sizes of shortened output axes into a shape operand, privately for this node.
+
+        Entries that say "as the input" (0), "the rest" (-1) or "broadcast" (1) stay; a computed shape is patched.
+        """
+        output = node.outputs[0]
+        shape = shapes.dims(output)
+        if shape is None or index >= len(node.inputs) or node.inputs[index] is None:
+            return
+        new = {a: self.count(output, a, 0) for a in range(len(shape)) if self.shortened(output, a)}
+        if not new:
+            return
+        operand = node.inputs[index]
+        constant = shapes.constant(operand)
+        if constant is not None:
+            array = constant.copy()
+            shift = len(shape) - len(array)  # Expand may give fewer axes than the result has
+            for axis, size in new.items():
+                if axis >= shift and array[axis - shift] > 1:
+                    array[axis - shift] = size
+            self.set_input(node, index, array)
+        elif operand is not None:
+            patched = self._patch_vector(node, operand, new, len(shape), before=True)
+            node.replace_input_with(index, patched)
+
+    def pin_output(self, node: ir.Node, values: dict[int, int], length: int) -> None:
+        """Keep entries of a computed size vector at given values for all its consumers."""
+        if not values:
+            return
+        output = node.outputs[0]
+        users = list(output.uses())
+        patched = self._patch_vector(node, output, values, length, before=False)
+        for use in users:
+            use.node.replace_input_with(use.idx, patched)
+        if output.is_graph_output():
+            raise GraphoptError(
+                "a size of a pruned axis is an output of the graph",
+                where=node_key(node),
+                hint="exclude the layers that produce it",
+            )
+
+    def _patch_vector(
+        self, node: ir.Node, vector: ir.Value, values: dict[int, int], length: int, *, before: bool
+    ) -> ir.Value:
+        """Concat of constants at `values` and the computed entries elsewhere."""
+        pieces: list[ir.Value] = []
+        nodes: list[ir.Node] = []
+        for place in range(length):
+            if place in values:
+                pieces.append(self._constant(f"{vector.name}_pinned", np.asarray([values[place]], dtype=np.int64)))
+                continue
+            index = self._constant(f"{vector.name}_place", np.asarray([place], dtype=np.int64))
+            nodes.append(ir.node("Gather", [vector, index], name=self._name(f"{vector.name}_entry")))
+            nodes[-1].outputs[0].name = self._name(f"{vector.name}_entry")
+            pieces.append(nodes[-1].outputs[0])
+        nodes.append(ir.node("Concat", pieces, attributes={"axis": 0}, name=self._name(f"{vector.name}_sizes")))
+        nodes[-1].outputs[0].name = self._name(f"{vector.name}_sizes")
+        if before:
+            node.prepend(nodes)
+        else:
+            node.append(nodes)
+        return nodes[-1].outputs[0]
+
+    def insert_gather(
+        self, node: ir.Node, source: ir.Value, axis: int, places: npt.NDArray[np.int64]
+    ) -> ir.Value:
+        """Put a Gather before the first operand of a node; returns the new operand."""
+        index = self._constant(f"{node_key(node)}_places", places)
+        gather = ir.node("Gather", [source, index], attributes={"axis": axis}, name=self._name(f"{node_key(node)}_take"))
+        gather.outputs[0].name = self._name(f"{node_key(node)}_take")
+        node.prepend(gather)
+        node.replace_input_with(0, gather.outputs[0])
+        return gather.outputs[0]
+
+    def multiply_output(self, node: ir.Node, factor: float) -> None:
+        """Scale the result of a node; the scaled tensor keeps the name."""
+        output = node.outputs[0]
+        array = np.asarray(factor, dtype=(output.dtype or ir.DataType.FLOAT).numpy())
+        self._insert_after(node, "Mul", self._constant(f"{output.name}_factor", array))
+
+    def _insert_after(self, node: ir.Node, op_type: str, operand: ir.Value) -> None:
+        """node -> op(node, operand), under the old output's name."""
+        output = node.outputs[0]
+        assert output.name is not None
+        name = output.name
+        users = list(output.uses())
+        added = ir.node(op_type, [output, operand], name=self._name(f"{name}_{op_type}"))
+        result = added.outputs[0]
+        node.append(added)
+        for use in users:
+            use.node.replace_input_with(use.idx, result)
+        outputs = node.graph.outputs if node.graph is not None else []
+        for place, value in enumerate(outputs):
+            if value is output:
+                outputs[place] = result
+        output.name, result.name = self._name(f"{name}_raw"), name
+        result.type, result.shape = output.type, output.shape
+        self._values[name], self._values[output.name] = result, output
+
+    def fold_constants(
+        self,
+        node: ir.Node,
+        source: ir.Value,
+        axis: int,
+        *,
+        weight: int,
+        bias: int | None,
+        transposed: bool = False,
+        scale: float = 1.0,
+    ) -> None:
+        """Add what dead inputs contribute to the bias of a linear node.
+
+        Args:
+            node: the node.
+            source: its data input, with the contracted `axis`.
+            axis: the contracted axis.
+            weight: index of the weight operand, laid out [out, in, ...], or [in, out] if `transposed`.
+            bias: index of the bias operand; None where the operator has none: an Add is inserted.
+            transposed: layout of the weight.
+            scale: factor between the product and the bias as the node adds them.
+        """
+        mask = self.mask(source, axis)
+        if mask is None:
+            return
+        values = self.values.of(source, axis)
+        dead = np.flatnonzero(~mask)
+        held = np.zeros(len(dead)) if values is None else values[dead]
+        if values is None or np.isnan(held).any():
+            self.report.assumed_zero.append(node.name or node_key(node))
+        held = np.nan_to_num(held, nan=0.0)
+        if not held.any():
+            return
+        array = shapes.constant(node.inputs[weight])
+        assert array is not None
+        rows = np.take(array, dead, axis=0 if transposed else 1).astype(np.float64)
+        rows = rows if transposed else rows.reshape(*rows.shape[:2], -1).sum(axis=2).T
+        delta = scale * (held @ rows)
+        self.report.folded.append(node.name or node_key(node))
+        if bias is None:
+            kept = self.operand_mask(node, weight, 1)
+            delta = delta if kept is None else delta[kept]
+            self._insert_after(node, "Add", self._constant(f"{node_key(node)}_bias", delta.astype(array.dtype)))
+            return
+        old = shapes.constant(node.inputs[bias]) if bias < len(node.inputs) else None
+        total = delta if old is None else np.broadcast_to(old.astype(np.float64), (*old.shape[:-1], len(delta))) + delta
+        kept = self.operand_mask(node, weight, 1 if transposed else 0)
+        total = total if kept is None else total[..., kept]
+        self._uses.pop((node_key(node), bias), None)
+        self.set_input(node, bias, total.astype(array.dtype))
+
+    def _constant(self, name: str, array: npt.NDArray[Any]) -> ir.Value:
+        name = self._name(name)
+        value = ir.Value(
+            name=name,
+            const_value=ir.Tensor(array, name=name),
+            type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
+            shape=ir.Shape(array.shape),
+        )
+        self.model.graph.register_initializer(value)
+        return value
+
+    def _name(self, stem: str) -> str:
+        """A name that the graph does not have; the same model gives the same names."""
+        name, count = stem, 0
+        while name in self._taken:
+            count += 1
+            name = f"{stem}_{count}"
+        self._taken.add(name)
+        return name
+
+    # Parameters and annotations --------------------------------------------------------------------------------------
+
+    def check_no_axis_empties(self) -> None:
+        """Refuse a removal that leaves nothing of an axis."""
+        for name, axes in self.coupling.labelled():
+            for axis, factors in axes.items():
+                mask = self._mask(factors)
+                if mask is not None and not mask.any():
+                    raise GraphoptError(
+                        f"removing these units would leave nothing of axis {axis}", where=name, hint="keep at least one"
+                    )
+
+    def slice_parameters(self) -> None:
+        """Take the surviving slices of every parameter; a vector whose uses need different slices gets copies."""
+        groups: dict[str, dict[tuple[Any, ...], list[Use]]] = defaultdict(lambda: defaultdict(list))
+        for use in self._uses.values():
+            masks = {axis: self._mask(self.coupling.solution.units(f)) for axis, f in use.axes.items()}
+            key = tuple((axis, mask.tobytes()) for axis, mask in sorted(masks.items()) if mask is not None)
+            groups[use.parameter][key].append(use)
+        for name, by_mask in groups.items():
+            value = self._values.get(name)
+            if value is None or not any(by_mask):
+                continue
+            expected = sum(len(uses) for uses in by_mask.values())
+            alone = len(by_mask) == 1 and expected == len(value.uses()) and not value.is_graph_output()
+            dense = shapes.constant(value)
+            assert dense is not None
+            for key, uses in by_mask.items():
+                if not key:
+                    continue
+                array = dense
+                for axis, factors in uses[0].axes.items():
+                    mask = self._mask(self.coupling.solution.units(factors))
+                    if mask is not None:
+                        array = np.compress(mask, array, axis=axis)
+                array = np.ascontiguousarray(array)
+                self.report.sliced[name] = (tuple(dense.shape), tuple(array.shape))
+                if alone:
+                    shapes.set_constant(value, array)
+                    continue
+                copy = self._constant(name, array)
+                for use in uses:
+                    self._nodes[use.node].replace_input_with(use.index, copy)
+
+    def shorten_annotations(self) -> None:
+        """Bring the recorded shapes of activations up to date."""
+        for name, axes in self.coupling.labelled():
+            value = self._values.get(name)
+            if value is None or value.shape is None or shapes.constant_tensor(value) is not None:
+                continue
+            sizes = list(value.shape)
+            for axis, factors in axes.items():
+                mask = self._mask(factors)
+                if mask is not None:
+                    sizes[axis] = int(mask.sum())
+            value.shape = ir.Shape(sizes)

@@ -1,0 +1,368 @@
+"""What an operator rule is, and the views of the graph that it works on.
+
+A rule answers four questions about one operator, and all four stand together in one class (analysis/ops/):
+
+    label    which positions of its inputs and outputs live and die together
+    dead     what value a consumer sees at a position whose unit is dead
+    cost     multiply-accumulates, as a product of alive counts
+    rewrite  which attributes and constants hold sizes, and what they become
+
+An operator without a rule freezes everything it touches, with its name as the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from graphopt.analysis import shapes
+from graphopt.analysis.labels import Axes, Factors, LabelTable, Vector
+
+if TYPE_CHECKING:
+    from graphopt.analysis.remove import Removal
+
+Floats = npt.NDArray[np.float64]
+Role = Literal["producer", "consumer", "follower"]
+"""producer: zeroing the slice makes the unit's output zero (a filter, its bias). consumer: the slice reads the unit.
+follower: the slice only keeps the unit company (a running variance, a scale that multiplies)."""
+
+
+def where(node: ir.Node) -> str:
+    """How messages name a node."""
+    name = node.name or (node.outputs[0].name if node.outputs else "")
+    domain = f"{node.domain}." if node.domain not in {"", "ai.onnx"} else ""
+    return f"{domain}{node.op_type} '{name}'"
+
+
+def node_key(node: ir.Node) -> str:
+    """What identifies a node: the name of its first named output (names of nodes are optional in ONNX)."""
+    return next((v.name for v in node.outputs if v.name), node.name or "")
+
+
+@dataclass(frozen=True)
+class Use:
+    """One use of a parameter whose slices follow labels.
+
+    Vectors (at most one axis longer than 1) are labelled per use, so that a filler constant that two layers share does
+    not tie them: at removal each use gets the slice it needs. Larger tensors are labelled once: shared means tied.
+    """
+
+    parameter: str
+    node: str
+    index: int
+    axes: Axes
+    roles: dict[int, Role]
+
+
+@dataclass(frozen=True)
+class Sink:
+    """A place where positions of an axis end: contracted, averaged, or judged together.
+
+    Attributes:
+        value: the tensor whose axis ends.
+        axis: that axis.
+        node: the operator.
+        accepts: which dead values leave the result unchanged: "constant" (folded into a bias), "zero", or "none".
+        reason: why nothing else is exact, for the report.
+    """
+
+    value: str
+    axis: int
+    node: str
+    accepts: Literal["constant", "zero", "none"]
+    reason: str
+
+
+@dataclass(frozen=True)
+class CostTerm:
+    """MACs of a node = coefficient * product over `axes` of the number of alive positions.
+
+    Attributes:
+        node: name of the node.
+        coefficient: everything that does not depend on units; symbolic dimensions count as 1.
+        axes: one entry an axis; the unit id of each position (0 = never removed). A position with several factors
+            counts as alive iff all its units are, so an entry is an array of shape (factors, positions).
+    """
+
+    node: str
+    coefficient: float
+    axes: tuple[Vector, ...]
+
+
+@dataclass
+class Labeller:
+    """The graph while labels are being given. Rules read operand labels with `of` and write results with `set`."""
+
+    table: LabelTable = field(default_factory=LabelTable)
+    labels: dict[str, Axes] = field(default_factory=dict)
+    uses: list[Use] = field(default_factory=list)
+    sinks: list[Sink] = field(default_factory=list)
+    modes: dict[str, int] = field(default_factory=dict)
+    _tied: dict[str, Axes] = field(default_factory=dict)
+
+    def of(self, value: ir.Value | None) -> Axes:
+        """Labels of a computed value; an unlabelled tensor has none."""
+        if value is None or value.name is None:
+            return {}
+        return self.labels.get(value.name, {})
+
+    def operand(
+        self,
+        node: ir.Node,
+        index: int,
+        roles: dict[int, Role] | None = None,
+        role: Role = "follower",
+        only: Sequence[int] | None = None,
+    ) -> Axes:
+        """Labels of an operand that may be a parameter; a parameter is given labels on every axis longer than 1.
+
+        Args:
+            node: the node.
+            index: which operand.
+            roles: roles by axis of a parameter; axes that are not listed have `role`.
+            role: see `Role`.
+            only: axes of a parameter that can have units at all; the others are never shortened.
+        """
+        value = node.inputs[index] if index < len(node.inputs) else None
+        if value is None or value.name is None:
+            return {}
+        tensor = shapes.constant_tensor(value)
+        if tensor is None or value.name in self.labels:
+            return self.of(value)
+        long = {axis: size for axis, size in enumerate(shapes.sizes(value) or ()) if size > 1}
+        wanted = [axis for axis in long if only is None or axis in only]
+        axes = self._tied.get(value.name, {}) if len(long) > 1 else {}
+        if not axes:
+            axes = {axis: (self.table.fresh(long[axis]),) for axis in wanted}
+            if len(long) > 1:
+                self._tied[value.name] = axes
+        self.freeze(axes, f"{where(node)}: the axis can have no units", but=wanted)
+        given = roles or {}
+        self.uses.append(
+            Use(value.name, node_key(node), index, axes, {axis: given.get(axis, role) for axis in axes})
+        )
+        return dict(axes)
+
+    def set(self, value: ir.Value, axes: Axes) -> None:
+        """Give an output its labels."""
+        if value.name and axes:
+            self.labels[value.name] = {axis: factors for axis, factors in axes.items() if factors}
+
+    def equate(self, left: Factors, right: Factors, reason: str) -> Factors:
+        """The same axis seen twice: its positions live and die together.
+
+        One side without labels is an axis that never shrinks, which freezes the other side.
+        """
+        if not left or not right:
+            self.table.freeze(left or right, reason)
+            return left or right
+        if len(left) == len(right):
+            for one, other in zip(left, right, strict=True):
+                self.table.equate(one, other, reason)
+            return left
+        one = self.table.merge(left, reason)
+        self.table.equate(one, self.table.merge(right, reason), reason)
+        return (one,)
+
+    def freeze(self, axes: Axes, reason: str, only: Iterable[int] | None = None, but: Iterable[int] = ()) -> None:
+        """Freeze all axes of a tensor, some (`only`), or all but some (`but`)."""
+        chosen = axes if only is None else [axis for axis in only if axis in axes]
+        skipped = set(but)
+        for axis in chosen:
+            if axis not in skipped:
+                self.table.freeze(axes[axis], reason)
+
+    def freeze_node(self, node: ir.Node, reason: str) -> None:
+        """Freeze everything that a node reads, also inside its subgraphs, and label nothing that it writes."""
+        for index, value in enumerate(node.inputs):
+            if value is not None:
+                self.freeze(self.operand(node, index), reason)
+        for value in captured(node):
+            if value.name and value.name in self.labels:
+                self.freeze(self.labels[value.name], reason)
+            elif shapes.constant_tensor(value) is not None:
+                self.freeze_constant(value, reason)
+
+    def freeze_constant(self, value: ir.Value, reason: str) -> None:
+        """A parameter that is read where units cannot be followed keeps its full size."""
+        name = value.name or ""
+        tied = self._tied.setdefault(name, {})
+        tensor = shapes.constant_tensor(value)
+        if tensor is None:
+            return
+        for axis, size in enumerate(tensor.shape):
+            if isinstance(size, int) and size > 1:
+                factors = tied.setdefault(axis, (self.table.fresh(size),))
+                self.table.freeze(factors, reason)
+
+    def sink(
+        self, value: ir.Value, axis: int, node: ir.Node, accepts: Literal["constant", "zero", "none"], reason: str
+    ) -> None:
+        """Record that positions of this axis end here."""
+        if value.name:
+            self.sinks.append(Sink(value.name, axis, node_key(node), accepts, reason))
+
+
+def captured(node: ir.Node) -> list[ir.Value]:
+    """Values of outer scopes that the subgraphs of a node read."""
+    outer: dict[ir.Value, None] = {}
+    for attribute in node.attributes.values():
+        graphs = (
+            [attribute.as_graph()]
+            if attribute.type == ir.AttributeType.GRAPH
+            else list(attribute.as_graphs())
+            if attribute.type == ir.AttributeType.GRAPHS
+            else []
+        )
+        for graph in graphs:
+            inside = {*graph.inputs, *graph.initializers.values()}
+            for inner in graph.all_nodes():
+                inside.update(inner.outputs)
+                for attr in inner.attributes.values():
+                    if attr.type == ir.AttributeType.GRAPH:
+                        inside.update(attr.as_graph().inputs)
+                        inside.update(attr.as_graph().initializers.values())
+            for inner in graph.all_nodes():
+                outer.update((v, None) for v in inner.inputs if v is not None and v not in inside)
+            outer.update((v, None) for v in graph.outputs if v not in inside)
+    return list(outer)
+
+
+@dataclass
+class DeadValues:
+    """The value at each position of a labelled axis if that position's unit were dead; NaN where it is unknown.
+
+    Attributes:
+        hypothetical: True: producers of the unit are taken as zeroed (which units are zero-invariant?). False:
+            parameters as they are (which units are dead already?).
+    """
+
+    labels: dict[str, Axes]
+    hypothetical: bool
+    producers: dict[tuple[str, int], set[int]]
+    values: dict[tuple[str, int], Floats] = field(default_factory=dict)
+
+    def size(self, value: ir.Value, axis: int) -> int:
+        """Number of positions of a labelled axis."""
+        return len(self.labels[value.name or ""][axis][0])
+
+    def axes(self, value: ir.Value | None) -> Iterable[int]:
+        """Labelled axes of a value."""
+        return self.labels.get(value.name or "", {}) if value is not None else ()
+
+    def of(self, value: ir.Value, axis: int) -> Floats | None:
+        """Dead values along an axis of a computed tensor; None where nothing is known."""
+        return self.values.get((value.name or "", axis))
+
+    def set(self, value: ir.Value, axis: int, dead: Floats) -> None:
+        """Record dead values of an output."""
+        self.values[value.name or "", axis] = dead
+
+    def operand(self, node: ir.Node, index: int, axis: int) -> Floats | None:
+        """Dead values of an operand along an axis, parameters included: 0 for a producer, else the slice's constant."""
+        value = node.inputs[index] if index < len(node.inputs) else None
+        if value is None:
+            return None
+        array = shapes.constant(value)
+        if array is None:
+            return self.of(value, axis)
+        if self.hypothetical and axis in self.producers.get((node_key(node), index), ()):
+            return np.zeros(array.shape[axis])
+        if array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16":
+            return None
+        rows = np.moveaxis(array, axis, 0).reshape(array.shape[axis], -1).astype(np.float64)
+        uniform = (rows == rows[:, :1]).all(axis=1)
+        return np.where(uniform, rows[:, 0], np.nan)
+
+
+def elementwise_value(node: ir.Node, index: int, output: ir.Value, axis: int, d: DeadValues) -> Floats:
+    """Dead values that an operand brings to an axis of a broadcast result; NaN where unknown."""
+    value = node.inputs[index]
+    assert value is not None
+    size = d.size(output, axis)
+    unknown = np.full(size, np.nan)
+    shape, rank = shapes.dims(value), len(shapes.dims(output) or ())
+    if shape is None:
+        return unknown
+    own = axis - rank + len(shape)
+    if own >= 0 and shape[own] != 1:
+        found = d.operand(node, index, own)
+        return unknown if found is None or len(found) != size else found
+    array = shapes.constant(value)
+    if array is None or array.size == 0 or not (array == array.ravel()[0]).all():
+        return unknown
+    return np.full(size, float(array.ravel()[0]))
+
+
+@dataclass(frozen=True)
+class CostView:
+    """Unit ids by position, for rules that count work."""
+
+    of_operand: Callable[[ir.Node, int, int], Factors]
+    of_value: Callable[[ir.Value, int], Factors]
+
+    def axis(self, node: ir.Node, index: int, axis: int, size: int) -> tuple[float, tuple[Vector, ...]]:
+        """(coefficient, axes) of an operand's axis: a labelled one counts alive positions, another its size."""
+        return _counted(self.of_operand(node, index, axis), size)
+
+    def result(self, node: ir.Node, axis: int, size: int) -> tuple[float, tuple[Vector, ...]]:
+        """(coefficient, axes) of an axis of the first output."""
+        return _counted(self.of_value(node.outputs[0], axis), size)
+
+
+def _counted(factors: Factors, size: int) -> tuple[float, tuple[Vector, ...]]:
+    return (1.0, (np.stack(factors),)) if factors else (float(size), ())
+
+
+class OpRule:
+    """What one operator does to units. The defaults suit an operator that only passes axes through."""
+
+    ops: ClassVar[Sequence[str]]
+    domain: ClassVar[str] = ""
+
+    def label(self, node: ir.Node, g: Labeller) -> None:
+        """Give the outputs labels, tie operands, freeze what cannot be followed."""
+        raise NotImplementedError
+
+    def dead(self, node: ir.Node, d: DeadValues) -> None:
+        """Tell the dead values of the outputs; saying nothing means unknown."""
+
+    def cost(self, node: ir.Node, c: CostView) -> tuple[float, tuple[Vector, ...]]:
+        """(coefficient, axes) of the node's multiply-accumulates; 0 for operators without any."""
+        return 0.0, ()
+
+    def rewrite(self, node: ir.Node, r: Removal) -> None:
+        """Change attributes and constants that hold sizes; parameters are sliced for all operators alike."""
+
+
+_RULES: dict[tuple[str, str], OpRule] = {}
+
+
+def rule(cls: type[OpRule]) -> type[OpRule]:
+    """Class decorator: this is the rule of `cls.ops` in `cls.domain`."""
+    for op_type in cls.ops:
+        key = (cls.domain, op_type)
+        if key in _RULES:
+            raise ValueError(f"two rules for {key}: {type(_RULES[key]).__name__} and {cls.__name__}")
+        _RULES[key] = cls()
+    return cls
+
+
+def rule_for(node: ir.Node) -> OpRule | None:
+    """The rule of a node's operator; None where there is none."""
+    import graphopt.analysis.ops  # noqa: F401  (registers the rules)
+
+    domain = "" if node.domain == "ai.onnx" else node.domain
+    return _RULES.get((domain, node.op_type))
+
+
+def handled() -> list[tuple[str, str]]:
+    """All operators that have a rule, as (domain, operator)."""
+    import graphopt.analysis.ops  # noqa: F401
+
+    return sorted(_RULES)

@@ -1,0 +1,266 @@
+"""Which pieces of a network may die together: the coupling analysis of a graph, solved into units.
+
+`analyse` walks the main graph once in topological order, lets each operator's rule label tensors, solves the labels
+into units and asks which units leave only constants behind. See DESIGN section 4 and docs/architecture.md; the idea of
+zero-invariant groups is from "Only Train Once" (Chen et al., 2021, arXiv:2107.07467, section 3), widened here to
+constants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.analysis import shapes
+from graphopt.analysis.labels import Axes, Factors, Solution
+from graphopt.analysis.rules import (
+    CostTerm,
+    CostView,
+    DeadValues,
+    Labeller,
+    Role,
+    Sink,
+    Use,
+    node_key,
+    rule_for,
+    where,
+)
+
+
+@dataclass(frozen=True)
+class Member:
+    """A slice of a parameter that lives and dies with a unit.
+
+    Attributes:
+        parameter: name of the initializer (or of the Constant node's output).
+        axis: the axis that is sliced.
+        indices: the positions that go.
+        role: see `graphopt.analysis.rules.Role`.
+    """
+
+    parameter: str
+    axis: int
+    indices: tuple[int, ...]
+    role: Role
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A minimal removable piece.
+
+    Attributes:
+        id: from 1, in the order of the graph.
+        members: the slices it consists of.
+        exact: removing it from a model in which its producers are zero changes nothing.
+        reason: why not, where it is not exact.
+    """
+
+    id: int
+    members: tuple[Member, ...]
+    exact: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """An axis of a parameter that keeps its length, or part of it, and why."""
+
+    tensor: str
+    axis: int
+    positions: int
+    size: int
+    reason: str
+
+
+@dataclass
+class Coupling:
+    """What `analyse` found.
+
+    Attributes:
+        units: all units; ``units[i].id == i + 1``.
+        frozen: axes of parameters that (partly) stay, with the reason.
+        uses: every labelled use of a parameter.
+        sinks: where labelled axes end.
+        labels: labels of activations, by tensor name.
+        solution: label -> unit.
+        terms: multiply-accumulates by node.
+    """
+
+    model: ir.Model
+    uses: list[Use]
+    sinks: list[Sink]
+    labels: dict[str, Axes]
+    solution: Solution
+    units: list[Unit] = field(default_factory=list)
+    frozen: list[Frozen] = field(default_factory=list)
+    terms: list[CostTerm] = field(default_factory=list)
+
+    def axis_units(self, value: str, axis: int) -> Factors:
+        """Unit ids by position of an activation's axis, one vector a factor; empty where nothing can go."""
+        return self.solution.units(self.labels.get(value, {}).get(axis, ()))
+
+    def parameter_axes(self, name: str) -> dict[int, Factors]:
+        """Unit ids by position of each axis of a parameter (of its first use, where uses differ)."""
+        for use in self.uses:
+            if use.parameter == name:
+                return {axis: found for axis, f in use.axes.items() if (found := self.solution.units(f))}
+        return {}
+
+    def operand_units(self, node: ir.Node, index: int, axis: int) -> Factors:
+        """Unit ids by position of an operand's axis, parameter or activation."""
+        use = self._use_of.get((node_key(node), index))
+        if use is not None:
+            return self.solution.units(use.axes.get(axis, ()))
+        value = node.inputs[index]
+        return self.axis_units(value.name or "", axis) if value is not None else ()
+
+    @cached_property
+    def _use_of(self) -> dict[tuple[str, int], Use]:
+        return {(use.node, use.index): use for use in self.uses}
+
+    def labelled(self) -> Iterator[tuple[str, dict[int, Factors]]]:
+        """Units of every labelled tensor: activations, then parameters."""
+        for name, axes in self.labels.items():
+            yield name, {axis: self.solution.units(factors) for axis, factors in axes.items()}
+        for use in self.uses:
+            yield use.parameter, {axis: self.solution.units(factors) for axis, factors in use.axes.items()}
+
+    def dead_values(self, *, hypothetical: bool) -> DeadValues:
+        """What a consumer sees at positions of dead units: if their producers were zeroed, or as parameters are now."""
+        producers = {
+            (use.node, use.index): {axis for axis, role in use.roles.items() if role == "producer"}
+            for use in self.uses
+        }
+        found = DeadValues(self.labels, hypothetical, producers)
+        for node in self.model.graph:
+            handler = rule_for(node)
+            if handler is not None:
+                handler.dead(node, found)
+        return found
+
+    def unsafe(self, values: DeadValues) -> dict[int, str]:
+        """Units that some consumer cannot do without, given what their positions hold; with the first reason."""
+        reasons: dict[int, str] = {}
+        for sink in self.sinks:
+            for vector in self.axis_units(sink.value, sink.axis):
+                held = values.values.get((sink.value, sink.axis))
+                if held is None or sink.accepts == "none":
+                    bad = np.ones(len(vector), dtype=bool)
+                else:
+                    bad = np.isnan(held) if sink.accepts == "constant" else ~(held == 0)
+                for unit in np.unique(vector[bad & (vector != 0)]):
+                    reasons.setdefault(int(unit), sink.reason)
+        return reasons
+
+
+def analyse(model: ir.Model, modes: Mapping[str, int] | None = None) -> Coupling:
+    """Find the units of a model. Shapes must have been inferred (`graphopt.model.infer_shapes`); nothing is changed.
+
+    Args:
+        model: any valid model; an operator without a rule freezes what it touches.
+        modes: for a node that splits an axis of units over several axes: output tensor -> the axis that keeps its
+            variety (the others are tied). Default: the longest axis.
+    """
+    g = Labeller(modes=dict(modes or {}))
+    for node in model.graph:
+        handler = rule_for(node)
+        if handler is None:
+            g.freeze_node(node, f"{where(node)}: no rule for this operator")
+        else:
+            handler.label(node, g)
+            for value in (v for v in node.outputs if v.name in g.labels):
+                _check_sizes(node, value, g)
+    for output in model.graph.outputs:
+        g.freeze(g.of(output), f"output '{output.name}' of the graph")
+        if shapes.constant_tensor(output) is not None:
+            g.freeze_constant(output, f"output '{output.name}' of the graph")
+    solution = _only_with_parameters(g)
+    coupling = Coupling(model, g.uses, g.sinks, g.labels, solution)
+    coupling.units = _units(coupling)
+    coupling.frozen = list(_frozen(coupling))
+    view = CostView(coupling.operand_units, lambda v, axis: coupling.axis_units(v.name or "", axis))
+    for node in model.graph:
+        handler = rule_for(node)
+        coefficient, axes = handler.cost(node, view) if handler is not None else (0.0, ())
+        if coefficient:
+            coupling.terms.append(CostTerm(node_key(node), coefficient, axes))
+    return coupling
+
+
+def _check_sizes(node: ir.Node, value: ir.Value, g: Labeller) -> None:
+    """Labels must fit the inferred shape; a rule that disagrees with shape inference may not decide anything."""
+    shape = shapes.dims(value)
+    for axis, factors in list(g.labels[value.name or ""].items()):
+        fits = shape is not None and axis < len(shape) and shape[axis] == len(factors[0])
+        if not fits:
+            g.freeze({axis: factors}, f"{where(node)}: the size of axis {axis} of '{value.name}' is not known")
+            del g.labels[value.name or ""][axis]
+
+
+def _only_with_parameters(g: Labeller) -> Solution:
+    """Solve; then freeze units that own no parameter (zeros of a padding that meet nothing): nothing would be saved."""
+    solution = g.table.solve()
+    owned = np.zeros(int(solution.unit.max()) + 1, dtype=bool)
+    for use in g.uses:
+        for factors in use.axes.values():
+            for vector in factors:
+                owned[solution.unit[vector]] = True
+    owned[0] = False
+    number = np.where(owned, np.cumsum(owned), 0)
+    return Solution(number[solution.unit], solution.component, solution.reasons)
+
+
+def _units(coupling: Coupling) -> list[Unit]:
+    """Collect members by unit: one sort over all labelled parameter positions."""
+    seen: set[tuple[str, int, int]] = set()
+    columns: list[tuple[np.ndarray[tuple[int], np.dtype[np.int64]], int]] = []
+    slots: list[tuple[str, int, Role]] = []
+    for use in coupling.uses:
+        for axis, factors in use.axes.items():
+            for vector in coupling.solution.units(factors):
+                key = (use.parameter, axis, hash(vector.tobytes()))
+                if key in seen and use.roles[axis] != "producer":
+                    continue
+                seen.add(key)
+                columns.append((vector, len(slots)))
+                slots.append((use.parameter, axis, use.roles[axis]))
+    count = int(coupling.solution.unit.max())
+    members: list[dict[tuple[str, int], tuple[list[int], Role]]] = [{} for _ in range(count + 1)]
+    for vector, slot in columns:
+        parameter, axis, role = slots[slot]
+        order = np.argsort(vector, kind="stable")
+        ordered = vector[order]
+        starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+        for begin, end in zip(starts, [*starts[1:], len(ordered)], strict=True):
+            unit = int(ordered[begin])
+            if unit:
+                old = members[unit].get((parameter, axis))
+                merged = role if old is None or role == "producer" else old[1]
+                members[unit][parameter, axis] = (order[begin:end].tolist(), merged)
+    unsafe = coupling.unsafe(coupling.dead_values(hypothetical=True))
+    return [
+        Unit(
+            unit,
+            tuple(Member(name, axis, tuple(at), role) for (name, axis), (at, role) in members[unit].items()),
+            unit not in unsafe,
+            unsafe.get(unit, ""),
+        )
+        for unit in range(1, count + 1)
+    ]
+
+
+def _frozen(coupling: Coupling) -> Iterator[Frozen]:
+    seen: set[tuple[str, int]] = set()
+    for use in coupling.uses:
+        for axis, factors in use.axes.items():
+            stays = np.logical_and.reduce([coupling.solution.unit[vector] == 0 for vector in factors])
+            if not stays.any() or (use.parameter, axis) in seen:
+                continue
+            seen.add((use.parameter, axis))
+            reasons = coupling.solution.why(tuple(vector[stays] for vector in factors))
+            text = "; ".join(reasons[:3]) + (f"; and {len(reasons) - 3} more" if len(reasons) > 3 else "")
+            yield Frozen(use.parameter, axis, int(stays.sum()), len(stays), text or "owns no parameter")
