@@ -154,7 +154,9 @@ def grid(out: Console, columns: Sequence[str]) -> Table:
     plain = not out.is_terminal
     made = Table(box=None if plain else box.SIMPLE_HEAD, pad_edge=False, header_style="" if plain else "bold")
     for title in columns:
-        made.add_column(title.lstrip(">"), justify="right" if title.startswith(">") else "left", overflow="fold")
+        made.add_column(
+            Text(text.clean(title.lstrip(">"))), justify="right" if title.startswith(">") else "left", overflow="fold"
+        )
     return made
 
 

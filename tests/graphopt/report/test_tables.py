@@ -1,0 +1,110 @@
+"""Tables: plain aligned lines away from a terminal, nothing that a terminal would act on, warnings that are seen."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from graphopt.base import Skip
+from graphopt.report import summary, tables, text
+from graphopt.report.data import Accuracy, Fidelity, Latency, Report
+
+
+def printed(report: Report, *, terminal: bool = False) -> str:
+    stream = io.StringIO()
+    out = Console(file=stream, force_terminal=True, markup=False, width=200) if terminal else tables.console(stream)
+    tables.print_report(out, report)
+    return stream.getvalue()
+
+
+def test_plain_lines_without_a_terminal(report: Report) -> None:
+    shown = printed(report)
+    assert shown.isprintable() or all(char == "\n" or char.isprintable() for char in shown)
+    assert not set(shown) & set("│┃━─╭╰"), "frames are for people"
+    row = next(line for line in shown.splitlines() if line.startswith("latency"))
+    assert row.split() == ["latency", "0.411", "ms", "0.17", "ms", "0.413x", "(0.4..0.425)"]
+
+
+def test_names_cannot_act_on_a_terminal(report: Report) -> None:
+    shown = printed(report, terminal=True)
+    assert "\\x1b[31m\\u202e" in shown
+    assert "\u202e" not in shown
+    assert "[red]" in shown, "markup in a name is text"
+
+
+def test_verdict(report: Report) -> None:
+    assert summary.verdict(report) == "61% smaller, 2.42x as fast, top1 99.26 % -> 99.07 %"
+    slow = replace(report, latency=Latency(1.2, 1.1, 1.3, 1.0, 1.2), accuracy=None)
+    assert summary.verdict(slow) == "61% smaller, 1.20x SLOWER, output fidelity 0.9987"
+    noise = replace(report, latency=Latency(0.98, 0.9, 1.05, 1.0, 0.98), accuracy=None, fidelity=None)
+    assert summary.verdict(noise) == "61% smaller, no faster"
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "change", "tone"),
+    [
+        (Accuracy("top1", True, 0.9, 0.8), "-10.00 points", "bad"),
+        (Accuracy("mse", False, 2.0, 3.0), "+1", "bad"),
+        (Accuracy("mse", False, 3.0, 2.0), "-1", "good"),
+        (Accuracy("cosine", True, 0.5, 0.5), "", "neutral"),
+    ],
+)
+def test_tone_follows_the_direction_of_the_metric(report: Report, accuracy: Accuracy, change: str, tone: str) -> None:
+    row = summary.rows(replace(report, accuracy=accuracy))[-1]
+    assert (row.label, row.change, row.tone) == (accuracy.metric, change, tone)
+
+
+def test_what_was_not_measured_says_why(report: Report) -> None:
+    rows = summary.rows(replace(report, latency=Latency(None, reason="no device"), fidelity=Fidelity(None, "random")))
+    assert [row.after for row in rows if row.label in ("latency", "fidelity")] == ["not measured"] * 2
+    assert next(row.change for row in rows if row.label == "latency") == "no device"
+
+
+def test_skips_are_grouped_by_reason() -> None:
+    groups = summary.group_skips([Skip("a", "x"), Skip("b", "y"), Skip("c", "y")])
+    assert [(group.reason, group.nodes) for group in groups] == [("y", ["b", "c"]), ("x", ["a"])]
+
+
+def test_warnings_of_passes_are_told_once(report: Report) -> None:
+    assert summary.warnings(report)[1:] == ["prune: few samples"]
+    again = replace(report, warnings=["prune: few samples"])
+    assert summary.warnings(again) == ["prune: few samples"]
+
+
+def test_warnings_are_lines_of_their_own() -> None:
+    stream = io.StringIO()
+    tables.print_warnings(tables.console(stream), ["one", "two\nlines"])
+    assert stream.getvalue() == "warning: one\nwarning: two\\nlines\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("plain", "plain"),
+        ("a\tb", "a\\tb"),
+        ("\x1b]0;x\x07", "\\x1b]0;x\\x07"),
+        ("\u2066é\U000e0001", "\\u2066é\\U000e0001"),
+    ],
+)
+def test_clean(given: str, shown: str) -> None:
+    assert text.clean(given) == shown
+
+
+def test_clean_cuts_the_middle() -> None:
+    assert len(text.clean("x" * 10_000, 50)) <= 50
+    assert text.clean("a" * 100 + "b" * 100, 21) == "aaaaaaaaa...bbbbbbbbb"
+
+
+def test_numbers() -> None:
+    assert (text.size(0), text.size(999), text.size(1_528_168)) == ("0 B", "999 B", "1.53 MB")
+    assert (text.short(None), text.short(23_914_560), text.count(1234567)) == ("unknown", "23.9 M", "1,234,567")
+    assert (text.change(200, 100), text.change(0, 5), text.change(1, 1), text.change(None, 1)) == (
+        "-50.0 %",
+        "+5",
+        "",
+        "",
+    )
+    assert (text.duration(0.0123), text.duration(83.2), text.duration(130)) == ("12.3 ms", "83.2 s", "2 min 10 s")
