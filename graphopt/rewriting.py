@@ -1,0 +1,346 @@
+"""What passes share to rewrite a graph: constants, uses, names, replacement, provenance, size.
+
+Three rules hold in every helper. A use inside an If, Loop or Scan body counts as a use: onnx_ir links inner nodes to
+the outer value object, so `Value.uses()` sees them. A value that a graph declares as its output keeps its name. Names
+of nodes and parameters stay, and a new name is derived from the old ones only, so that equal input gives equal output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from graphopt.errors import ModelError
+
+Float64 = npt.NDArray[np.float64]
+
+FOLDED_FROM = "graphopt.folded_from"
+"""Key in `metadata_props`: the nodes or values that went into this one, separated by commas."""
+
+_FIRST_IR_WITH_PRIVATE_INITIALIZERS = 4
+"""Before IR version 4 every initializer had to be listed as a graph input too."""
+
+
+def graphs(model: ir.Model) -> Iterator[ir.Graph]:
+    """The main graph, then every If/Loop/Scan body in it; model-local functions are not visited."""
+    yield model.graph
+    yield from model.graph.subgraphs()
+
+
+def is_onnx(node: ir.Node, *op_types: str) -> bool:
+    """True if `node` is one of these operators of the standard domain."""
+    return node.domain in ("", "ai.onnx") and node.op_type in op_types
+
+
+def label(node: ir.Node) -> str:
+    """How a report names `node`: its name, or its operator and first output where it has none."""
+    return node.name or f"{node.op_type}({node.outputs[0].name if node.outputs else ''})"
+
+
+# -- constants -------------------------------------------------------------------------------------------------------
+
+
+def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """The tensor that `value` always holds: an initializer that no caller can override, or a Constant node's.
+
+    None for everything else, also for an initializer that is listed as a graph input: see `freeze_overridable`.
+    """
+    if value is None or value.is_graph_input():
+        return None
+    if value.is_initializer():
+        return value.const_value
+    node = value.producer()
+    return constant_node_tensor(node) if node is not None and is_onnx(node, "Constant") else None
+
+
+def constant_node_tensor(node: ir.Node) -> ir.TensorProtocol | None:
+    """The dense tensor of a Constant node; None for a sparse one or one that refers to a function's attribute."""
+    if len(node.attributes) != 1 or len(node.outputs) != 1:
+        return None
+    attribute = next(iter(node.attributes.values()))
+    if attribute.is_ref():
+        return None
+    name = node.outputs[0].name
+    match attribute.name:
+        case "value":
+            return attribute.as_tensor()
+        case "value_float" | "value_floats":
+            return ir.Tensor(np.array(attribute.value, dtype=np.float32), name=name)
+        case "value_int" | "value_ints":
+            return ir.Tensor(np.array(attribute.value, dtype=np.int64), name=name)
+        case _:
+            return None
+
+
+def array(value: ir.Value | None) -> npt.NDArray[Any] | None:
+    """The constant that `value` holds as a numpy array (memory-mapped where the file is); None where it is none."""
+    tensor = constant(value)
+    return None if tensor is None or tensor.dtype == ir.DataType.STRING else np.asarray(tensor.numpy())
+
+
+def float64(value: ir.Value | None) -> Float64 | None:
+    """The floating-point constant that `value` holds, in float64; None where it is no such constant."""
+    tensor = constant(value)
+    if tensor is None or not tensor.dtype.is_floating_point() or tensor.dtype.bitwidth < 16:
+        return None
+    return np.asarray(tensor.numpy()).astype(np.float64)
+
+
+def freeze_overridable(model: ir.Model) -> list[str]:
+    """Make constants of the initializers that are also graph inputs, as models of IR version 3 have to list them.
+
+    ONNX lets a caller override such an initializer at run time, which is why ONNX Runtime folds nothing into it.
+
+    Returns:
+        The names that callers can no longer feed.
+    """
+    graph = model.graph
+    frozen = [v for v in graph.inputs if v.is_initializer()]
+    if frozen:
+        kept = [v for v in graph.inputs if not v.is_initializer()]
+        graph.inputs.clear()
+        graph.inputs.extend(kept)
+    return [str(v.name) for v in frozen]
+
+
+def freeze_note(names: list[str]) -> str:
+    """The sentence for the report about what `freeze_overridable` did."""
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return (
+        f"{len(names)} initializers were also graph inputs that a caller could override ({shown}); "
+        "they are constants now (keep_overridable=true leaves them)"
+    )
+
+
+def allow_private_initializers(model: ir.Model) -> str | None:
+    """Raise the IR version to 4 where it is older, because a new initializer is no graph input.
+
+    Returns:
+        A sentence for the report where the version changed.
+    """
+    old = model.ir_version
+    if old >= _FIRST_IR_WITH_PRIVATE_INITIALIZERS:
+        return None
+    model.ir_version = _FIRST_IR_WITH_PRIVATE_INITIALIZERS
+    return f"IR version {old} -> {model.ir_version}: before 4 every initializer had to be a graph input"
+
+
+# -- names and new values --------------------------------------------------------------------------------------------
+
+
+class Names:
+    """All names of values and nodes in a model, and new ones that clash with none of them."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self._taken: set[str] = set()
+        for graph in graphs(model):
+            self._taken.update(v.name for v in (*graph.inputs, *graph.initializers.values()) if v.name)
+            for node in graph:
+                self._taken.update(v.name for v in node.outputs if v.name)
+                if node.name:
+                    self._taken.add(node.name)
+
+    def fresh(self, wanted: str) -> str:
+        """`wanted`, or `wanted_1`, `wanted_2`, ... where it is taken."""
+        name, count = wanted, 0
+        while name in self._taken:
+            count += 1
+            name = f"{wanted}_{count}"
+        self._taken.add(name)
+        return name
+
+
+def new_initializer(graph: ir.Graph, name: str, data: npt.NDArray[Any], dtype: ir.DataType) -> ir.Value:
+    """Register `data`, cast to `dtype`, as an initializer of `graph`; `name` must be free."""
+    tensor = ir.Tensor(np.array(data.astype(dtype.numpy()), order="C"), dtype=dtype, name=name)
+    value = ir.Value(name=name, type=ir.TensorType(dtype), shape=tensor.shape, const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def set_constant(node: ir.Node, index: int, data: npt.NDArray[Any], names: Names, origin: Iterable[str]) -> None:
+    """Let input `index` of `node`, a constant, hold `data` (cast to the dtype it had).
+
+    A parameter that only this input reads is changed under its name. Otherwise the other readers keep theirs and this
+    input gets a private one: refuse before calling (`sole_use`) where that would duplicate a weight.
+    """
+    old = node.inputs[index]
+    tensor = constant(old)
+    if old is None or tensor is None or node.graph is None:
+        raise ModelError(f"input {index} is not a constant", where=label(node))
+    if old.is_initializer() and sole_use(old):
+        new_tensor = ir.Tensor(
+            np.array(data.astype(tensor.dtype.numpy()), order="C"), dtype=tensor.dtype, name=old.name
+        )
+        old.const_value = new_tensor
+        old.shape = new_tensor.shape
+        mark_origin(old, origin)
+        return
+    graph = node.graph
+    if not isinstance(graph, ir.Graph):
+        raise ModelError("nodes of model-local functions cannot hold initializers", where=label(node))
+    wanted = str(old.name)
+    new = new_initializer(graph, names.fresh(wanted), data, tensor.dtype)
+    mark_origin(new, [wanted, *origin])
+    node.replace_input_with(index, new)
+    drop_if_unused(old)
+
+
+# -- uses and replacement --------------------------------------------------------------------------------------------
+
+
+class Usage(Protocol):
+    """One place where a value is read (what `ir.Value.uses()` yields)."""
+
+    @property
+    def node(self) -> ir.Node:
+        """The reader."""
+
+    @property
+    def idx(self) -> int:
+        """Which of its inputs."""
+
+
+def sole_use(value: ir.Value) -> Usage | None:
+    """The one use of `value`; None where there are more or none, or where a graph gives it out."""
+    uses = tuple(value.uses())
+    return uses[0] if len(uses) == 1 and not value.is_graph_output() else None
+
+
+def drop_if_unused(value: ir.Value | None) -> None:
+    """Remove a constant that nobody reads: the initializer, or the Constant node."""
+    if value is None or value.uses() or value.is_graph_output() or value.is_graph_input():
+        return
+    node = value.producer()
+    if node is not None and is_onnx(node, "Constant") and node.graph is not None:
+        node.graph.remove(node, safe=True)
+    elif value.is_initializer() and value.graph is not None:
+        value.graph.initializers.pop(str(value.name))
+
+
+def cannot_replace(old: ir.Value, new: ir.Value) -> str | None:
+    """Why `new` cannot stand for `old`, as a reason for the report; None where it can."""
+    if not old.is_graph_output():
+        return None
+    graph, producer = old.graph, new.producer()
+    if graph is None or new.is_graph_input() or producer is None:
+        return f"{old.name} is a graph output and {new.name} a graph input or a constant"
+    if new.is_graph_output():
+        return f"{old.name} and {new.name} are both graph outputs"
+    if producer.graph is not graph:
+        return f"{old.name} is an output of this body and {new.name} is computed outside it"
+    if sum(output is old for output in graph.outputs) > 1:
+        return f"{old.name} is given out twice"
+    return None
+
+
+def replace_value(old: ir.Value, new: ir.Value) -> None:
+    """Let every reader of `old` read `new`; a graph output keeps its name. `cannot_replace` must allow it."""
+    if old.type is not None and new.type is None:
+        new.type = old.type
+    if new.shape is None:
+        new.shape = old.shape
+    if old.is_graph_output():
+        name = old.name
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
+        old.name = f"{name}_replaced"
+        new.name = name
+        return
+    old.replace_all_uses_with(new)
+
+
+def remove_node(node: ir.Node) -> None:
+    """Take a node nobody reads out of its graph, and with it the constants that only it read."""
+    if node.graph is None:
+        raise ModelError("the node is not in a graph", where=label(node))
+    inputs = tuple(node.inputs)
+    node.graph.remove(node, safe=True)
+    for value in inputs:
+        drop_if_unused(value)
+
+
+def bypass(node: ir.Node, new: ir.Value, origin_of: ir.Node | None = None) -> str | None:
+    """Replace the first output of `node` by `new` and remove the node.
+
+    Args:
+        node: the node that goes; its other outputs must be unread.
+        new: what its readers get.
+        origin_of: the node that did take over the work, which records `node` in its provenance.
+
+    Returns:
+        None where it was done, otherwise the reason why it cannot be.
+    """
+    reason = cannot_replace(node.outputs[0], new)
+    if reason:
+        return reason
+    if any(extra.uses() or extra.is_graph_output() for extra in node.outputs[1:]):
+        return "another output of it is in use"
+    name = label(node)
+    replace_value(node.outputs[0], new)
+    if origin_of is not None:
+        mark_origin(origin_of, [name])
+    remove_node(node)
+    return None
+
+
+def mark_origin(item: ir.Node | ir.Value, names: Iterable[str]) -> None:
+    """Record in `item.metadata_props` what was folded into it, in order and without repetition."""
+    known = item.metadata_props.get(FOLDED_FROM, "")
+    merged = dict.fromkeys([*filter(None, known.split(",")), *names])
+    item.metadata_props[FOLDED_FROM] = ",".join(merged)
+
+
+# -- size ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a model is.
+
+    Attributes:
+        nodes: nodes in the main graph and all bodies, without Constant nodes, which are only a way to store a tensor.
+        bytes: about what the file takes: tensors plus names and attributes, without the provenance we add.
+    """
+
+    nodes: int
+    bytes: int
+
+
+def node_bytes(node: ir.Node) -> int:
+    """About how many bytes `node` takes in a file, tensors in its attributes included and bodies not."""
+    total = 8 + len(node.name or "") + len(node.op_type) + len(node.domain)
+    total += sum(2 + len(v.name or "") for v in node.inputs if v is not None)
+    total += sum(2 + len(v.name or "") for v in node.outputs)
+    for attribute in node.attributes.values():
+        total += 6 + len(attribute.name)
+        if attribute.is_ref():
+            continue
+        if attribute.type == ir.AttributeType.TENSOR:
+            total += attribute.as_tensor().nbytes + 16
+        elif attribute.type in (ir.AttributeType.INTS, ir.AttributeType.FLOATS):
+            total += 4 * len(attribute.value)
+        elif attribute.type == ir.AttributeType.STRING:
+            total += len(attribute.as_string())
+    return total
+
+
+def initializer_bytes(value: ir.Value) -> int:
+    """About how many bytes an initializer takes in a file."""
+    tensor = value.const_value
+    return 16 + len(value.name or "") + (tensor.nbytes if tensor is not None else 0)
+
+
+def size(model: ir.Model) -> Size:
+    """Measure `model` in O(nodes); no weight is read."""
+    nodes = total = 0
+    for graph in graphs(model):
+        for node in graph:
+            nodes += not is_onnx(node, "Constant")
+            total += node_bytes(node)
+        total += sum(initializer_bytes(v) for v in graph.initializers.values())
+    return Size(nodes, total)

@@ -1,0 +1,114 @@
+"""fold: the clean-up passes to a fixpoint.
+
+The members are found by name, so that a further fold is one new file and one name here. Each member is judged by its
+cost: where the model has more nodes or more bytes afterwards than before, its work is undone and the report says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from graphopt.base import Context, Effect, Pass, PassResult, Skip, option
+from graphopt.rewriting import Size, size
+
+MEMBERS = (
+    "fold-constants",
+    "remove-identities",
+    "fold-batchnorm",
+    "fold-conv-affine",
+    "merge-common-subexpressions",
+    "dedupe-initializers",
+    "remove-dead-code",
+)
+"""In the order of a round: constants first, because the other members need them."""
+
+
+@dataclass(frozen=True)
+class Fold(Pass):
+    """Fold constants, identities, BatchNormalization, affine chains, duplicates and dead code, to a fixpoint.
+
+    Runs its members (`graphopt passes fold-constants` and so on) round after round until none changes the model. A
+    member that leaves more nodes or bytes than it found is undone. EXACT: equal up to rounding of the folded weights.
+    Does not fire: what a member leaves and why is listed node by node. Preserves: the interface of the model except
+    initializers that are also graph inputs, which become constants (`keep_overridable`).
+    """
+
+    name: ClassVar[str] = "fold"
+    effect: ClassVar[Effect] = Effect.EXACT
+    rounds: int = option(10, "rounds after which it stops even where there still is work", low=1)
+    max_growth: int = option(0, "bytes by which folding one constant subgraph may grow the file", low=0)
+    max_bytes: int = option(1 << 24, "bytes of the largest tensor that constant folding reads or makes", low=0)
+    keep_overridable: bool = option(False, "leave initializers alone that are also graph inputs")
+    keep_signed_zero: bool = option(False, "leave x + 0.0 alone, which turns -0.0 into 0.0")
+
+    def run(self, model: ir.Model, ctx: Context) -> PassResult:
+        """Run the members until none of them changes the model."""
+        result = PassResult(changed=False)
+        skipped: dict[str, list[Skip]] = {}
+        undone: set[str] = set()
+        members = [self._member(name, ctx) for name in MEMBERS]
+        rows = []
+        for round_number in range(1, self.rounds + 1):
+            changed = False
+            for member in members:
+                if member.name in undone:
+                    continue
+                before = size(model)
+                backup = model.clone()
+                outcome = member.run(model, ctx)
+                skipped[member.name] = outcome.skipped
+                if not outcome.changed:
+                    continue
+                after = size(model)
+                excess = self._excess(before, after)
+                if excess:
+                    _restore(model, backup)
+                    undone.add(member.name)
+                    result.notes.append(f"{member.name} undone: it made the model larger ({excess})")
+                    continue
+                changed = result.changed = True
+                result.notes.extend(note for note in outcome.notes if note not in result.notes)
+                rows.append(
+                    {
+                        "round": round_number,
+                        "pass": member.name,
+                        "nodes": after.nodes - before.nodes,
+                        "bytes": after.bytes - before.bytes,
+                    }
+                )
+            if not changed:
+                break
+        else:
+            result.notes.append(
+                f"warning: stopped after {self.rounds} rounds although the last one still changed the model "
+                "(rounds=N allows more)"
+            )
+        if rows:
+            result.details["what each member changed"] = rows
+        result.skipped = [skip for skips in skipped.values() for skip in skips]
+        return result
+
+    def _member(self, name: str, ctx: Context) -> Pass:
+        found: type[Pass] = ctx.resolve(name)
+        takes = {f.name for f in fields(found)} & {f.name for f in fields(self)}
+        return found(**{option_name: getattr(self, option_name) for option_name in sorted(takes)})
+
+    @staticmethod
+    def _excess(before: Size, after: Size) -> str:
+        parts = []
+        if after.nodes > before.nodes:
+            parts.append(f"{before.nodes} -> {after.nodes} nodes")
+        if after.bytes > before.bytes:
+            parts.append(f"{before.bytes} -> {after.bytes} bytes")
+        return ", ".join(parts)
+
+
+def _restore(model: ir.Model, backup: ir.Model) -> None:
+    """Put the graph, functions and versions of `backup` back into `model`."""
+    model.graph = backup.graph
+    model.ir_version = backup.ir_version
+    model.functions.clear()
+    model.functions.update(backup.functions)

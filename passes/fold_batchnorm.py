@@ -1,0 +1,195 @@
+"""fold-batchnorm: BatchNormalization into the linear operator before it, or into those after it.
+
+In inference BatchNormalization is one affine map per channel (axis 1):
+
+    y = a x + c      a = scale / sqrt(var + epsilon)      c = bias - a mean
+
+After a linear operator, a (W x + b) + c = (a W) x + (a b + c). Before one, W (a x + c) + b = (W a) x + (b + W c), which
+holds with zero padding only where c = 0. `graphopt.linear` does both and knows the layouts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.base import Context, Effect, Pass, PassResult, Skip, option
+from graphopt.linear import LINEAR_OPS, Linear, linear_view
+from graphopt.rewriting import (
+    Float64,
+    Names,
+    allow_private_initializers,
+    bypass,
+    cannot_replace,
+    float64,
+    freeze_note,
+    freeze_overridable,
+    graphs,
+    is_onnx,
+    label,
+    sole_use,
+)
+
+
+@dataclass(frozen=True)
+class FoldBatchNorm(Pass):
+    """Fold BatchNormalization into the Conv, ConvTranspose, Gemm or MatMul (+ Add) around it.
+
+    Algebra: y = a x + c with a = scale / sqrt(var + epsilon), c = bias - a mean. After a linear operator W' = a W,
+    b' = a b + c; before one W' = W a, b' = b + W c. In float64, rounded once to the weight's dtype.
+
+    Does not fire: in training mode (before opset 14 the listed running statistics mean it), with statistics per pixel
+    (`spatial=0`), where a parameter is not constant, where the weight is shared, where the tensor between is read by
+    others or given out, before a zero-padded or transposed convolution unless c = 0, where the result overflows or
+    becomes subnormal. Preserves: names of nodes and parameters; a convolution without bias gets one.
+    Source: Jacob et al. 2018 (arXiv:1712.05877), section 3.2, and the identities above.
+    """
+
+    name: ClassVar[str] = "fold-batchnorm"
+    effect: ClassVar[Effect] = Effect.EXACT
+    keep_overridable: bool = option(False, "leave initializers alone that are also graph inputs")
+
+    def run(self, model: ir.Model, ctx: Context) -> PassResult:
+        """Fold every BatchNormalization of `model` that can be folded exactly."""
+        result = PassResult(changed=False)
+        norms = [n for graph in graphs(model) for n in graph if is_onnx(n, "BatchNormalization")]
+        if not norms:
+            return result
+        if not self.keep_overridable and (frozen := freeze_overridable(model)):
+            result.changed = True
+            result.notes.append(freeze_note(frozen))
+        names = Names(model)
+        opset = model.graph.opset_imports.get("", 1)
+        counts = {"the linear operator before it": 0, "those after it": 0}
+        for node in norms:
+            reason = self._fold(node, opset, names, counts)
+            if reason:
+                result.skipped.append(Skip(label(node), reason))
+        for where, count in counts.items():
+            if count:
+                result.notes.append(f"{count} BatchNormalization folded into {where}")
+                result.changed = True
+        if any(counts.values()) and (note := allow_private_initializers(model)):
+            result.notes.append(note)
+        return result
+
+    @staticmethod
+    def _fold(node: ir.Node, opset: int, names: Names, counts: dict[str, int]) -> str | None:
+        affine = inference_affine(node, opset)
+        if isinstance(affine, str):
+            return affine
+        scale, shift = affine
+        after = _into_producer(node, scale, shift, opset, names)
+        if after is None:
+            counts["the linear operator before it"] += 1
+            return None
+        before = _into_consumers(node, scale, shift, opset, names)
+        if before is None:
+            counts["those after it"] += 1
+            return None
+        return f"before it: {after}; after it: {before}"
+
+
+def inference_affine(node: ir.Node, opset: int) -> tuple[Float64, Float64] | str:
+    """Scale and shift per channel that a BatchNormalization applies, in float64, or why it has none."""
+    if opset < 7:
+        return f"opset {opset} is too old (7 or newer)"
+    if node.attributes.get_int("training_mode", 0):
+        return "training_mode=1: it normalises by the statistics of the batch"
+    extra = [v for v in node.outputs[1:] if v.name]
+    if extra and opset < 14:
+        return f"it gives out {extra[0].name}, which before opset 14 means training mode"
+    if any(v.uses() or v.is_graph_output() for v in extra):
+        return f"its running statistics ({extra[0].name}) are in use"
+    if opset < 9 and not node.attributes.get_int("spatial", 1):
+        return "spatial=0: its statistics are per pixel"
+    if len(node.inputs) < 5:
+        return "an input is missing"
+    parameters = []
+    for value in node.inputs[1:5]:
+        data = float64(value)
+        if data is None or value is None:
+            overridable = value is not None and value.is_graph_input() and value.is_initializer()
+            why = "can be overridden by the caller" if overridable else "is not a floating-point constant"
+            return f"{value.name if value is not None else 'a parameter'} {why}"
+        if data.ndim != 1:
+            return f"{value.name} has shape {data.shape}, not one number per channel"
+        parameters.append(data)
+    gamma, beta, mean, variance = parameters
+    with np.errstate(all="ignore"):
+        scale = gamma / np.sqrt(variance + node.attributes.get_float("epsilon", 1e-5))
+        shift = beta - scale * mean
+    if not (np.isfinite(scale).all() and np.isfinite(shift).all()):
+        return "its parameters give a scale or shift that is not finite"
+    return scale, shift
+
+
+def _channels_on_axis_1(linear: Linear, value: ir.Value) -> str | None:
+    if not is_onnx(linear.node, "MatMul"):
+        return None
+    if value.shape is None:
+        return "the rank of the MatMul's tensor is unknown"
+    rank = len(value.shape)
+    return None if rank == 2 else f"MatMul's channels are on axis {rank - 1} of {rank}, BatchNormalization's on axis 1"
+
+
+def _into_producer(node: ir.Node, scale: Float64, shift: Float64, opset: int, names: Names) -> str | None:
+    source = node.inputs[0]
+    producer = source.producer() if source is not None else None
+    if source is None or producer is None:
+        return "its input is a graph input or a constant"
+    # The bias of a MatMul is an Add of its own.
+    if is_onnx(producer, "Add"):
+        products = [v.producer() for v in producer.inputs if v is not None]
+        producer = next((p for p in products if p is not None and is_onnx(p, "MatMul")), producer)
+    linear = linear_view(producer, opset=opset)
+    if isinstance(linear, str):
+        return linear
+    if linear.output is not source:
+        return f"{producer.op_type} reaches it through an Add that is not a constant bias"
+    if producer.graph is not node.graph:
+        return f"{label(producer)} is outside this body"
+    if not sole_use(source):
+        return f"{source.name} is read by others or given out"
+    if linear.outputs != scale.size:
+        return f"{linear.outputs} channels, but {scale.size} numbers per parameter"
+    reason = _channels_on_axis_1(linear, source) or cannot_replace(node.outputs[0], source)
+    reason = reason or linear.fold_after(scale, shift, names, [label(node)])
+    if reason:
+        return reason
+    # A MatMul may have got an Add behind it, and then that is what the normalisation read.
+    new = node.inputs[0]
+    assert new is not None
+    return bypass(node, new)
+
+
+def _into_consumers(node: ir.Node, scale: Float64, shift: Float64, opset: int, names: Names) -> str | None:
+    value = node.outputs[0]
+    source = node.inputs[0]
+    if value.is_graph_output():
+        return f"{value.name} is given out"
+    if source is None or not value.uses():
+        return "nothing reads it"
+    views: list[Linear] = []
+    for use in value.uses():
+        if not is_onnx(use.node, *LINEAR_OPS) or use.idx != 0:
+            return f"{label(use.node)} ({use.node.op_type}) reads it and is not a linear operator on it"
+        if use.node.graph is not node.graph:
+            return f"{label(use.node)} is inside a body"
+        linear = linear_view(use.node, opset=opset)
+        if isinstance(linear, str):
+            return f"{label(use.node)}: {linear}"
+        if linear.inputs != scale.size:
+            return f"{label(use.node)} has {linear.inputs} input channels, not {scale.size}"
+        reason = _channels_on_axis_1(linear, value) or (linear.shift_blocked() if shift.any() else None)
+        if reason:
+            return f"{label(use.node)}: {reason}"
+        views.append(linear)
+    if len(views) > 1:
+        # All or none: a normalisation that stays for one reader is not saved by folding it into another.
+        return f"{len(views)} operators read it (folded into one only)"
+    reason = views[0].fold_before(scale, shift, names, [label(node)])
+    return reason or bypass(node, source)
