@@ -8,30 +8,28 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphopt import registry
 from graphopt.base import Context, Effect, Pass
 from graphopt.errors import GateRefused, GraphoptError, UsageError
-from graphopt.gates import DropGate, LatencyGate, Regressions, parse_bound
+from graphopt.gates import DropGate, LatencyGate, Regressions
 from graphopt.instruments import BisectLimit, Clock, DumpIR, Instrument, PrintIR, ShowProgress
 from graphopt.manager import PassManager, stats
 from graphopt.measure import BENCH_WEIGHTS_LIMIT, Measures
-from graphopt.presets import MAX_DROP, MAX_LATENCY, expand
+from graphopt.plan import Plan, as_target, make_plan
 from graphopt.progress import Progress, Silent
-from graphopt.recipe import Recipe, read_recipe
+from graphopt.recipe import Recipe
 from graphopt.report.data import Accuracy, Fidelity, Latency, PassRecord, Report, Units
-from graphopt.spec import parse, to_spec
+from graphopt.spec import to_spec
 from graphopt.target import Target
 from graphopt.verify_each import Level, VerifyEach
 from graphopt.version import versions
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-DEFAULT_PRESET = "O1"
 
 
 @dataclass
@@ -79,7 +77,7 @@ class Result:
             MissingBackendError: a tool that the target needs is not installed.
             GraphoptError: something cannot be written.
         """
-        chosen = self.target if target is None else _target(target)
+        chosen = self.target if target is None else as_target(target)
         feeds = None
         if self.context.calibration is not None:
             feeds = next(iter(self.context.calibration.batches(batch_size=1, limit=1)), None)
@@ -102,23 +100,6 @@ class Result:
                     f"cannot be written: {error.strerror}", where=str(folder / name), hint="choose another folder"
                 ) from error
         return [folder / name for name in texts]
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What the arguments of `optimize` come to."""
-
-    passes: tuple[Pass, ...]
-    target: Target
-    calib: Any
-    evaluate: Any
-    metric: str | None
-    max_drop: float | None
-    max_latency: float | None
-    seed: int
-    dim: Mapping[str, int]
-    preset: str | None = None
-    notes: tuple[str, ...] = ()
 
 
 def optimize(
@@ -188,7 +169,9 @@ def optimize(
     from graphopt.model import fix_dims, load
 
     start = time.perf_counter()
-    plan = _plan(passes, preset, recipe, target, calib, evaluate, metric, max_drop, max_latency, dim, seed)
+    plan = make_plan(passes, preset, recipe, target, calib, evaluate, metric, max_drop, max_latency, dim, seed)
+    if jobs < 1:
+        raise UsageError(f"{jobs} is less than 1", where="jobs", hint="give the number of threads")
     for line in plan.notes:
         (say or _ignore)(line)
     loaded, name = (load(model), str(model)) if isinstance(model, (str, os.PathLike)) else (model, "model")
@@ -240,67 +223,10 @@ def optimize(
     _warn(report, plan)
     report.seconds = time.perf_counter() - start
     _refuse(report, plan, gates)
-    return Result(result, report, _as_recipe(plan), plan.target, ctx)
+    return Result(result, report, plan.recipe(), plan.target, ctx)
 
 
-def _plan(
-    passes: str | Sequence[Pass] | None,
-    preset: str | int | None,
-    recipe: Recipe | str | os.PathLike[str] | None,
-    target: Target | str | None,
-    calib: Any,
-    evaluate: Any,
-    metric: str | None,
-    max_drop: float | str | None,
-    max_latency: float | str | None,
-    dim: Mapping[str, int] | None,
-    seed: int | None,
-) -> _Plan:
-    given = [n for n, v in (("passes", passes), ("preset", preset), ("recipe", recipe)) if v is not None]
-    if len(given) > 1:
-        raise UsageError(f"{' and '.join(given)} are given together", hint="give one of passes, preset and recipe")
-    said = recipe if isinstance(recipe, Recipe) else Recipe(()) if recipe is None else read_recipe(recipe)
-    chosen = _target(target if target is not None else said.target if said.target is not None else "cpu")
-    drop, latency = parse_bound(max_drop, "max-drop"), parse_bound(max_latency, "max-latency")
-    plan = _Plan(
-        passes=said.passes,
-        target=chosen,
-        calib=calib if calib is not None else said.calib,
-        evaluate=evaluate if evaluate is not None else said.evaluate,
-        metric=metric if metric is not None else said.metric,
-        max_drop=drop if drop is not None else said.max_drop,
-        max_latency=latency if latency is not None else said.max_latency,
-        seed=seed if seed is not None else said.seed if said.seed is not None else 0,
-        dim=dim if dim is not None else dict(said.dim),
-    )
-    if recipe is not None:
-        return plan
-    if passes is not None:
-        return replace(plan, passes=parse(passes) if isinstance(passes, str) else _instances(passes))
-    expansion = expand(DEFAULT_PRESET if preset is None else preset, chosen, plan.calib is not None)
-    return replace(
-        plan,
-        passes=expansion.passes,
-        preset=expansion.name,
-        max_drop=MAX_DROP if plan.max_drop is None else plan.max_drop,
-        max_latency=MAX_LATENCY if plan.max_latency is None else plan.max_latency,
-        notes=tuple(str(expansion).splitlines()),
-    )
-
-
-def _instances(passes: Sequence[Pass]) -> tuple[Pass, ...]:
-    for p in passes:
-        problem = registry.pass_problem(type(p)) if isinstance(p, Pass) else f"{p!r} is not a pass object"
-        if problem is not None:
-            raise UsageError(problem, where="passes", hint="give a pipeline as text, or instances of Pass dataclasses")
-    return tuple(passes)
-
-
-def _target(target: Target | str) -> Target:
-    return target if isinstance(target, Target) else registry.target(target)
-
-
-def _context(model: ir.Model, plan: _Plan, jobs: int, progress: Progress | None) -> Context:
+def _context(model: ir.Model, plan: Plan, jobs: int, progress: Progress | None) -> Context:
     from graphopt import calibration, evaluation
 
     data = None if plan.calib is None else calibration.load(plan.calib, model, seed=plan.seed)
@@ -318,7 +244,7 @@ def _context(model: ir.Model, plan: _Plan, jobs: int, progress: Progress | None)
     )
 
 
-def _gates(plan: _Plan, measures: Measures, bench: bool) -> list[Instrument]:
+def _gates(plan: Plan, measures: Measures, bench: bool) -> list[Instrument]:
     gates: list[Instrument] = []
     if plan.max_drop is not None:
         gates.append(DropGate(plan.max_drop, measures))
@@ -379,7 +305,7 @@ def _units(model: ir.Model) -> Units:
         return Units(0, 0, 0, 0, reason=str(error))
 
 
-def _warn(report: Report, plan: _Plan) -> None:
+def _warn(report: Report, plan: Plan) -> None:
     mark = "warning: "
     for record in report.passes:
         report.warnings += [note.removeprefix(mark) for note in record.notes if note.startswith(mark)]
@@ -401,7 +327,7 @@ def _warn(report: Report, plan: _Plan) -> None:
     report.warnings = list(dict.fromkeys(report.warnings))
 
 
-def _refuse(report: Report, plan: _Plan, gates: Sequence[Instrument]) -> None:
+def _refuse(report: Report, plan: Plan, gates: Sequence[Instrument]) -> None:
     """Raise where the gates left nothing.
 
     Raises:
@@ -424,23 +350,6 @@ def _refuse(report: Report, plan: _Plan, gates: Sequence[Instrument]) -> None:
         )
         error.report = report
         raise error
-
-
-def _as_recipe(plan: _Plan) -> Recipe:
-    def text(value: Any) -> str | None:
-        return str(value) if isinstance(value, (str, os.PathLike)) else None
-
-    return Recipe(
-        passes=plan.passes,
-        target=plan.target.name,
-        calib=text(plan.calib),
-        evaluate=text(plan.evaluate),
-        metric=plan.metric,
-        max_drop=plan.max_drop,
-        max_latency=plan.max_latency,
-        seed=plan.seed,
-        dim=tuple(plan.dim.items()),
-    )
 
 
 def _make_folder(path: Path) -> None:

@@ -40,11 +40,11 @@ class Expansion:
     passes: tuple[Pass, ...]
     left_out: tuple[str, ...]
 
-    def __str__(self) -> str:
-        lines = [
-            f"-{self.name} is --passes '{to_spec(self.passes)}' --max-drop {MAX_DROP:g} --max-latency {MAX_LATENCY:g}"
-        ]
-        return "\n".join([*lines, *self.left_out])
+    def lines(self, max_drop: float = MAX_DROP, max_latency: float = MAX_LATENCY) -> tuple[str, ...]:
+        """What to tell the user: the same in words that can be typed, and what was left out."""
+        spec = to_spec(self.passes)
+        gates = f"--max-drop {max_drop:g} --max-latency {max_latency:g}"
+        return (f"-{self.name} is --passes '{spec}' {gates}", *self.left_out)
 
 
 def expand(preset: str | int, target: Target, has_data: bool, resolve: Resolve | None = None) -> Expansion:

@@ -18,6 +18,7 @@ that a recipe means the same when a later version changes a default.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -89,7 +90,7 @@ class Recipe:
         return "\n".join(lines) + "\n"
 
 
-def write_recipe(recipe: Recipe, path: str | Path) -> None:
+def write_recipe(recipe: Recipe, path: str | os.PathLike[str]) -> None:
     """Write a recipe file.
 
     Raises:
@@ -102,7 +103,7 @@ def write_recipe(recipe: Recipe, path: str | Path) -> None:
         raise UsageError(f"cannot be written: {error.strerror}", where=str(path), hint="choose another path") from error
 
 
-def read_recipe(path: str | Path, resolve: Resolve = pass_class) -> Recipe:
+def read_recipe(path: str | os.PathLike[str], resolve: Resolve = pass_class) -> Recipe:
     """Read a recipe file.
 
     Raises:
