@@ -111,13 +111,12 @@ def patches(x: Array, window: Window, group: int = 0) -> Array:
         x = np.pad(x, ((0, 0), (0, 0), *padding))
     channels_first = x.swapaxes(0, 1)
     out = np.empty((x.shape[1], *window.kernel, x.shape[0], *output), x.dtype)
-    offset: tuple[int, ...]
     for offset in itertools.product(*(range(k) for k in window.kernel)):
-        where = tuple(
+        where: tuple[slice, ...] = tuple(
             slice(o * d, o * d + (n - 1) * s + 1, s)
             for o, d, s, n in zip(offset, window.dilations, window.strides, output, strict=True)
         )
-        out[:, *offset] = channels_first[:, :, *where]
+        out[(slice(None), *offset)] = channels_first[(slice(None), slice(None), *where)]
     return out.reshape(x.shape[1] * int(np.prod(window.kernel)), -1)
 
 

@@ -1,0 +1,270 @@
+"""ONNX Runtime: runs, measures and bundles ONNX models on every device it has an execution provider for."""
+
+from __future__ import annotations
+
+import importlib.resources
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from graphopt import bundle
+from graphopt.backend import BenchResult
+from graphopt.errors import DataError, MissingBackendError, ModelError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from graphopt.executor import Session
+    from graphopt.feeds import Array
+    from graphopt.target import Target
+
+PACKAGES = {
+    "CUDAExecutionProvider": "onnxruntime-gpu",
+    "TensorrtExecutionProvider": "onnxruntime-gpu",
+    "NvTensorRTRTXExecutionProvider": "onnxruntime-trt-rtx",
+    "MIGraphXExecutionProvider": "onnxruntime-migraphx",
+    "OpenVINOExecutionProvider": "onnxruntime-openvino",
+    "QNNExecutionProvider": "onnxruntime-qnn",
+    "DmlExecutionProvider": "onnxruntime-directml",
+}
+"""pip packages that bring an execution provider; the others come with the runtime's own build for their device."""
+
+ARCHITECTURES = {"x86_64": "x86-64", "amd64": "x86-64", "arm64": "aarch64", "aarch64": "aarch64"}
+"""Target architectures by the name that the operating system gives the machine, lower case."""
+
+LOWER_SECONDS = 1.0
+"""Time that `lower` spends on measuring, where the target can run here."""
+
+
+class OrtBackend:
+    """The backend `ort`: CPU today, and whatever execution providers a target names."""
+
+    name: ClassVar[str] = "ort"
+
+    def unavailable(self, target: Target) -> str | None:
+        """Why models for `target` cannot run on this machine; None where they can."""
+        import onnxruntime as ort
+
+        present = ort.get_available_providers()
+        for provider in target.providers:
+            if provider not in present:
+                package = PACKAGES.get(provider)
+                how = f"pip install {package}" if package else "a build of ONNX Runtime for that device has it"
+                return f"ONNX Runtime {ort.__version__} here has no {provider} ({how})"
+        here = ARCHITECTURES.get(platform.machine().lower(), platform.machine().lower())
+        if target.device == "cpu" and here != target.arch:
+            return f"this machine is {here}, the target {target.arch}"
+        return None
+
+    def session(self, model: ir.Model | Path, target: Target, *, threads: int = 1) -> Session:
+        """A session with all of the runtime's optimisations on.
+
+        Raises:
+            MissingBackendError: it cannot run here.
+            ModelError: the runtime refuses the model.
+        """
+        from graphopt.executor import Session
+
+        reason = self.unavailable(target)
+        if reason is not None:
+            raise MissingBackendError(
+                reason, where=f"target {target.name!r}", hint="run it on such a device, or choose another target"
+            )
+        return Session(model, optimize=True, threads=threads, providers=target.providers)
+
+    def bench(
+        self,
+        models: Sequence[ir.Model | Path],
+        target: Target,
+        feeds: Mapping[str, Array] | None = None,
+        *,
+        threads: int = 1,
+        seconds: float = 2.0,
+    ) -> BenchResult:
+        """Measure the models, paired and interleaved; see `graphopt.timing`.
+
+        Args:
+            models: the first is the reference of all ratios.
+            target: where they run.
+            feeds: one batch of inputs for all models; None: random inputs, free dimensions set to 1.
+            threads: threads of one session.
+            seconds: time to spend on measured rounds.
+
+        Raises:
+            MissingBackendError: the target cannot run here.
+            ModelError: the runtime refuses a model.
+            DataError: the feeds do not fit a model.
+        """
+        import onnxruntime as ort
+
+        from graphopt.timing import paired
+
+        if feeds is None:
+            feeds = _random(models)
+        sessions = [self.session(model, target, threads=threads) for model in models]
+        try:
+            result = paired([_call(session, feeds) for session in sessions], seconds)
+        finally:
+            for session in sessions:
+                session.close()
+        return BenchResult(
+            milliseconds=result.milliseconds,
+            ratios=result.ratios,
+            low=result.low,
+            high=result.high,
+            rounds=result.rounds,
+            threads=threads,
+            batch=_batch(sessions[0].inputs, feeds),
+            details={
+                "onnxruntime": ort.__version__,
+                "providers": list(target.providers),
+                "within_noise": list(result.within_noise),
+                "shapes": {name: list(array.shape) for name, array in feeds.items()},
+                **bundle.describe_machine(),
+            },
+        )
+
+    def lower(
+        self,
+        model: ir.Model,
+        target: Target,
+        folder: Path,
+        *,
+        report: Mapping[str, Any] | None = None,
+        feeds: Mapping[str, Array] | None = None,
+    ) -> list[Path]:
+        """Write model.onnx, run.py, bench.py and manifest.json; see `graphopt.bundle`.
+
+        The model stays portable ONNX: what the runtime makes of it when it loads it belongs to one machine and version.
+
+        Args:
+            model: what to deploy; not changed.
+            target: what it is deployed on.
+            folder: created where it does not exist.
+            report: JSON form of the report that made the model.
+            feeds: one batch of real inputs for timing.
+
+        Raises:
+            ModelError: newer than the target's runtime reads, or ONNX Runtime cannot load it.
+        """
+        portable = strip_unused_imports(model)
+        check_caps(portable, target)
+        runs_here = self.unavailable(target) is None
+        measured = self._measure(portable, target, feeds) if runs_here else None
+
+        def fill(stage: Path) -> dict[str, Any]:
+            from graphopt.model import save
+            from graphopt.version import versions
+
+            save(portable, stage / "model.onnx")
+            self._loads(stage / "model.onnx", target, runs_here=runs_here)
+            for name in ("run", "bench"):
+                text = importlib.resources.files("graphopt.backends").joinpath(f"ort_{name}.txt").read_text("utf-8")
+                (stage / f"{name}.py").write_text(text, encoding="utf-8")
+            return {
+                "target": bundle.target_table(target),
+                "model": "model.onnx",
+                **bundle.describe_model(portable),
+                "opset": dict(sorted(portable.opset_imports.items())),
+                "ir_version": portable.ir_version,
+                "session": {
+                    "providers": list(target.providers),
+                    "graph_optimization_level": "ORT_ENABLE_ALL",
+                    "intra_op_num_threads": 1,
+                    "inter_op_num_threads": 1,
+                },
+                "pipeline": None if report is None else report.get("pipeline"),
+                "versions": versions(),
+                "measured": measured,
+                "report": bundle.report_summary(report),
+            }
+
+        return bundle.write(folder, fill)
+
+    def _measure(self, model: ir.Model, target: Target, feeds: Mapping[str, Array] | None) -> dict[str, Any]:
+        found = self.bench([model], target, feeds, seconds=LOWER_SECONDS)
+        return {
+            "latency_ms": found.milliseconds[0],
+            "rounds": found.rounds,
+            "threads": found.threads,
+            "batch": found.batch,
+            "inputs": "random" if feeds is None else "real",
+            **found.details,
+        }
+
+    def _loads(self, path: Path, target: Target, *, runs_here: bool) -> None:
+        """Load the written file, on the CPU where the target's own providers are not here.
+
+        Raises:
+            ModelError: the runtime refuses it.
+        """
+        from graphopt.executor import Session
+
+        providers = target.providers if runs_here else ("CPUExecutionProvider",)
+        Session(path, optimize=True, providers=providers).close()
+
+
+def strip_unused_imports(model: ir.Model) -> ir.Model:
+    """A copy without the operator sets that no node uses; optimisers of runtimes leave a dozen of them behind."""
+    copy = model.clone()
+    used = {""}
+    for graph in (*copy.graphs(), *(f.graph for f in copy.functions.values())):
+        used |= {node.domain for node in graph}
+    used |= {domain for domain, _, _ in copy.functions}
+    for domain in list(copy.opset_imports):
+        if domain not in used:
+            del copy.opset_imports[domain]
+    return copy
+
+
+def check_caps(model: ir.Model, target: Target) -> None:
+    """Check that the target's runtime reads this operator set and IR version.
+
+    Raises:
+        ModelError: it does not.
+    """
+    opset = model.opset_imports.get("", 0)
+    for what, have, cap in (("opset", opset, target.opset_max), ("IR version", model.ir_version, target.ir_max)):
+        if cap is not None and have > cap:
+            raise ModelError(
+                f"the model has {what} {have}, and target {target.name!r} reads up to {cap}",
+                hint=f"export it with {what} {cap} or older",
+            )
+
+
+def _call(session: Session, feeds: Mapping[str, Array]) -> Callable[[], object]:
+    """One run without the checks of `Session.run`, which would weigh on models of some microseconds."""
+    session.run(feeds)
+    run, names, ready = session.session.run, session.output_names, dict(feeds)
+    return lambda: run(names, ready)
+
+
+def _batch(inputs: Sequence[Any], feeds: Mapping[str, Array]) -> int | None:
+    """Samples in one run: the common length of axis 0 of all inputs; None where there is none."""
+    lengths = {feeds[spec.name].shape[:1] for spec in inputs}
+    if len(lengths) != 1 or not (length := lengths.pop()):
+        return None
+    return int(length[0])
+
+
+def _random(models: Sequence[ir.Model | Path]) -> dict[str, Array]:
+    """Random feeds of the first model with all free dimensions 1, which all models must take.
+
+    Raises:
+        DataError: the models have different inputs.
+    """
+    from graphopt import verify
+    from graphopt.feeds import input_specs
+    from graphopt.model import load
+
+    loaded = [load(m, check_weights=False) if isinstance(m, Path) else m for m in models]
+    first = input_specs(loaded[0])
+    for other in loaded[1:]:
+        have = {s.name: s.dtype for s in input_specs(other) if s.required}
+        if have != {s.name: s.dtype for s in first if s.required}:
+            raise DataError(
+                "the models have different inputs, so they cannot be timed on the same data",
+                where=", ".join(sorted(have)), hint="time them one by one",
+            )  # fmt: skip
+    return verify.random_feeds(loaded[0], 0, samples=1)[0]

@@ -1,0 +1,106 @@
+"""Paired timing: several things measured in turn, so that whatever disturbs the machine disturbs all of them alike.
+
+One round runs A, B, ..., Z and the next Z, ..., B, A; what counts is the ratio within a round. Medians and quartiles
+over rounds are robust against the bursts of a shared machine; absolute times are not, and no verdict rests on them.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+MIN_SAMPLE = 2e-3
+"""Seconds that one sample lasts at least, by repeating the call; its median forgets a call that was interrupted."""
+MIN_ROUNDS = 5
+MAX_ROUNDS = 2000
+WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Paired:
+    """What `paired` measured; index i is the i-th call, 0 the reference.
+
+    Attributes:
+        milliseconds: median time of one call.
+        ratios: median over rounds of time_i / time_0.
+        low, high: quartiles of these ratios.
+        rounds: number of rounds.
+        within_noise: True where the 95 % interval of the median ratio (median +- 1.57 IQR / sqrt(rounds), McGill, Tukey
+            and Larsen 1978) holds 1: no difference was shown. True for the reference.
+    """
+
+    milliseconds: tuple[float, ...]
+    ratios: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    rounds: int
+    within_noise: tuple[bool, ...]
+
+
+def paired(
+    calls: Sequence[Callable[[], object]], seconds: float, clock: Callable[[], float] = time.perf_counter
+) -> Paired:
+    """Time calls, interleaved.
+
+    Args:
+        calls: what to time; the first is the reference of the ratios.
+        seconds: time for the measured rounds; at least `MIN_ROUNDS` rounds are run, whatever they take.
+        clock: seconds, rising.
+
+    Raises:
+        ValueError: there is nothing to time.
+    """
+    if not calls:
+        raise ValueError("nothing to time")
+    repeats = [_repeats(call, clock) for call in calls]
+    samples: list[list[float]] = [[] for _ in calls]
+    order = list(range(len(calls)))
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        start = clock()
+        rounds = 0
+        # rounds come in pairs, forth and back, so that a steady drift cancels
+        while rounds < MIN_ROUNDS or rounds % 2 or (clock() - start < seconds and rounds < MAX_ROUNDS):
+            for i in order if rounds % 2 == 0 else reversed(order):
+                samples[i].append(_sample(calls[i], repeats[i], clock))
+            rounds += 1
+    finally:
+        if collecting:
+            gc.enable()
+    times = np.array(samples)
+    ratios = times / times[0]
+    low, middle, high = np.percentile(ratios, [25, 50, 75], axis=1)
+    margin = 1.57 * (high - low) / np.sqrt(rounds)
+    noise = (middle - margin <= 1) & (middle + margin >= 1)
+    return Paired(
+        milliseconds=tuple(float(t) for t in np.median(times, axis=1) * 1e3),
+        ratios=tuple(float(r) for r in middle),
+        low=tuple(float(r) for r in low),
+        high=tuple(float(r) for r in high),
+        rounds=rounds,
+        within_noise=tuple(bool(n) for n in noise),
+    )
+
+
+def _sample(call: Callable[[], object], repeats: int, clock: Callable[[], float]) -> float:
+    durations = []
+    for _ in range(repeats):
+        begin = clock()
+        call()
+        durations.append(clock() - begin)
+    return float(np.median(durations))
+
+
+def _repeats(call: Callable[[], object], clock: Callable[[], float]) -> int:
+    """Warm up, and find how often to call so that one sample lasts long enough."""
+    best = float("inf")
+    for _ in range(WARM_UP):
+        begin = clock()
+        call()
+        best = min(best, clock() - begin)
+    return min(1000, max(1, round(MIN_SAMPLE / best))) if best > 0 else 1000
