@@ -46,6 +46,7 @@ class Mismatch(ValueError):
 _INT = re.compile(r"[+-]?[0-9]+")
 _FLOAT = re.compile(r"[+-]?(([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?|inf)")
 _NOT_FITTING = object()
+_RANK: dict[Any, int] = {type(None): 0, bool: 1, int: 2, float: 3, str: 5}
 
 
 def option_types(kind: type[Pass]) -> dict[str, Any]:
@@ -135,8 +136,8 @@ def _leaves(annotation: Any) -> Iterator[Any]:
 def _fit(written: Written, annotation: Any) -> Any:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (types.UnionType, typing.Union):
-        # str takes any bare word, so it is asked last; None before Literal before numbers, as one reads.
-        for part in sorted(arguments, key=lambda a: a is str):
+        # From the type that takes the fewest bare words to str, which takes all: what a later one loses can be quoted.
+        for part in sorted(arguments, key=lambda a: _RANK.get(a, len(_RANK) - 1)):
             value = _fit(written, part)
             if value is not _NOT_FITTING:
                 return value
@@ -163,7 +164,7 @@ def _fit(written: Written, annotation: Any) -> Any:
 
 
 def _fit_literal(written: Written, choices: tuple[Any, ...]) -> Any:
-    for choice in choices:
+    for choice in sorted(choices, key=lambda c: isinstance(c, str)):
         if isinstance(choice, str):
             if written.kind != "number" and written.text == choice:
                 return choice
