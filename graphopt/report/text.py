@@ -73,10 +73,10 @@ def score(metric: str, value: float) -> str:
     return f"{100 * value:.2f} %" if metric in ("top1", "top5") else f"{value:.5g}"
 
 
-def names(found: Iterable[str], most: int = 3) -> str:
-    """The first few names and how many more there are."""
+def names(found: Iterable[str], most: int = 3, limit: int = 60) -> str:
+    """The first few names, each of at most `limit` characters, and how many more there are."""
     every = list(found)
-    shown = ", ".join(clean(name, 60) for name in every[:most])
+    shown = ", ".join(clean(name, limit) for name in every[:most])
     return shown if len(every) <= most else f"{shown} and {len(every) - most:,} more"
 
 
