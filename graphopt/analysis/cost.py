@@ -63,7 +63,9 @@ def _macs(model: ir.Model) -> int | None:
         if handler is None or type(handler).cost is _no_cost():
             continue
         coefficient, _ = handler.cost(node, view)
-        if not coefficient and any(shapes.static_dims(v) is None for v in (*node.inputs, *node.outputs) if v is not None):
+        if not coefficient and any(
+            shapes.static_dims(v) is None for v in (*node.inputs, *node.outputs) if v is not None
+        ):
             return None
         total += coefficient
     return int(np.rint(total))

@@ -99,7 +99,7 @@ class LabelTable:
         order = component[np.sort(np.unique(component, return_index=True)[1])]
         live = order[~frozen[order]]
         unit_of_component[live] = np.arange(1, len(live) + 1)
-        return Solution(unit_of_component[component], component, reasons)
+        return Solution(unit_of_component[component], component.astype(np.int64), reasons)
 
 
 @dataclass(frozen=True)

@@ -29,11 +29,13 @@ class Move:
         source: axis of the first input.
         results: axes of the output that `apply`'s result spans, in order.
         apply: takes a vector over the source axis, gives an array over `results`.
+        keep: which of `results` keeps its variety where the operator leaves no choice.
     """
 
     source: int
     results: tuple[int, ...]
     apply: Callable[[Array], Array]
+    keep: int | None = None
 
 
 def taking(places: slice | Array) -> Callable[[Array], Array]:
@@ -68,10 +70,9 @@ class Movement(OpRule):
             for move in moves:
                 for factor in x[move.source]:
                     moved = move.apply(factor)
-                    keep = g.modes.get(node.outputs[0].name or "")
-                    closed = close_box(
-                        g.table, moved, name, move.results.index(keep) if keep in move.results else None
-                    )
+                    keep = g.modes.get(output.name or "", -1) if move.keep is None else move.keep
+                    chosen = move.results.index(keep) if keep in move.results else None
+                    closed = close_box(g.table, moved, name, chosen)
                     for place, factors in closed.items():
                         axis = move.results[place]
                         result[axis] = (*result.get(axis, ()), *factors)
@@ -82,7 +83,9 @@ class Movement(OpRule):
         if source is None:
             return
         for index, output in enumerate(node.outputs):
-            moves = self.moves(node, list(d.axes(source)), index)
+            if not d.axes(output):
+                continue
+            moves = self.moves(node, list(d.operand_axes(node, 0)), index)
             if isinstance(moves, str):
                 continue
             for move in moves:

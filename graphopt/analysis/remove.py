@@ -206,12 +206,12 @@ class Removal:
             node.append(nodes)
         return nodes[-1].outputs[0]
 
-    def insert_gather(
-        self, node: ir.Node, source: ir.Value, axis: int, places: npt.NDArray[np.int64]
-    ) -> ir.Value:
+    def insert_gather(self, node: ir.Node, source: ir.Value, axis: int, places: npt.NDArray[np.int64]) -> ir.Value:
         """Put a Gather before the first operand of a node; returns the new operand."""
         index = self._constant(f"{node_key(node)}_places", places)
-        gather = ir.node("Gather", [source, index], attributes={"axis": axis}, name=self._name(f"{node_key(node)}_take"))
+        gather = ir.node(
+            "Gather", [source, index], attributes={"axis": axis}, name=self._name(f"{node_key(node)}_take")
+        )
         gather.outputs[0].name = self._name(f"{node_key(node)}_take")
         node.prepend(gather)
         node.replace_input_with(0, gather.outputs[0])

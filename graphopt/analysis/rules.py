@@ -104,11 +104,13 @@ class Labeller:
     sinks: list[Sink] = field(default_factory=list)
     modes: dict[str, int] = field(default_factory=dict)
     _tied: dict[str, Axes] = field(default_factory=dict)
+    _read: set[str] = field(default_factory=set)
 
     def of(self, value: ir.Value | None) -> Axes:
         """Labels of a computed value; an unlabelled tensor has none."""
         if value is None or value.name is None:
             return {}
+        self._read.add(value.name)
         return self.labels.get(value.name, {})
 
     def operand(
@@ -143,10 +145,16 @@ class Labeller:
                 self._tied[value.name] = axes
         self.freeze(axes, f"{where(node)}: the axis can have no units", but=wanted)
         given = roles or {}
-        self.uses.append(
-            Use(value.name, node_key(node), index, axes, {axis: given.get(axis, role) for axis in axes})
-        )
+        self.uses.append(Use(value.name, node_key(node), index, axes, {axis: given.get(axis, role) for axis in axes}))
         return dict(axes)
+
+    def visit(self, node: ir.Node, rule: OpRule) -> None:
+        """Let a rule label a node. A labelled operand that the rule does not look at is a size or an index: frozen."""
+        self._read.clear()
+        rule.label(node, self)
+        for value in node.inputs:
+            if value is not None and value.name in self.labels and value.name not in self._read:
+                self.freeze(self.labels[value.name], f"{where(node)}: '{value.name}' is a size or an index")
 
     def set(self, value: ir.Value, axes: Axes) -> None:
         """Give an output its labels."""
@@ -244,7 +252,7 @@ class DeadValues:
 
     labels: dict[str, Axes]
     hypothetical: bool
-    producers: dict[tuple[str, int], set[int]]
+    uses: dict[tuple[str, int], Use]
     values: dict[tuple[str, int], Floats] = field(default_factory=dict)
 
     def size(self, value: ir.Value, axis: int) -> int:
@@ -254,6 +262,11 @@ class DeadValues:
     def axes(self, value: ir.Value | None) -> Iterable[int]:
         """Labelled axes of a value."""
         return self.labels.get(value.name or "", {}) if value is not None else ()
+
+    def operand_axes(self, node: ir.Node, index: int) -> Iterable[int]:
+        """Labelled axes of an operand, parameter or activation."""
+        use = self.uses.get((node_key(node), index))
+        return use.axes if use is not None else self.axes(node.inputs[index])
 
     def of(self, value: ir.Value, axis: int) -> Floats | None:
         """Dead values along an axis of a computed tensor; None where nothing is known."""
@@ -271,7 +284,8 @@ class DeadValues:
         array = shapes.constant(value)
         if array is None:
             return self.of(value, axis)
-        if self.hypothetical and axis in self.producers.get((node_key(node), index), ()):
+        use = self.uses.get((node_key(node), index))
+        if self.hypothetical and use is not None and use.roles.get(axis) == "producer":
             return np.zeros(array.shape[axis])
         if array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16":
             return None

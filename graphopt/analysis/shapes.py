@@ -13,6 +13,12 @@ Dim = int | str | None
 """A known size, the name of a symbolic one, or None where nothing is known."""
 
 
+def opset(node: ir.Node) -> int:
+    """Version of the operator set that a node of the main graph belongs to."""
+    imports = node.graph.opset_imports if node.graph is not None else {}
+    return node.version or imports.get(node.domain, imports.get("", 13))
+
+
 def dims(value: ir.Value) -> tuple[Dim, ...] | None:
     """Shape of a value; None where even the rank is unknown. A constant's own shape wins over the annotation."""
     tensor = constant_tensor(value)

@@ -131,11 +131,7 @@ class Coupling:
 
     def dead_values(self, *, hypothetical: bool) -> DeadValues:
         """What a consumer sees at positions of dead units: if their producers were zeroed, or as parameters are now."""
-        producers = {
-            (use.node, use.index): {axis for axis, role in use.roles.items() if role == "producer"}
-            for use in self.uses
-        }
-        found = DeadValues(self.labels, hypothetical, producers)
+        found = DeadValues(self.labels, hypothetical, self._use_of)
         for node in self.model.graph:
             handler = rule_for(node)
             if handler is not None:
@@ -171,7 +167,7 @@ def analyse(model: ir.Model, modes: Mapping[str, int] | None = None) -> Coupling
         if handler is None:
             g.freeze_node(node, f"{where(node)}: no rule for this operator")
         else:
-            handler.label(node, g)
+            g.visit(node, handler)
             for value in (v for v in node.outputs if v.name in g.labels):
                 _check_sizes(node, value, g)
     for output in model.graph.outputs:

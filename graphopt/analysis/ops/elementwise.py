@@ -26,7 +26,10 @@ def _attribute(name: str, default: float) -> Callable[[ir.Node], float]:
 
 _alpha_leaky, _alpha_elu = _attribute("alpha", 0.01), _attribute("alpha", 1.0)
 _hard_alpha, _hard_beta = _attribute("alpha", 0.2), _attribute("beta", 0.5)
-_selu_alpha, _selu_gamma = _attribute("alpha", 1.67326319217681884765625), _attribute("gamma", 1.05070102214813232421875)
+_selu_alpha, _selu_gamma = (
+    _attribute("alpha", 1.67326319217681884765625),
+    _attribute("gamma", 1.05070102214813232421875),
+)
 _threshold = _attribute("alpha", 1.0)
 _shrink_bias, _shrink_lambda = _attribute("bias", 0.0), _attribute("lambd", 0.5)
 
@@ -34,7 +37,8 @@ _shrink_bias, _shrink_lambda = _attribute("bias", 0.0), _attribute("lambd", 0.5)
 def _gelu(x: Floats, node: ir.Node) -> Floats:
     if node.attributes.get_string("approximate", "none") == "tanh":
         return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-    return 0.5 * x * (1 + special.erf(x / math.sqrt(2)))
+    result: Floats = 0.5 * x * (1 + special.erf(x / math.sqrt(2)))
+    return result
 
 
 def _shrink(x: Floats, node: ir.Node) -> Floats:
@@ -44,7 +48,9 @@ def _shrink(x: Floats, node: ir.Node) -> Floats:
 
 def _cast(x: Floats, node: ir.Node) -> Floats:
     kind = ir.DataType(node.attributes.get_int("to", 1))
-    return x if kind in {ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16} else x * np.nan
+    return (
+        x if kind in {ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16} else x * np.nan
+    )
 
 
 UNARY: dict[str, Unary] = {

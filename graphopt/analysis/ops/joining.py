@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import onnx_ir as ir
@@ -74,7 +75,9 @@ class Concat(OpRule):
                 values = np.concatenate(parts)
             else:
                 first = parts[0]
-                agree = np.logical_and.reduce([p == first for p in parts]) if len({len(p) for p in parts}) == 1 else None
+                agree = (
+                    np.logical_and.reduce([p == first for p in parts]) if len({len(p) for p in parts}) == 1 else None
+                )
                 values = np.full(len(first), np.nan) if agree is None else np.where(agree, first, np.nan)
             if len(values) == d.size(output, axis):
                 d.set(output, axis, values)
@@ -128,8 +131,8 @@ class Split(Movement):
         mask = r.mask(source, axis)
         assert mask is not None
         edges = np.cumsum([0, *sizes])
-        left = [int(mask[a:b].sum()) for a, b in zip(edges[:-1], edges[1:], strict=True)]
-        if (node.version or 13) < 13:
+        left = [int(mask[a:b].sum()) for a, b in pairwise(edges)]
+        if shapes.opset(node) < 13:
             node.attributes.add(ir.AttrInt64s("split", left))
         else:
             node.attributes.pop("num_outputs", None)

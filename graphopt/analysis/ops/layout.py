@@ -125,7 +125,7 @@ class DepthToSpace(Movement):
             return vector.reshape(block * block, -1).T if leading else vector.reshape(-1, block * block)
 
         # The positions of a block become spatial positions: the result's second axis is the spatial one, kept whole.
-        return [Move(a, (1, 2), deal) if a == 1 else Move(a, (0,), same) for a in axes if a in {0, 1}]
+        return [Move(a, (1, 2), deal, keep=1) if a == 1 else Move(a, (0,), same) for a in axes if a in {0, 1}]
 
 
 @rule

@@ -91,7 +91,7 @@ class AxisTogether(OpRule):
             axis = shapes.scalar(node.inputs[1])
             together = [int(axis) % rank] if axis is not None and rank else list(x)
         else:
-            old = (node.version or 13) < 13 and node.op_type != "LpNormalization"
+            old = shapes.opset(node) < 13 and node.op_type != "LpNormalization"
             axis = node.attributes.get_int("axis", 1 if old else -1) or 0
             first = int(axis) % rank if rank else 0
             together = list(range(first, rank)) if old else [first]

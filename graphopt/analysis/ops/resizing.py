@@ -17,7 +17,10 @@ class Resize(OpRule):
 
     def label(self, node: ir.Node, g: Labeller) -> None:
         x = g.operand(node, 0)
-        before, after = shapes.dims(node.inputs[0]) if node.inputs[0] is not None else None, shapes.dims(node.outputs[0])
+        before, after = (
+            shapes.dims(node.inputs[0]) if node.inputs[0] is not None else None,
+            shapes.dims(node.outputs[0]),
+        )
         passing = [a for a in x if before is not None and after is not None and before[a] == after[a]]
         extrapolates = node.attributes.get_string("coordinate_transformation_mode", "") == "tf_crop_and_resize"
         if extrapolates:
@@ -32,9 +35,8 @@ class Resize(OpRule):
                 d.set(node.outputs[0], axis, values)
 
     def rewrite(self, node: ir.Node, r: Removal) -> None:
-        if node.op_type == "Resize" and len(node.inputs) > 3 and node.inputs[3] is not None:
-            if node.attributes.get_ints("axes", None) is None:
-                r.set_sizes(node, 3)
+        if node.op_type == "Resize" and node.attributes.get_ints("axes", None) is None:
+            r.set_sizes(node, 3)
 
 
 @rule

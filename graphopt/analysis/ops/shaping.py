@@ -21,7 +21,8 @@ class Shape(OpRule):
     ops = ("Shape",)
 
     def label(self, node: ir.Node, g: Labeller) -> None:
-        """A size carries no units."""
+        """A size carries no units, and reading one does not hold on to them."""
+        g.of(node.inputs[0])
 
     def rewrite(self, node: ir.Node, r: Removal) -> None:
         source = node.inputs[0]

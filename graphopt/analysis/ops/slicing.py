@@ -1,6 +1,6 @@
 """Slice, Gather by constants, and Pad: some positions are taken, some are added.
 
-After a removal a slice takes what is left of its positions. Where these are no longer evenly spaced it becomes a Gather.
+After a removal a slice takes what is left of its positions; where these are not evenly spaced it becomes a Gather.
 Positions that a constant Pad adds are fresh units: they join whatever they are added to later, and a padding that is
 no longer needed shrinks. That is how an option-A shortcut of a residual network is pruned.
 """
@@ -28,14 +28,16 @@ def _rank(node: ir.Node) -> int:
 def slices(node: ir.Node) -> dict[int, slice] | None:
     """Axis -> slice of a Slice node; None where they are computed."""
     rank = _rank(node)
-    if (node.version or 13) < 10:
+    if not rank:
+        return None
+    if shapes.opset(node) < 10:
         starts = list(node.attributes.get_ints("starts", ()) or ())
         ends = list(node.attributes.get_ints("ends", ()) or ())
         axes, steps = list(node.attributes.get_ints("axes", ()) or range(len(starts))), [1] * len(starts)
     else:
         given = [shapes.ints(v) for v in node.inputs[1:]]
         present = [v is not None for v in node.inputs[1:]]
-        if any(there and found is None for there, found in zip(present, given, strict=True)) or not rank:
+        if any(there and found is None for there, found in zip(present, given, strict=True)):
             return None
         starts, ends = given[0] or [], given[1] or []
         axes = (given[2] if len(given) > 2 else None) or list(range(len(starts)))
@@ -69,7 +71,7 @@ class Slice(Movement):
         if not changed:
             return
         for axis, cut in changed.items():
-            places = r.places(source, axis, np.arange(r.size(source, axis))[cut])
+            places = r.places(source, axis, np.arange(r.size(source, axis) or 0)[cut])
             step = int(places[1] - places[0]) if len(places) > 1 else 1
             if len(places) and step and (np.diff(places) == step).all():
                 stop = int(places[-1]) + (1 if step > 0 else -1)
@@ -84,7 +86,7 @@ class Slice(Movement):
             "axes": [axis for axis, _ in ordered],
             "steps": [cut.step for _, cut in ordered],
         }
-        if (node.version or 13) < 10:
+        if shapes.opset(node) < 10:
             for name in ("starts", "ends", "axes"):
                 node.attributes.add(ir.AttrInt64s(name, columns[name]))
         else:
@@ -123,18 +125,15 @@ class Gather(Movement):
         indices = shapes.constant(node.inputs[1])
         if source is not None and indices is not None and indices.ndim == 1 and r.shortened(source, axis):
             size = r.size(source, axis) or 0
-            places = r.places(source, axis, np.where(indices < 0, indices + size, indices).astype(np.int64))
+            positions = indices.astype(np.int64)
+            places = r.places(source, axis, np.where(positions < 0, positions + size, positions))
             r.set_input(node, 1, places.astype(indices.dtype))
 
 
 def pads(node: ir.Node) -> dict[int, tuple[int, int]] | None:
     """Axis -> (before, after) of a Pad node; None where they are computed."""
     rank = _rank(node)
-    given = (
-        list(node.attributes.get_ints("pads", ()) or ())
-        if (node.version or 13) < 11
-        else shapes.ints(node.inputs[1])
-    )
+    given = list(node.attributes.get_ints("pads", ()) or ()) if shapes.opset(node) < 11 else shapes.ints(node.inputs[1])
     axes: list[int] | None = list(range(rank))
     if len(node.inputs) > 3 and node.inputs[3] is not None:
         axes = shapes.ints(node.inputs[3])
@@ -146,7 +145,7 @@ def pads(node: ir.Node) -> dict[int, tuple[int, int]] | None:
 
 def _pad_value(node: ir.Node) -> float:
     """The padded constant; NaN where it is computed."""
-    if (node.version or 13) < 11:
+    if shapes.opset(node) < 11:
         return float(node.attributes.get_float("value", 0.0) or 0.0)
     if len(node.inputs) > 2 and node.inputs[2] is not None:
         value = shapes.scalar(node.inputs[2])
@@ -208,7 +207,7 @@ class Pad(OpRule):
                 found[axis] = (_left(mask, source_mask, before, False), _left(mask, source_mask, after, True))
         rank, ordered = _rank(node), sorted(found)
         flat = [found[axis][0] for axis in ordered] + [found[axis][1] for axis in ordered]
-        if (node.version or 13) < 11:
+        if shapes.opset(node) < 11:
             full = [found.get(a, (0, 0))[side] for side in (0, 1) for a in range(rank)]
             node.attributes.add(ir.AttrInt64s("pads", full))
             return
