@@ -284,6 +284,12 @@ def explain(error: Exception, doing: str) -> GraphoptError:
     text = " ".join(str(error).split())
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : ", "", text)
     where = _node_in(text)
+    # A failure inside a subgraph is wrapped once for each operator around it; the innermost node is the one to name.
+    while match := re.match(
+        r"Non-zero status code returned while running \S+ node\. Name:'[^']*' Status Message: ", text
+    ):
+        where = _node_in(match.group()) or where
+        text = text[match.end() :]
     operator = re.search(
         r"(?:No Op registered for (\S+)|([\w.]+:\w+)\(-?\d+\) is not a registered function/op"
         r"|Could not find an implementation for (\S+) node)",
@@ -299,7 +305,6 @@ def explain(error: Exception, doing: str) -> GraphoptError:
     # Source locations and C++ signatures of the runtime tell the user nothing.
     text = re.sub(r"\S*/onnxruntime\S*:\d+\s+", "", text)
     text = re.sub(r"\S+::\S+\([^)]*\)\s*(const\s*)?", "", text)
-    text = re.sub(r"^(Non-zero status code returned while running .*? Status Message: )", "", text)
     text = re.sub(
         r"^(Load model from .*? failed:|This is an invalid model\. ?|Exception during (?:initialization|loading):)\s*",
         "",

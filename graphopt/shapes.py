@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from graphopt.errors import UsageError
+from graphopt.errors import ModelError, UsageError
 from graphopt.weights import all_graphs, reference, with_placeholders
 
 if TYPE_CHECKING:
@@ -27,6 +27,9 @@ def infer_shapes(model: ir.Model) -> None:
     Named dimensions stay named; a dimension that nothing determines becomes unknown. What stands behind an operator
     that onnx does not know stays without a shape. Declared types and shapes of graph inputs and outputs are kept, and
     refined where inference knows more.
+
+    Raises:
+        ModelError: the graph contradicts itself.
     """
     import onnx
 
