@@ -76,9 +76,10 @@ def _feeds(inputs: list[ir.Value], seed: int, samples: int, sizes: tuple[int, in
 def _sizes_are_free(inputs: list[ir.Value]) -> bool:
     """Whether anything besides a leading batch dimension is to be chosen."""
     return any(
-        isinstance(dim, ir.SymbolicDim) and not _is_batch(dim.value, axis)
+        isinstance(dim, ir.SymbolicDim) and not _is_batch(value.shape, axis)
         for value in inputs
-        for axis, dim in enumerate(value.shape or ())
+        if value.shape is not None
+        for axis, dim in enumerate(value.shape)
     )
 
 
@@ -93,8 +94,13 @@ def _runs(model: ir.Model, feed: dict[str, Array]) -> bool:
     return True
 
 
-def _is_batch(name: str | None, axis: int) -> bool:
-    return axis == 0 if name is None else "batch" in name.lower() or (axis == 0 and name.lower() in {"n", "b", "bs"})
+def _is_batch(shape: ir.Shape, axis: int) -> bool:
+    """Whether an unknown dimension counts samples: by its name, by leading, or by following the layers of a state."""
+    dim = shape[axis]
+    name = dim.value.lower() if isinstance(dim, ir.SymbolicDim) and dim.value else ""
+    if "batch" in name or axis == 0:
+        return "batch" in name or name in {"", "n", "b", "bs"} or name.startswith("unk__")
+    return not name and axis == 1 and len(shape) == 3 and isinstance(shape[0], int)
 
 
 @dataclass
@@ -106,14 +112,15 @@ class _Sizes:
     other: int
     named: dict[str, int] = field(default_factory=dict)
 
-    def of(self, dim: int | ir.SymbolicDim, axis: int, rank: int) -> int:
+    def of(self, shape: ir.Shape, axis: int) -> int:
+        dim = shape[axis]
         if isinstance(dim, int):
             return dim
         name = dim.value
         if name is not None and name in self.named:
             return self.named[name]
         lowered = (name or "").lower()
-        if _is_batch(name, axis) or axis == 0:
+        if _is_batch(shape, axis) or axis == 0:
             size = self.batch
         elif "height" in lowered or "width" in lowered:
             size = self.spatial
@@ -121,7 +128,7 @@ class _Sizes:
             size = self.other
         else:
             # Images are what has an unknown size among the last axes of four.
-            size = self.spatial if rank >= 4 and axis >= rank - 3 else self.other
+            size = self.spatial if len(shape) >= 4 and axis >= len(shape) - 3 else self.other
         if name is not None:
             self.named[name] = size
         return size
@@ -135,7 +142,7 @@ def _array(value: ir.Value, use: _Use, sizes: _Sizes, rng: np.random.Generator) 
         )
     if value.shape is None:
         raise ModelError("the model does not declare its rank", where=where, hint="give data with --calib")
-    shape = tuple(sizes.of(dim, axis, len(value.shape)) for axis, dim in enumerate(value.shape))
+    shape = tuple(sizes.of(value.shape, axis) for axis in range(len(value.shape)))
     dtype = value.type.dtype
     is_mask = "mask" in (value.name or "").lower()
     if dtype == ir.DataType.STRING:

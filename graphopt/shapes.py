@@ -37,9 +37,14 @@ def infer_shapes(model: ir.Model) -> None:
     for value in _intermediate_values(light):
         value.shape = None
         value.type = None
-    inferred = onnx.shape_inference.infer_shapes(
-        ir.to_proto(light), check_type=False, strict_mode=False, data_prop=True
-    )
+    try:
+        inferred = onnx.shape_inference.infer_shapes(
+            ir.to_proto(light), check_type=False, strict_mode=False, data_prop=True
+        )
+    except Exception as error:
+        # onnx raises several unrelated types here; all mean that the graph contradicts itself.
+        reason = " ".join(str(error).split())
+        raise ModelError(f"its shapes cannot be inferred ({reason[:300]})") from error
     for graph, light_graph in zip(all_graphs(model), all_graphs(light), strict=True):
         for value, light_value in zip(_produced(graph), _produced(light_graph), strict=True):
             if not value.is_graph_output() or graph is not model.graph:
