@@ -61,7 +61,8 @@ def raise_opset(model: ir.Model, version: int, why: str) -> str | None:
     except Exception as error:
         # The converter raises RuntimeError, ConvertError or whatever an adapter throws.
         reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"{why} needs opset {version}, and converting from {old} failed ({reason})", hint=hint) from error
+        what = f"{why} needs opset {version}, and converting from {old} failed ({reason})"
+        raise ModelError(what, hint=hint) from error
     by_output = {node.outputs[0].name: node for node in model.graph if node.outputs}
     for value in list(converted.graph.inputs):
         if value.name in weights:

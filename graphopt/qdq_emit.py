@@ -76,6 +76,11 @@ class Emitter:
             elif unit.quantise_output:
                 for name in unit.carriers:
                     self._publish(name)
+        for value in self._dequantised.values():
+            # Its readers were all written on integers.
+            node = value.producer()
+            if node is not None and not value.uses() and not value.is_graph_output():
+                remove_node(node)
 
     # -- activations -------------------------------------------------------------------------------------------------
 

@@ -104,7 +104,13 @@ def measure(
 
 @dataclass(frozen=True)
 class Rule:
-    """When a part is left alone; see `dominant`."""
+    """When a part of a rewrite is left out because of the noise it makes; see `dominant`.
+
+    Attributes:
+        accurate: total noise-to-signal power up to which nothing is left out (1e-3 is 30 dB).
+        gain: by what factor leaving parts out must lower the total.
+        share: the fraction of all parts that may be left out; two always may.
+    """
 
     accurate: float = 1e-3
     gain: float = 10.0
@@ -112,17 +118,19 @@ class Rule:
 
 
 def dominant(noise: Mapping[Key, float], rule: Rule) -> list[Key]:
-    """The few parts that cause nearly all of the noise, worst first; none where noise is small or spread out."""
+    """The few parts that cause nearly all of the noise, worst first; none where noise is small or spread out.
+
+    Noise powers of parts rewritten one at a time add up to that of all together as long as they are small and
+    independent, so the sum stands for the total. The fewest parts are taken whose absence lowers it by `rule.gain`; if
+    more than `rule.share` of the parts would be needed, the noise has no culprits, and leaving out layers would cost
+    speed for little.
+    """
     order = sorted(noise, key=lambda key: -noise[key])
     total = sum(noise.values())
     most = max(2, int(rule.share * len(order)))
     if total <= rule.accurate:
         return []
-    rest = total
-    for count, key in enumerate(order, start=1):
-        if count > most:
-            break
-        rest = sum(noise[k] for k in order[count:])
-        if rest <= total / rule.gain:
+    for count in range(1, min(most, len(order)) + 1):
+        if sum(noise[key] for key in order[count:]) <= total / rule.gain:
             return order[:count]
     return []
