@@ -51,7 +51,7 @@ def raise_opset(model: ir.Model, version: int, why: str) -> str | None:
         tensor = value.const_value
         if tensor is not None and tensor.nbytes > SMALL:
             weights[name] = tensor
-            value.type, value.shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape)
+            value.type, value.shape = ir.TensorType(tensor.dtype), ir.Shape(tuple(int(d) for d in tensor.numpy().shape))
             del light.graph.initializers[name]
             if name not in inputs:
                 light.graph.inputs.append(value)
@@ -70,10 +70,12 @@ def raise_opset(model: ir.Model, version: int, why: str) -> str | None:
             converted.graph.register_initializer(value)
             if value.name not in inputs:
                 converted.graph.inputs.remove(value)
+    taken = {node.name for node in converted.graph}
     for node in converted.graph:
         before = by_output.get(node.outputs[0].name) if node.outputs else None
         if before is not None:
-            node.name = before.name
+            if not node.name and before.name not in taken:
+                node.name = before.name
             node.metadata_props.update(before.metadata_props)
     model.graph = converted.graph
     least = helper.find_min_ir_version_for([helper.make_opsetid("", version)])

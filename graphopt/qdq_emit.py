@@ -78,9 +78,9 @@ class Emitter:
                     self._publish(name)
         for value in self._dequantised.values():
             # Its readers were all written on integers.
-            node = value.producer()
-            if node is not None and not value.uses() and not value.is_graph_output():
-                remove_node(node)
+            idle = value.producer()
+            if idle is not None and not value.uses() and not value.is_graph_output():
+                remove_node(idle)
 
     # -- activations -------------------------------------------------------------------------------------------------
 

@@ -5,8 +5,8 @@
     b^ = round(b / (s s_o)) s s_o               biases: int32, in units of the accumulator
 
 The steps: bring the graph into the form that has integer kernels (`qdq_prepare`), plan what works on integers
-(`qdq_plan`), measure ranges on the calibration data (`numerics.ranges`), measure how much every layer alone disturbs the
-outputs and leave in float the few that dominate (`sensitivity`), write the result (`qdq_emit`).
+(`qdq_plan`), measure ranges on the calibration data (`numerics.ranges`), measure how much every layer alone disturbs
+the outputs and leave in float the few that dominate (`sensitivity`), write the result (`qdq_emit`).
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Quantize(Pass):
 
     Activations get the integer type of the target (uint8 on x86, where the VNNI instructions multiply unsigned by
     signed bytes; x86 processors without VNNI add these products in 16 bits, which can saturate), weights int8 with zero
-    point 0 and one scale per output channel, biases int32. Convolutions, Gemm and MatMul are computed on integers, and so
-    is what lies between them (Add, Mul, Concat, pooling, LeakyRelu, Sigmoid, data movement) where integers enter and
+    point 0 and one scale per output channel, biases int32. Convolutions, Gemm and MatMul are computed on integers, and
+    so is what lies between them (Add, Mul, Concat, pooling, LeakyRelu, Sigmoid, data movement) where integers enter and
     leave; Relu and Clip(0, .) vanish in the saturation. Other operators stay in float without a Q/DQ pair of their own.
 
     Which layers stay in float is measured, not assumed: with `sensitive=auto` each layer is quantised alone on a few
@@ -97,7 +97,7 @@ class Quantize(Pass):
         pools = spatial_means_to_pools(model)
         if pools:
             result.notes.append(
-                f"{len(pools)} ReduceMean over space written as GlobalAveragePool, which runs on integers"
+                f"{len(pools)} ReduceMean over space written as GlobalAveragePool, an integer kernel"
             )
         work = _Work(self, model, ctx, scheme)
         work.go(result)
@@ -207,12 +207,12 @@ class _Work:
             noise = reference.noise(self._variant(planned, list(planned.units)))
             before += f"; without the {len(worst)} layers that disturb the outputs most: {decibel(noise):.1f} dB"
         result.notes.append(
-            f"signal to quantisation noise of the worst output on {SENSITIVITY_SAMPLES} samples: {before}"
+            f"signal to noise of the worst output on {SENSITIVITY_SAMPLES} samples: {before}"
         )
         if decibel(noise) < POOR_DB:
             result.notes.append(
-                f"warning: quantisation leaves {decibel(noise):.1f} dB of signal to noise at the outputs, and the noise is "
-                "spread over many layers; check the accuracy, or exclude the worst layers of the table"
+                f"warning: quantisation leaves {decibel(noise):.1f} dB of signal to noise at the outputs, spread over many "
+                "layers; check the accuracy, or exclude the worst layers of the table"
             )
         return planned
 
