@@ -7,7 +7,7 @@ pruned of *other* units must not, or the test had no power.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,17 +112,21 @@ def zero_units(model: ir.Model, coupling: Coupling, dead: set[int]) -> None:
             nodes[use.node].replace_input_with(use.index, private)
 
 
+def _positive(random: np.random.Generator) -> Callable[..., npt.NDArray[np.float64]]:
+    return lambda size: np.asarray(random.uniform(0.5, 2.0, size))
+
+
 def perturb_statistics(model: ir.Model, seed: int) -> None:
     """Give every batch normalisation random statistics and shifts, in place."""
     random = np.random.default_rng(seed)
     for node in model.graph:
         if node.op_type != "BatchNormalization":
             continue
-        for index, draw in ((2, random.normal), (3, random.normal), (4, lambda size: random.uniform(0.5, 2.0, size))):
+        for index, draw in ((2, random.normal), (3, random.normal), (4, _positive(random))):
             value = node.inputs[index]
             array = shapes.constant(value)
             if value is not None and array is not None:
-                shapes.set_constant(value, draw(size=array.shape).astype(array.dtype))
+                shapes.set_constant(value, np.asarray(draw(size=array.shape)).astype(array.dtype))
 
 
 def choose(coupling: Coupling, share: float, seed: int) -> set[int]:

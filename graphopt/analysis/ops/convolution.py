@@ -1,8 +1,8 @@
 """Conv and ConvTranspose of every kind: plain, depthwise, grouped.
 
 With g groups, the weight's axis 0 is split by group and axis 1 is not: Conv [g o, c, k...] reads along axis 1 and
-writes along axis 0, ConvTranspose [g c, o, k...] the other way round. For g = 1 the axis read is tied to the input's channels
-and the axis written names the output's. For g > 1 groups must stay equally wide, so there are two modes:
+writes along axis 0, ConvTranspose [g c, o, k...] the other way round. For g = 1 the axis read is tied to the channels
+of the input and the axis written names the output's. For g > 1 groups stay equally wide, so there are two modes:
 
     position  the same positions go in every group; the unsplit axis is one group's channels
     group     whole groups go; the unsplit axis stays. Depthwise convolution is this mode with c = 1

@@ -36,7 +36,7 @@ _shrink_bias, _shrink_lambda = _attribute("bias", 0.0), _attribute("lambd", 0.5)
 
 def _gelu(x: Floats, node: ir.Node) -> Floats:
     if node.attributes.get_string("approximate", "none") == "tanh":
-        return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+        return np.asarray(0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))))
     result: Floats = 0.5 * x * (1 + special.erf(x / math.sqrt(2)))
     return result
 
