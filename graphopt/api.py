@@ -192,7 +192,13 @@ def optimize(
     if dump_ir is not None and not dry_run:
         chain.append(DumpIR(Path(dump_ir)))
     chain += [VerifyEach(verify_each), *instruments, *gates]
-    manager = PassManager(plan.passes, chain, bundles=None if bundles is None else Path(bundles), command=command)
+    manager = PassManager(
+        plan.passes,
+        chain,
+        bundles=None if bundles is None else Path(bundles),
+        command=command,
+        structure=verify_each != "off",
+    )
     report = Report(
         model=name,
         target=plan.target.name,

@@ -170,7 +170,8 @@ def model_text(model: ir.Model) -> str:
         for name, value in list(graph.initializers.items()):
             tensor = value.const_value
             if tensor is None or tensor.size > LONGEST_TENSOR:
-                left_out.append(f"# initializer {name}: {value.dtype} {value.shape}")
+                kind = f"{tensor.dtype} {tensor.shape}" if tensor is not None else f"{value.dtype} {value.shape}"
+                left_out.append(f"# initializer {name}: {kind}")
                 graph.initializers.pop(name)
         for node in graph:
             for key, attribute in list(node.attributes.items()):

@@ -30,6 +30,7 @@ class PassManager:
         instruments: called in this order around every pass; the first veto counts. Gates come after verification.
         bundles: folder that gets a reproducer bundle when a pass fails; None: the system's folder for temporary files.
         command: how the run was started, for the bundle.
+        structure: check that every pass leaves a valid graph.
     """
 
     def __init__(
@@ -39,11 +40,13 @@ class PassManager:
         *,
         bundles: Path | None = None,
         command: str | None = None,
+        structure: bool = True,
     ) -> None:
         self.passes = tuple(passes)
         self.instruments = tuple(instruments)
         self.bundles = bundles
         self.command = command
+        self.structure = structure
         self.records: list[PassRecord] = []
 
     def check(self, ctx: Context) -> None:
@@ -104,6 +107,8 @@ class PassManager:
         try:
             result = p.run(candidate, ctx)
             if result.changed:
+                if self.structure:
+                    _check_structure(p, candidate)
                 infer_shapes(candidate)
                 veto = self._ask(p, candidate, result)
         except GraphoptError as error:
@@ -167,6 +172,19 @@ class PassManager:
             return f"reproducer: {write_bundle(bundle, self.bundles)}"
         except (OSError, GraphoptError) as problem:
             return f"no reproducer could be written: {problem}"
+
+
+def _check_structure(p: Pass, model: ir.Model) -> None:
+    from graphopt.verify import structure_check
+
+    try:
+        structure_check(model)
+    except VerificationError as error:
+        raise VerificationError(
+            f"left an invalid graph: {error.what}",
+            where=error.where,
+            hint=f"leave {p.name} out, and report it with the reproducer",
+        ) from error
 
 
 def stats(model: ir.Model) -> Stats:
