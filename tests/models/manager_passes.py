@@ -38,7 +38,7 @@ def feeds(samples: int = 16) -> dict[str, np.ndarray[Any, Any]]:
     return {"x": (np.random.default_rng(1).random((samples, 4)) + 0.5).astype(np.float32)}
 
 
-def _scale(model: ir.Model, name: str, factor: Any) -> None:
+def scale(model: ir.Model, name: str, factor: Any) -> None:
     value = model.graph.initializers[name]
     assert value.const_value is not None
     array = value.const_value.numpy() * np.asarray(factor, np.float32)
@@ -72,7 +72,7 @@ class Wrong(_Base):
     name: ClassVar[str] = "wrong"
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
-        _scale(model, "w", 1.01)
+        scale(model, "w", 1.01)
         return PassResult(changed=True)
 
 
@@ -108,7 +108,7 @@ class Liar(_Base):
     name: ClassVar[str] = "liar"
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
-        _scale(model, "w", 2.0)
+        scale(model, "w", 2.0)
         model.graph.name = "changed"
         for value in model.graph.initializers.values():
             value.dtype = ir.DataType.DOUBLE
@@ -125,7 +125,7 @@ class Noise(Pass):
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         rng = np.random.default_rng(ctx.seed)
-        _scale(model, "w", 1 + self.level * rng.uniform(-1, 1, (4, 3)))
+        scale(model, "w", 1 + self.level * rng.uniform(-1, 1, (4, 3)))
         return PassResult(changed=True)
 
 
@@ -150,7 +150,7 @@ class Blank(Pass):
     effect: ClassVar[Effect] = Effect.LOSSY
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
-        _scale(model, "w", np.nan)
+        scale(model, "w", np.nan)
         return PassResult(changed=True)
 
 
