@@ -230,7 +230,7 @@ class Report:
 
     def to_json(self, indent: int | None = 2) -> str:
         """Strict JSON (no NaN or Infinity literals), keys in the order of the fields."""
-        return json.dumps(self.to_dict(), indent=indent, ensure_ascii=False, allow_nan=False)
+        return plain_json(asdict(self), indent)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Report:
@@ -259,6 +259,11 @@ class Report:
         except ValueError as error:
             raise UsageError(f"not a report: {error}", hint="give the report.json that graphopt wrote") from error
         return cls.from_dict(data)
+
+
+def plain_json(data: Any, indent: int | None = 2) -> str:
+    """Strict JSON of dicts, lists, numbers and strings; infinities and NaN become strings."""
+    return json.dumps(_plain(data), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
 def _plain(value: Any) -> Any:

@@ -6,11 +6,14 @@ that a model whose nodes are named like markup stays text.
 
 from __future__ import annotations
 
+import os
 from importlib.resources import files
+from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from graphopt.errors import UsageError
 from graphopt.report import summary, text
 from graphopt.report.data import Report
 
@@ -47,3 +50,15 @@ def render(report: Report) -> str:
         cell=text.cell,
         pass_error=summary.pass_error,
     )
+
+
+def write(report: Report, path: str | os.PathLike[str]) -> None:
+    """Write the page to a file.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    try:
+        Path(path).write_text(render(report), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot be written: {error.strerror}", where=str(path), hint="choose another file") from error

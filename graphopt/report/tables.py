@@ -6,7 +6,8 @@ Text from models and data is never read as rich markup and never reaches the ter
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import IO, Any
+from dataclasses import asdict
+from typing import IO, TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -16,20 +17,28 @@ from rich.text import Text
 from graphopt.report import summary, text
 from graphopt.report.data import PassRecord, Report, Units
 
+if TYPE_CHECKING:
+    from graphopt.backend import BenchResult
+    from graphopt.jobs import Inspection
+    from graphopt.verify import Comparison
+
 TONES = {"good": "green", "bad": "bold red", "neutral": ""}
 STATUS_TONES = {"applied": "green", "undone": "bold yellow", "not run": "yellow", "unchanged": "dim", "planned": "cyan"}
 PLAIN_WIDTH = 4000
 """Lines are not folded where no person reads them: a script that greps them wants whole rows."""
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # rich would exit with 1; graphopt.shell knows better
+
+
 def console(stream: IO[str]) -> Console:
     """A console that knows whether `stream` is a terminal; NO_COLOR and TERM=dumb are honoured by rich."""
-    made = Console(file=stream, highlight=False, markup=False, emoji=False, soft_wrap=False)
-    return (
-        made
-        if made.is_terminal
-        else Console(file=stream, highlight=False, markup=False, emoji=False, width=PLAIN_WIDTH, color_system=None)
-    )
+    made = _Console(file=stream, highlight=False, markup=False, emoji=False)
+    if made.is_terminal:
+        return made
+    return _Console(file=stream, highlight=False, markup=False, emoji=False, width=PLAIN_WIDTH, color_system=None)
 
 
 def print_report(out: Console, report: Report) -> None:
@@ -135,6 +144,82 @@ def print_units(out: Console, units: Units) -> None:
         print_mappings(out, units.frozen)
 
 
+def print_inspection(out: Console, name: str, found: Inspection, *, units: bool) -> None:
+    """A model: counts, inputs and outputs, operators, what can be pruned."""
+    heading(out, text.clean(name))
+    counts = grid(out, ["", ">"])
+    for row in summary.count_rows(found.stats, found.stats):
+        counts.add_row(row.label, row.after)
+    counts.add_row("opset", ", ".join(f"{text.clean(d)} {v}" for d, v in sorted(found.stats.opset.items())))
+    out.print(counts)
+    print_mappings(
+        out,
+        [
+            {"": kind, "name": row["name"], "dtype": row["dtype"], "shape": _shape(row["shape"])}
+            for kind, rows in (("input", found.inputs), ("output", found.outputs))
+            for row in rows
+        ],
+    )
+    by_count = sorted(found.stats.ops.items(), key=lambda item: (-item[1], item[0]))
+    print_mappings(out, [{"operator": op, "nodes": number} for op, number in by_count])
+    print_units(out, found.units)
+    if units:
+        print_mappings(out, [group.to_row() for group in found.groups()])
+
+
+def print_comparison(out: Console, found: Comparison, equal: bool) -> None:
+    """How far two models are apart, output by output."""
+    heading(
+        out,
+        f"{'the same' if equal else 'DIFFERENT'}: worst relative difference {found.worst_relative:.3g}, "
+        f"cosine {found.cosine:.6f}, over {found.feeds} {'feed' if found.feeds == 1 else 'feeds'}",
+    )
+    print_mappings(
+        out,
+        [
+            {
+                "output": error.name,
+                "relative L2": error.rel_l2,
+                "cosine": f"{error.cosine:.6f}",
+                "largest difference": error.max_abs,
+                "SQNR dB": error.sqnr_db,
+                "same top-1": "" if error.top1_agreement is None else f"{error.top1_agreement:.2%}",
+            }
+            for error in found.outputs
+        ],
+    )
+
+
+def comparison_dict(found: Comparison, equal: bool) -> dict[str, Any]:
+    """A comparison as plain data."""
+    return {"equal": equal, "worst_relative": found.worst_relative, "cosine": found.cosine, **asdict(found)}
+
+
+def print_bench(out: Console, models: Sequence[str], found: BenchResult) -> None:
+    """Times of models that were run in turn."""
+    rows = grid(out, ["model", ">median", ">ratio", ">quartiles"])
+    for name, ms, ratio, low, high in _bench_rows(models, found):
+        rows.add_row(text.clean(name), f"{ms:.3g} ms", text.ratio(ratio), f"{low:.3g}..{high:.3g}")
+    out.print(rows)
+    batch = "" if found.batch is None else f", batch {found.batch}"
+    out.print(Text(f"{found.rounds} rounds, {found.threads} threads{batch}", style="dim"))
+
+
+def bench_dict(models: Sequence[str], found: BenchResult) -> dict[str, Any]:
+    """Measured times as plain data."""
+    rows = [
+        {"model": name, "milliseconds": ms, "ratio": ratio, "low": low, "high": high}
+        for name, ms, ratio, low, high in _bench_rows(models, found)
+    ]
+    return {
+        "models": rows,
+        "rounds": found.rounds,
+        "threads": found.threads,
+        "batch": found.batch,
+        "details": found.details,
+    }
+
+
 def print_mappings(out: Console, rows: Sequence[dict[str, Any]]) -> None:
     """Flat rows as a table; the columns are the keys of all rows in order of appearance."""
     columns = summary.columns(rows)
@@ -158,6 +243,14 @@ def grid(out: Console, columns: Sequence[str]) -> Table:
             Text(text.clean(title.lstrip(">"))), justify="right" if title.startswith(">") else "left", overflow="fold"
         )
     return made
+
+
+def _bench_rows(models: Sequence[str], found: BenchResult) -> list[tuple[str, float, float, float, float]]:
+    return list(zip(models, found.milliseconds, found.ratios, found.low, found.high, strict=True))
+
+
+def _shape(shape: Sequence[int | str | None] | None) -> str:
+    return "unknown" if shape is None else f"[{', '.join('?' if s is None else str(s) for s in shape)}]"
 
 
 def _moved(before: int | None, after: int | None, show: Any) -> str:

@@ -159,5 +159,5 @@ def _shapes(model: ir.Model, wanted: Iterable[str]) -> dict[str, tuple[int, ...]
     for name in wanted:
         tensor = constant_tensor(known[name]) if name in known else None
         if tensor is not None:
-            found[name] = tensor.shape.numpy()
+            found[name] = tuple(tensor.shape.numpy())
     return found

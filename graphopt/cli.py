@@ -1,0 +1,335 @@
+"""The command line: each command parses, calls the API and prints. What a command does stands in the API.
+
+Heavy imports stand inside the commands, so that `graphopt --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+
+from graphopt.shell import Shell, State
+
+F = Callable[..., Any]
+DATA = "DATA is an .npz (keys are input names, axis 0 is samples), a folder of .npy/.npz, MODULE:FUNCTION, or 'random'."
+
+
+@click.group(cls=Shell, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="graphopt", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Make trained ONNX models smaller and faster, and prove after each pass what that did.
+
+    \b
+    Exit codes: 0 done, 1 internal error, 2 usage or recipe, 3 invalid or unsupported model or data,
+    4 verification failed, 5 a gate refused and nothing better was found, 6 a backend or tool is missing,
+    130 interrupted.
+    """
+
+
+def _dims(ctx: click.Context, option: click.Parameter, given: Sequence[str]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for text in given:
+        name, sign, size = text.rpartition("=")
+        if not (sign and name and size.isascii() and size.isdigit() and int(size) > 0):
+            raise click.BadParameter(f"{text!r} is not NAME=SIZE with a positive size, such as batch=1")
+        found[name] = int(size)
+    return found
+
+
+def _debug(ctx: click.Context, option: click.Parameter, on: bool) -> None:
+    if on:
+        ctx.ensure_object(State).debug = True
+
+
+def common(command: F) -> F:
+    """Options that every command takes."""
+    command = click.option(
+        "--debug", is_flag=True, expose_value=False, callback=_debug, help="Show the traceback of an error."
+    )(command)
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")(command)
+
+
+dim_option = click.option(
+    "--dim", multiple=True, metavar="NAME=SIZE", callback=_dims, help="Fix a symbolic input dimension; repeatable."
+)
+target_option = click.option("--target", metavar="NAME", help="Device and runtime; see `graphopt targets`.")
+seed_option = click.option("--seed", type=int, help="Of every random choice.  [default: 0]")
+threads_option = click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Of a session.")
+force_option = click.option("--force", is_flag=True, help="Write into a folder that holds other things.")
+
+
+@cli.command()
+@click.argument("model", type=click.Path())
+@click.option(
+    "-o", "--output", "out", type=click.Path(), metavar="OUT", help="A .onnx file, or a folder for all results."
+)
+@click.option("--passes", metavar="SPEC", help="Pipeline, such as 'fold,prune{macs=0.5},quantize'.")
+@click.option("--recipe", type=click.Path(), metavar="FILE", help="Pipeline and options from a file (--save-recipe).")
+@click.option(
+    "-O", "preset", type=click.Choice(["0", "1", "2", "3"]), help="Preset: -O0 .. -O3, both gates on.  [default: 1]"
+)
+@target_option
+@click.option("--calib", metavar="DATA", help=f"Unlabelled inputs. {DATA}")
+@click.option("--eval", "evaluate", metavar="DATA", help="Labelled .npz (inputs and 'labels'), or MODULE:FUNCTION.")
+@click.option("--metric", metavar="NAME", help="For --eval DATA.npz: top1, top5, mse, cosine.")
+@click.option("--max-drop", metavar="X", help="Undo a pass that costs more accuracy: 0.01, 1%, inf.")
+@click.option("--max-latency", metavar="R", help="Undo a pass that makes it slower than R times the input model.")
+@dim_option
+@seed_option
+@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Threads that passes may use.")
+@click.option("--report", "page", type=click.Path(), metavar="FILE.html", help="Write the report as a page.")
+@click.option("--dry-run", is_flag=True, help="Check everything and plan; run no pass, write no model.")
+@click.option("--save-recipe", type=click.Path(), metavar="FILE", help="Write pipeline and options to a file.")
+@click.option(
+    "--print-ir-after", multiple=True, metavar="PASS", help="Print the model after a pass, or 'all'; repeatable."
+)
+@click.option("--dump-ir", type=click.Path(), metavar="DIR", help="Write the model's text before and after each pass.")
+@click.option("--verify-each", type=click.Choice(["structure", "numeric", "off"]), default="numeric", show_default=True)
+@click.option("--bisect-limit", type=int, metavar="N", help="Run only the first N passes.")
+@force_option
+@common
+@click.pass_obj
+def optimize(
+    state: State,
+    /,
+    model: str,
+    out: str | None,
+    page: str | None,
+    save_recipe: str | None,
+    force: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Make MODEL smaller and faster.
+
+    Without --passes, --recipe and -O it is -O1. The input model is never changed.
+    """
+    from graphopt.api import optimize as run_pipeline
+    from graphopt.destination import check_file, check_output
+    from graphopt.errors import GateRefused
+    from graphopt.report.live import LiveProgress
+
+    if out is not None:
+        check_output(out, [model], force=force)
+    for file in (page, save_recipe):
+        if file is not None:
+            check_file(file, [model])
+    progress = LiveProgress()
+    try:
+        result = run_pipeline(model, progress=progress, say=progress.say, command=state.command, **options)
+    except GateRefused as refused:
+        progress.close()
+        if refused.report is not None:
+            _show(refused.report, page, as_json)
+        raise
+    finally:
+        progress.close()
+    written: list[str] = []
+    if out is not None and not options["dry_run"]:
+        written = [str(path) for path in result.save(out)]
+        if not out.endswith(".onnx"):
+            written += [str(path) for path in result.lower(out)]
+    if save_recipe is not None:
+        from graphopt.recipe import write_recipe
+
+        write_recipe(result.recipe, save_recipe)
+        written.append(save_recipe)
+    _show(result.report, page, as_json)
+    written += [page] if page is not None else []
+    if written and not as_json:
+        click.echo(f"wrote {', '.join(dict.fromkeys(written))}")
+    elif not options["dry_run"] and not as_json:
+        click.echo("nothing was written: -o OUT writes the model")
+
+
+def _show(report: Any, page: str | None, as_json: bool) -> None:
+    """Print a report, write its page, and put its warnings where they are seen."""
+    from graphopt.report import summary, tables
+
+    if as_json:
+        click.echo(report.to_json())
+    else:
+        tables.print_report(tables.console(sys.stdout), report)
+    if page is not None:
+        from graphopt.report.html import write
+
+        write(report, page)
+    sys.stdout.flush()
+    tables.print_warnings(tables.console(sys.stderr), summary.warnings(report))
+
+
+@cli.command(short_help="What of MODEL can be pruned, and for what cannot: why.")
+@click.argument("model", type=click.Path())
+@click.option("--units", is_flag=True, help="Also the units themselves: what may be removed together.")
+@dim_option
+@common
+def inspect(model: str, units: bool, dim: dict[str, int], as_json: bool) -> None:
+    """Count MODEL, and tell what of it can be pruned, and for what cannot: why."""
+    from graphopt.jobs import inspect as find
+
+    found = find(model, dim=dim)
+    if as_json:
+        _json(found.to_dict(units=units))
+        return
+    from graphopt.report import tables
+
+    tables.print_inspection(tables.console(sys.stdout), model, found, units=units)
+
+
+@cli.command(short_help="Do the models A and B compute the same?")
+@click.argument("a", type=click.Path())
+@click.argument("b", type=click.Path())
+@click.option("--calib", metavar="DATA", help=f"What to run both on; without: random inputs. {DATA}")
+@click.option(
+    "--tolerance", type=float, metavar="X", help="Relative difference allowed; without: rounding of the dtype."
+)
+@dim_option
+@seed_option
+@common
+@click.pass_context
+def compare(
+    ctx: click.Context, /, a: str, b: str, tolerance: float | None, seed: int | None, as_json: bool, **options: Any
+) -> None:
+    """Do the models A and B compute the same? Exit code 4 where they do not."""
+    from graphopt.jobs import compare as measure
+    from graphopt.report import tables
+
+    found = measure(a, b, seed=seed or 0, **options)
+    equal = found.equal if tolerance is None else found.worst_relative <= tolerance
+    if as_json:
+        _json(tables.comparison_dict(found, equal))
+    else:
+        tables.print_comparison(tables.console(sys.stdout), found, equal)
+    tables.print_warnings(tables.console(sys.stderr), found.notes)
+    ctx.exit(0 if equal else 4)
+
+
+@cli.command(short_help="Measure MODELS in turn, as ratios.")
+@click.argument("models", nargs=-1, required=True, type=click.Path())
+@target_option
+@click.option("--calib", metavar="DATA", help=f"Real inputs, one batch; without: random inputs. {DATA}")
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Samples per run, with --calib.")
+@click.option("--seconds", type=click.FloatRange(0.1), default=2.0, show_default=True, help="Time to measure for.")
+@threads_option
+@dim_option
+@common
+def bench(models: Sequence[str], target: str | None, as_json: bool, **options: Any) -> None:
+    """Measure MODELS in turn; ratios are to the first, below 1 is faster."""
+    from graphopt.jobs import bench as measure
+    from graphopt.report import tables
+
+    found = measure(models, target or "cpu", **options)
+    if as_json:
+        _json(tables.bench_dict(models, found))
+    else:
+        tables.print_bench(tables.console(sys.stdout), models, found)
+
+
+@cli.command(short_help="Write the deployable bundle of a target.")
+@click.argument("model", type=click.Path())
+@click.option("--target", required=True, metavar="NAME", help="Device and runtime; see `graphopt targets`.")
+@click.option("-o", "--output", "out", required=True, type=click.Path(), metavar="OUT", help="Folder for the bundle.")
+@click.option("--calib", metavar="DATA", help="One real input for the time in the manifest; without: random.")
+@dim_option
+@force_option
+@common
+def lower(model: str, target: str, out: str, force: bool, as_json: bool, **options: Any) -> None:
+    """Write the deployable bundle of a target for MODEL."""
+    from graphopt.destination import check_folder
+    from graphopt.jobs import lower as write
+
+    files = write(model, target, check_folder(out, [model], force=force), **options)
+    if as_json:
+        _json({"files": [str(file) for file in files]})
+    else:
+        click.echo(f"wrote {', '.join(map(str, files))}")
+
+
+@cli.command(short_help="Execute a bundle on this machine.")
+@click.argument("bundle", type=click.Path())
+@click.option("--input", "inputs", required=True, type=click.Path(), metavar="X.npz", help="Arrays by input name.")
+@click.option("-o", "--output", "out", required=True, type=click.Path(), metavar="Y.npz", help="Arrays by output name.")
+@threads_option
+@common
+def run(bundle: str, inputs: str, out: str, threads: int, as_json: bool) -> None:
+    """Execute BUNDLE here, where this machine can."""
+    from graphopt.destination import check_file
+    from graphopt.jobs import run as execute
+    from graphopt.jobs import save_arrays
+    from graphopt.report import tables
+
+    check_file(out, [inputs])
+    found = execute(bundle, inputs, threads=threads)
+    save_arrays(out, found)
+    rows = [{"output": name, "dtype": str(array.dtype), "shape": list(array.shape)} for name, array in found.items()]
+    if as_json:
+        _json({"written": out, "outputs": rows})
+    else:
+        tables.print_mappings(tables.console(sys.stdout), rows)
+        click.echo(f"wrote {out}")
+
+
+@cli.command(short_help="What passes there are, and their options.")
+@click.argument("name", required=False)
+@common
+def passes(name: str | None, as_json: bool) -> None:
+    """What passes there are; with NAME: what it does and its options."""
+    from graphopt import describe, registry
+
+    if name is not None:
+        kind = registry.pass_class(name)
+        _json(describe.json_schema(kind)) if as_json else click.echo(describe.help_text(kind), nl=False)
+        return
+    found = [describe.describe(registry.pass_class(each)) for each in registry.passes()]
+    rows = [{"pass": p.name, "effect": p.effect, "calibration": p.needs_calibration, "does": p.summary} for p in found]
+    _print_rows(rows, as_json)
+
+
+@cli.command(short_help="What targets there are.")
+@click.argument("name", required=False)
+@common
+def targets(name: str | None, as_json: bool) -> None:
+    """What targets there are; with NAME: its table, and whether this machine can run it."""
+    from graphopt import registry
+    from graphopt.jobs import describe_target
+
+    if name is not None:
+        table = describe_target(name)
+        _print_rows([{"key": key, "value": value} for key, value in table.items()], False) if not as_json else _json(
+            table
+        )
+        return
+    rows = [describe_target(each) for each in registry.targets()]
+    keep = ("name", "backend", "arch", "runs here", "description")
+    _print_rows(rows if as_json else [{key: row[key] for key in keep} for row in rows], as_json)
+
+
+def _print_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        _json(rows)
+        return
+    from graphopt.report import tables
+
+    tables.print_mappings(tables.console(sys.stdout), rows)
+
+
+def _json(data: Any) -> None:
+    from graphopt.report.data import plain_json
+
+    click.echo(plain_json(data))
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    # Temporary files are removed on the way out of an exception; the default action would leave them.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    cli.main(obj=State(command=shlex.join(["graphopt", *sys.argv[1:]])))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Where results may be written: decided before the work starts, so that hours of it are not lost to a wrong path.
+
+- The input model is never overwritten, also not with `force`: it is what every result is judged against.
+- A `.onnx` destination that exists is replaced, as a compiler replaces its output.
+- A folder is used if it is new, empty, or holds what graphopt wrote there before (`report.json` or `manifest.json`);
+  any other needs `force`. Files in it that graphopt does not write stay.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from graphopt.errors import UsageError
+
+OURS = ("report.json", "manifest.json")
+"""Files that mark a folder as written by graphopt."""
+
+
+def check_output(
+    out: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]] = (), *, force: bool = False
+) -> Path:
+    """The destination, if it may be used; its parent folders are not made here.
+
+    Args:
+        out: a `.onnx` file, or a folder.
+        inputs: files that must stay.
+        force: also a folder with other things in it.
+
+    Raises:
+        UsageError: it may not be used; names the reason.
+    """
+    path = Path(out)
+    if path.suffix == ".onnx":
+        if path.is_dir():
+            raise UsageError("is a folder", where=str(path), hint="name a file, or a folder without .onnx at its end")
+        targets = [path]
+    else:
+        if path.exists() and not path.is_dir():
+            raise UsageError(
+                "exists and is neither a folder nor named .onnx", where=str(path), hint="choose another name"
+            )
+        targets = [path / "model.onnx"]
+    for given in inputs:
+        for target in targets:
+            if target.exists() and Path(given).exists() and target.samefile(given):
+                raise UsageError(
+                    "would overwrite the input model", where=str(target), hint="choose another destination"
+                )
+    if path.is_dir() and not force:
+        _check_ours(path)
+    _check_writable(path)
+    return path
+
+
+def check_folder(
+    out: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]] = (), *, force: bool = False
+) -> Path:
+    """As `check_output`, for results that need a folder.
+
+    Raises:
+        UsageError: it may not be used; names the reason.
+    """
+    if Path(out).suffix == ".onnx":
+        raise UsageError("is named like a model, and this writes a folder", where=str(out), hint="name a folder")
+    return check_output(out, inputs, force=force)
+
+
+def check_file(file: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]] = ()) -> Path:
+    """A file that a result may be written to.
+
+    Raises:
+        UsageError: it is a folder, an input, or in a folder that cannot be written.
+    """
+    path = Path(file)
+    if path.is_dir():
+        raise UsageError("is a folder", where=str(path), hint="name a file")
+    for given in inputs:
+        if path.exists() and Path(given).exists() and path.samefile(given):
+            raise UsageError("would overwrite an input", where=str(path), hint="choose another name")
+    if not path.absolute().parent.is_dir():
+        raise UsageError("its folder does not exist", where=str(path), hint="create it first")
+    _check_writable(path)
+    return path
+
+
+def _check_ours(path: Path) -> None:
+    try:
+        held = sorted(entry.name for entry in path.iterdir())
+    except OSError as error:
+        raise UsageError(f"cannot be read: {error.strerror}", where=str(path), hint="choose another folder") from error
+    if held and not any(name in held for name in OURS):
+        shown = ", ".join(held[:3]) + (f" and {len(held) - 3} more" if len(held) > 3 else "")
+        raise UsageError(
+            f"the folder holds other things ({shown})", where=str(path), hint="choose a new folder, or say --force"
+        )
+
+
+def _check_writable(path: Path) -> None:
+    """The nearest folder that exists must be writable."""
+    parent = path if path.is_dir() else path.absolute().parent
+    while not parent.exists() and parent != parent.parent:
+        parent = parent.parent
+    if not parent.is_dir():
+        raise UsageError(f"{parent} is not a folder", where=str(path), hint="choose another destination")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UsageError(f"{parent} cannot be written", where=str(path), hint="choose another destination")

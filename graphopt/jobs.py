@@ -1,0 +1,290 @@
+"""The jobs beside `optimize`: inspect, compare, bench, lower, run. One function each; the command line prints them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graphopt import registry
+from graphopt.errors import DataError, MissingBackendError, UsageError
+from graphopt.plan import as_target
+from graphopt.report.data import Stats, Units
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir as ir
+
+    from graphopt.analysis.units import Coupling
+    from graphopt.backend import BenchResult
+    from graphopt.report.units import UnitGroup
+    from graphopt.target import Target
+    from graphopt.verify import Comparison
+
+    Array = np.ndarray[Any, Any]
+
+
+@dataclass
+class Inspection:
+    """What a model is made of and what of it can be pruned.
+
+    Attributes:
+        stats: counts.
+        inputs, outputs: rows of name, dtype and shape; free dimensions are names or None.
+        units: what can be pruned, in short.
+        coupling: the whole analysis.
+    """
+
+    model: ir.Model
+    stats: Stats
+    inputs: list[dict[str, Any]]
+    outputs: list[dict[str, Any]]
+    units: Units
+    coupling: Coupling
+
+    def groups(self) -> list[UnitGroup]:
+        """The units by the parameters they are slices of."""
+        from graphopt.report.units import groups
+
+        return groups(self.model, self.coupling)
+
+    def to_dict(self, *, units: bool = False) -> dict[str, Any]:
+        """Plain data for JSON.
+
+        Args:
+            units: with every unit and its members, and every frozen axis.
+        """
+        found: dict[str, Any] = {
+            "stats": asdict(self.stats),
+            "inputs": self.inputs,
+            "outputs": self.outputs,
+            "prunable": asdict(self.units),
+        }
+        if units:
+            from graphopt.report.units import unit_to_dict
+
+            found["units"] = [unit_to_dict(unit) for unit in self.coupling.units]
+            found["frozen"] = [asdict(axis) for axis in self.coupling.frozen]
+        return found
+
+
+def inspect(model: ir.Model | str | os.PathLike[str], *, dim: Mapping[str, int] | None = None) -> Inspection:
+    """Count a model and find out what can be pruned, and for what cannot: why.
+
+    Args:
+        model: an ONNX file or a loaded model; not changed.
+        dim: fixed sizes of symbolic input dimensions.
+
+    Raises:
+        ModelError: the model is invalid.
+    """
+    from graphopt.analysis.units import analyse
+    from graphopt.bundle import describe_model
+    from graphopt.manager import stats
+    from graphopt.report.units import summary
+
+    loaded = _model(model, dim)
+    coupling = analyse(loaded)
+    return Inspection(
+        loaded, stats(loaded), **describe_model(loaded), units=summary(loaded, coupling), coupling=coupling
+    )
+
+
+def compare(
+    a: ir.Model | str | os.PathLike[str],
+    b: ir.Model | str | os.PathLike[str],
+    *,
+    calib: Any = None,
+    seed: int = 0,
+    samples: int = 4,
+    dim: Mapping[str, int] | None = None,
+) -> Comparison:
+    """Run two models on the same data and measure how far their outputs are apart.
+
+    Args:
+        a: the reference.
+        b: the other one.
+        calib: whatever `graphopt.calibration.load` takes; None: random inputs in plausible ranges.
+        seed: of the random inputs.
+        samples: how many random inputs.
+        dim: fixed sizes of symbolic input dimensions, in both.
+
+    Raises:
+        VerificationError: the second model lacks an output, or one has another shape or type.
+        ModelError, DataError: a model or the data is not valid.
+    """
+    from graphopt import calibration, verify
+
+    first, second = _model(a, dim), _model(b, dim)
+    if calib is None:
+        feeds = verify.random_feeds(first, seed, samples=samples)
+        return verify.compare(first, second, feeds)
+    return verify.compare(first, second, calibration.load(calib, first, seed=seed).batches())
+
+
+def bench(
+    models: Sequence[ir.Model | str | os.PathLike[str]],
+    target: Target | str = "cpu",
+    *,
+    calib: Any = None,
+    threads: int = 1,
+    seconds: float = 2.0,
+    batch: int = 1,
+    dim: Mapping[str, int] | None = None,
+) -> BenchResult:
+    """Measure models in turn on a target; ratios are to the first.
+
+    Args:
+        models: ONNX files or loaded models with the same inputs.
+        target: where to run; it must be able to run here.
+        calib: data to take one batch of real inputs from; None: random inputs.
+        threads: threads of one session.
+        seconds: time to spend on measured rounds.
+        batch: samples of real inputs per run, where the model leaves that open.
+        dim: fixed sizes of symbolic input dimensions.
+
+    Raises:
+        MissingBackendError: the target cannot run here.
+        ModelError, DataError: a model or the data is not valid, or the models have different inputs.
+        UsageError: no model was given.
+    """
+    if not models:
+        raise UsageError("no model was given", hint="give one or more ONNX files")
+    chosen = as_target(target)
+    loaded = [_model(model, dim) for model in models]
+    feeds = None if calib is None else _one_batch(calib, loaded[0], batch)
+    return registry.backend(chosen.backend).bench(loaded, chosen, feeds, threads=threads, seconds=seconds)
+
+
+def lower(
+    model: ir.Model | str | os.PathLike[str],
+    target: Target | str,
+    folder: str | os.PathLike[str],
+    *,
+    calib: Any = None,
+    dim: Mapping[str, int] | None = None,
+) -> list[Path]:
+    """Write the deployable bundle of a target.
+
+    Args:
+        model: an ONNX file or a loaded model.
+        target: what it is deployed on.
+        folder: gets the bundle.
+        calib: data to take one real input from, for the time in the manifest; None: random inputs.
+        dim: fixed sizes of symbolic input dimensions.
+
+    Raises:
+        MissingBackendError: a tool that the target needs is not installed.
+        ModelError: the target's runtime refuses the model.
+        UsageError: the folder cannot be used.
+    """
+    chosen = as_target(target)
+    loaded = _model(model, dim)
+    feeds = None if calib is None else _one_batch(calib, loaded, 1)
+    return registry.backend(chosen.backend).lower(loaded, chosen, Path(folder), feeds=feeds)
+
+
+def run(
+    bundle: str | os.PathLike[str], inputs: str | os.PathLike[str] | Mapping[str, Array], *, threads: int = 1
+) -> dict[str, Array]:
+    """Execute a bundle on one batch of inputs.
+
+    Args:
+        bundle: folder that `lower` wrote; its files are checked against the manifest.
+        inputs: arrays by input name, or an `.npz` file of them.
+        threads: threads of the session.
+
+    Returns:
+        the outputs by name.
+
+    Raises:
+        ModelError: the bundle is incomplete or damaged.
+        MissingBackendError: its target cannot run here.
+        DataError: the inputs do not fit.
+    """
+    from graphopt.arrayfiles import read_npz
+    from graphopt.bundle import read
+
+    found = read(bundle)
+    backend = registry.backend(found.target.backend)
+    reason = backend.unavailable(found.target)
+    if reason is not None:
+        raise MissingBackendError(
+            reason, where=f"target {found.target.name!r}", hint="copy the bundle to such a device and use its run.py"
+        )
+    arrays = read_npz(Path(inputs)) if isinstance(inputs, (str, os.PathLike)) else dict(inputs)
+    return dict(backend.session(found.model, found.target, threads=threads).run(arrays))
+
+
+def describe_target(name: str) -> dict[str, Any]:
+    """The table of a target, and whether this machine can run models made for it: True, or why not.
+
+    Raises:
+        UsageError: there is no such target.
+    """
+    from graphopt.bundle import target_table
+
+    target = registry.target(name)
+    try:
+        reason = registry.backend(target.backend).unavailable(target)
+    except MissingBackendError as error:
+        reason = str(error)
+    return {**target_table(target), "runs here": reason is None, "why not": reason}
+
+
+def save_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Array]) -> None:
+    """Write arrays as one `.npz` file, complete or not at all.
+
+    Raises:
+        DataError: an array cannot be stored without pickling.
+        UsageError: the file cannot be written.
+    """
+    import tempfile
+    import zipfile
+
+    import numpy as np
+
+    path = Path(path)
+    for name, array in arrays.items():
+        if np.asarray(array).dtype.hasobject:
+            raise DataError("strings of free length cannot be stored", where=f"output {name!r}", hint="use Python")
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", suffix=".npz", delete=False) as file:
+            stage = Path(file.name)
+            try:
+                # Not np.savez, whose own arguments are names that outputs may have ("file").
+                with zipfile.ZipFile(file, "w") as archive:
+                    for name, array in arrays.items():
+                        with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                            np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
+                file.flush()
+                os.fsync(file.fileno())
+                stage.replace(path)
+            except BaseException:
+                stage.unlink(missing_ok=True)
+                raise
+    except OSError as error:
+        raise UsageError(f"cannot be written: {error.strerror}", where=str(path), hint="choose another file") from error
+
+
+def _model(model: ir.Model | str | os.PathLike[str], dim: Mapping[str, int] | None) -> ir.Model:
+    from graphopt.model import fix_dims, load
+
+    loaded = load(model) if isinstance(model, (str, os.PathLike)) else model
+    if dim:
+        from graphopt.clone import private_clone
+
+        loaded = private_clone(loaded)
+        fix_dims(loaded, dim)
+    return loaded
+
+
+def _one_batch(calib: Any, model: ir.Model, batch: int) -> dict[str, Array]:
+    from graphopt import calibration
+
+    feeds = next(iter(calibration.load(calib, model).batches(batch_size=batch, limit=batch)), None)
+    if feeds is None:
+        raise DataError("there are no samples", where="calib", hint="give at least one")
+    return feeds
