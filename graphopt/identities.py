@@ -12,7 +12,19 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.rewriting import array, constant, is_onnx, label, mark_origin, remove_node, sole_use
+from graphopt.rewriting import (
+    Names,
+    array,
+    bypass,
+    cannot_replace,
+    constant,
+    is_onnx,
+    label,
+    mark_origin,
+    remove_node,
+    set_constant,
+    sole_use,
+)
 
 Outcome = ir.Value | str | None
 Rule = Callable[[ir.Node, int], Outcome]
@@ -36,17 +48,22 @@ def identity_of(node: ir.Node, opset: int, *, keep_signed_zero: bool = False) ->
     return rule(node, opset) if rule else None
 
 
-def merge_with_producer(node: ir.Node) -> bool:
-    """Let a Transpose or Reshape do the work of the Transpose or reshape before it, which goes.
+def merge_with_producer(node: ir.Node, names: Names) -> bool:
+    """Make one node of a Transpose and the Transpose before it, or of two reshapes.
 
-    Transpose q after Transpose p is Transpose [p[q0], p[q1], ...]; a Reshape whose target copies no dimension of its
-    input gives the same from any shape of the same elements. Only where nothing else reads the tensor between.
+    Transpose q after Transpose p is Transpose [p[q0], p[q1], ...]. A Reshape whose target copies no dimension of its
+    input gives the same from any shape of the same elements, so the reshape before it goes; a Squeeze, Unsqueeze or
+    Flatten goes where the Reshape before it can make its shape. Only where nothing else reads the tensor between.
 
     Returns:
         True where it was done.
     """
+    if not is_onnx(node, "Transpose", *_RESHAPES):
+        return False
+    if not is_onnx(node, "Transpose", "Reshape"):
+        return _into_reshape_before(node, names)
     inner = _before(node, *(_RESHAPES if is_onnx(node, "Reshape") else ("Transpose",)))
-    if inner is None or not is_onnx(node, "Reshape", "Transpose") or not sole_use(inner.outputs[0]):
+    if inner is None or not sole_use(inner.outputs[0]):
         return False
     if is_onnx(node, "Transpose"):
         first, second = inner.attributes.get_ints("perm"), node.attributes.get_ints("perm")
@@ -63,13 +80,31 @@ def merge_with_producer(node: ir.Node) -> bool:
     return True
 
 
+def _into_reshape_before(node: ir.Node, names: Names) -> bool:
+    inner, output = _before(node, "Reshape"), node.outputs[0]
+    dims = _dims(output)
+    if inner is None or dims is None or not sole_use(inner.outputs[0]) or not isinstance(node.graph, ir.Graph):
+        return False
+    # One open dimension can be left to -1; a dimension of 0 would mean "copy".
+    if sum(d is None for d in dims) > 1 or 0 in dims or array(_input(inner, 1)) is None or not dims:
+        return False
+    shape = output.shape
+    if cannot_replace(output, inner.outputs[0]):
+        return False
+    target = np.array([-1 if d is None else d for d in dims], dtype=np.int64)
+    set_constant(inner, 1, target, names, [label(node)])
+    bypass(node, inner.outputs[0], origin_of=inner)
+    inner.outputs[0].shape = shape
+    return True
+
+
 def _input(node: ir.Node, index: int) -> ir.Value | None:
     return node.inputs[index] if index < len(node.inputs) else None
 
 
 def _before(node: ir.Node, *op_types: str) -> ir.Node | None:
     """The node of one of these types that makes the first input of `node`, in the same graph."""
-    value = node.inputs[0]
+    value = _input(node, 0)
     producer = value.producer() if value is not None else None
     if producer is None or producer.graph is not node.graph or not is_onnx(producer, *op_types):
         return None

@@ -111,15 +111,19 @@ class Linear:
 
     def fold_before(self, scale: Float64, shift: Float64, names: Names, origin: Iterable[str]) -> str | None:
         """Make the node compute y(scale * x + shift); arguments (per input channel) and result as in `fold_after`."""
+        reason = self.before_blocked(scale, shift)
+        return reason or self._store(*self._folded_before(scale, shift), names, origin)
+
+    def before_blocked(self, scale: Float64, shift: Float64) -> str | None:
+        """Why `fold_before` would refuse; None where it would not. Changes nothing."""
+        blocked = self.shift_blocked() if shift.any() else None
+        return blocked or _misfit(*self._folded_before(scale, shift), self._dtype)
+
+    def _folded_before(self, scale: Float64, shift: Float64) -> tuple[Float64, Float64]:
         scale, shift = np.broadcast_to(scale, self.inputs), np.broadcast_to(shift, self.inputs)
         old = self._weight()
-        bias = self._bias()
-        if shift.any():
-            blocked = self.shift_blocked()
-            if blocked:
-                return blocked
-            bias = bias + self.factor * (old * shift.reshape(self.groups, 1, -1, 1)).sum(axis=(2, 3)).ravel()
-        return self._store(old * scale.reshape(self.groups, 1, -1, 1), bias, names, origin)
+        carried = (old * shift.reshape(self.groups, 1, -1, 1)).sum(axis=(2, 3)).ravel()
+        return old * scale.reshape(self.groups, 1, -1, 1), self._bias() + self.factor * carried
 
     # -- storage: the weight as (groups, outputs per group, inputs per group, kernel positions) ------------------------
 
@@ -134,6 +138,12 @@ class Linear:
                 return inner.swapaxes(1, 2)
             case _:
                 return (data if self._transposed else data.T)[None, :, :, None]
+
+    @property
+    def _dtype(self) -> ir.DataType:
+        tensor = constant(self.node.inputs[1])
+        assert tensor is not None  # linear_view checked it
+        return tensor.dtype
 
     @property
     def _transposed(self) -> bool:
@@ -157,13 +167,10 @@ class Linear:
         return beta * np.broadcast_to(data.reshape(-1), self.outputs)
 
     def _store(self, weight: Float64, bias: Float64, names: Names, origin: Iterable[str]) -> str | None:
-        tensor = constant(self.node.inputs[1])
-        assert tensor is not None  # linear_view checked it
-        dtype = tensor.dtype
-        for what, data, channels in (("weight", weight, (2, 3)), ("bias", bias, ())):
-            reason = _does_not_fit(data, dtype, channels)
-            if reason:
-                return f"the folded {what} {reason}"
+        dtype = self._dtype
+        reason = _misfit(weight, bias, dtype)
+        if reason:
+            return reason
         origin = list(origin)
         mark_origin(self.node, origin)
         set_constant(self.node, 1, self._stored(weight), names, origin)
@@ -286,6 +293,15 @@ def _view_matmul(node: ir.Node, shape: tuple[int, ...]) -> Linear | str:
         if fits and data is not None and (data.ndim < 2 or (rank is not None and data.ndim <= rank)):
             return Linear(node, use.node, other, use.node.outputs[0], 1, inputs, outputs)
     return Linear(node, None, 2, product, 1, inputs, outputs)
+
+
+def _misfit(weight: Float64, bias: Float64, dtype: ir.DataType) -> str | None:
+    """Why a folded weight (groups, outputs, inputs, positions) or bias cannot be stored in `dtype`."""
+    for what, data, axes in (("weight", weight, (2, 3)), ("bias", bias, ())):
+        reason = _does_not_fit(data, dtype, axes)
+        if reason:
+            return f"the folded {what} {reason}"
+    return None
 
 
 def _does_not_fit(data: Float64, dtype: ir.DataType, channel_axes: tuple[int, ...]) -> str | None:

@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult, Skip, option
+from graphopt.errors import ModelError
 from graphopt.linear import LINEAR_OPS, Linear, linear_view
 from graphopt.rewriting import (
     Float64,
@@ -184,12 +185,13 @@ def _into_consumers(node: ir.Node, scale: Float64, shift: Float64, opset: int, n
             return f"{label(use.node)}: {linear}"
         if linear.inputs != scale.size:
             return f"{label(use.node)} has {linear.inputs} input channels, not {scale.size}"
-        reason = _channels_on_axis_1(linear, value) or (linear.shift_blocked() if shift.any() else None)
+        reason = _channels_on_axis_1(linear, value) or linear.before_blocked(scale, shift)
         if reason:
             return f"{label(use.node)}: {reason}"
         views.append(linear)
-    if len(views) > 1:
-        # All or none: a normalisation that stays for one reader is not saved by folding it into another.
-        return f"{len(views)} operators read it (folded into one only)"
-    reason = views[0].fold_before(scale, shift, names, [label(node)])
-    return reason or bypass(node, source)
+    # All or none: a normalisation that stays for one reader is not saved by folding it into another.
+    for linear in views:
+        reason = linear.fold_before(scale, shift, names, [label(node)])
+        if reason:
+            raise ModelError(reason, where=label(linear.node), hint="report this: before_blocked allowed it")
+    return bypass(node, source)

@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult, Skip, option
 from graphopt.identities import identity_of, merge_with_producer
-from graphopt.rewriting import bypass, graphs, label
+from graphopt.rewriting import Names, bypass, graphs, label
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class RemoveIdentities(Pass):
         result = PassResult(changed=False)
         opset = model.graph.opset_imports.get("", 1)
         removed: Counter[str] = Counter()
+        names = Names(model)
         merged = 0
         for graph in graphs(model):
             for node in tuple(graph):
@@ -48,7 +49,7 @@ class RemoveIdentities(Pass):
                     continue
                 found = identity_of(node, opset, keep_signed_zero=self.keep_signed_zero)
                 if found is None:
-                    merged += merge_with_producer(node)
+                    merged += merge_with_producer(node, names)
                     continue
                 if isinstance(found, ir.Value):
                     reason = bypass(node, found)
