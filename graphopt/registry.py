@@ -16,6 +16,7 @@ order in which they were installed.
 from __future__ import annotations
 
 import difflib
+import importlib
 import importlib.metadata
 import importlib.resources
 from collections.abc import Iterable, Mapping
@@ -135,7 +136,7 @@ def suggest(name: str, known: Iterable[str], listing: str) -> str:
 
 def refresh() -> None:
     """Forget what was found, for a process that installs distributions while it runs (notebooks, tests)."""
-    importlib.metadata.MetadataPathFinder.invalidate_caches()
+    importlib.invalidate_caches()
     for memo in (_entry_points, _target_tables, pass_class, backend):
         memo.cache_clear()
 

@@ -74,7 +74,7 @@ def parse_target(name: str, table: object, source: str) -> Target:
     where = f"target {name!r} in {source}"
     if not isinstance(table, Mapping):
         raise UsageError(
-            f"is a {type(table).__name__}, not a table", where=where, hint="write [name] and then its keys"
+            f"is not a table but {type(table).__name__}", where=where, hint="write [name] and then its keys"
         )
     values = dict(table)
     scheme = values.pop("quant", None)
