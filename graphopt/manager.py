@@ -170,8 +170,9 @@ class PassManager:
         bundle = Bundle(failing=p, done=done, model=model, ctx=ctx, error=error, command=self.command)
         try:
             return f"reproducer: {write_bundle(bundle, self.bundles)}"
-        except (OSError, GraphoptError) as problem:
-            return f"no reproducer could be written: {problem}"
+        except Exception as problem:
+            # The model may be in a state that nothing can write, which is then part of the failure itself.
+            return f"no reproducer could be written: {type(problem).__name__}: {problem}"
 
 
 def _check_structure(p: Pass, model: ir.Model) -> None:
