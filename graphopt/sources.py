@@ -7,15 +7,14 @@ Files are opened with `allow_pickle=False` and only inside the path that the use
 from __future__ import annotations
 
 import hashlib
-import re
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
+from graphopt.arrayfiles import read_npy, read_npz
 from graphopt.errors import DataError, GraphoptError
 from graphopt.feeds import Array, InputSpec, Layout, arrange, check_dtype, check_names, fits, format_shape
 
@@ -88,6 +87,9 @@ class Arrays:
             DataError: they do not fit the model.
         """
         layout, notes = examine(specs, arrays, name)
+        if layout.batch and layout.samples % layout.batch:
+            rest = layout.samples % layout.batch
+            notes.append(f"the model fixes the batch size to {layout.batch}: the last {rest} samples are left out")
         inputs = {s.name: arrays[s.name] for s in specs if s.name in arrays}
         return cls(name, inputs, layout, tuple(notes))
 
@@ -155,36 +157,64 @@ class Feeds:
     cache_bytes: int = CACHE_BYTES
     samples: int | None = None
     notes: tuple[str, ...] = ()
-    _cache: list[Block] | None = None
+    _kept: list[Block] | None = field(default_factory=list, repr=False)
+    _live: Iterator[Block] | None = field(default=None, repr=False)
+    _bytes: int = 0
     _first: bytes | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         """Read and check the first feed, so that wrong data is refused before work starts."""
-        first = next(self._fresh(), None)
+        first = next(self.blocks(), None)
         if first is None:
             raise DataError("yields no feeds", where=self.name, hint="yield at least one feed")
         self.notes = tuple(examine(self.specs, first.arrays, self.name)[1])
 
     def blocks(self) -> Iterator[Block]:
-        """One block a feed; from memory after a first complete pass that fitted in it."""
-        if self._cache is not None:
-            yield from self._cache
-            return
-        kept: list[Block] | None = []
-        size = samples = 0
-        for block in self._fresh():
-            samples += block.layout.samples
-            size += sum(a.nbytes for a in block.arrays.values())
-            if kept is not None and size <= self.cache_bytes:
-                # copied: a generator may yield the same buffer again and again
-                block = Block({k: v.copy() for k, v in block.arrays.items()}, block.layout)  # noqa: PLW2901
-                kept.append(block)
+        """One block a feed; what was read is kept while it fits, so that later passes need not call the function."""
+        index = 0
+        while self._kept is not None:
+            if index == len(self._kept):
+                block = self._read_on()
+                if block is None:
+                    return
+                yield block
             else:
-                kept = None
-            yield block
-        self._cache, self.samples = kept, samples
+                yield self._kept[index]
+            index += 1
+        # too much to keep: the function starts anew, and what this pass has given already is skipped
+        samples = 0
+        for position, block in enumerate(self._fresh()):
+            samples += block.layout.samples
+            if position >= index:
+                yield block
+        self.samples = samples
+
+    def _read_on(self) -> Block | None:
+        """The next feed that no pass has read yet; None at the end."""
+        if self._live is None:
+            self._live = self._fresh()
+        try:
+            block = next(self._live, None)
+        except DataError:
+            # a generator that failed is over: asked again it would pretend that this was the end of the data
+            self._kept, self._live, self._bytes = [], None, 0
+            raise
+        if block is None:
+            # the exhausted iterator stays: asked again, it says again that this is the end
+            self.samples = sum(b.layout.samples for b in self._kept or ())
+            return None
+        self._bytes += sum(a.nbytes for a in block.arrays.values())
+        if self._bytes > self.cache_bytes:
+            self._kept = self._live = None
+            return block
+        # copied: a generator may yield the same buffer again and again
+        block = Block({k: v.copy() for k, v in block.arrays.items()}, block.layout)
+        if self._kept is not None:
+            self._kept.append(block)
+        return block
 
     def _fresh(self) -> Iterator[Block]:
+        """Call the function and check what it yields."""
         try:
             iterator = iter(self.open())
         except GraphoptError:
@@ -329,75 +359,3 @@ def _calls(block: Block) -> Iterator[tuple[dict[str, Array], int]]:
             },
             1,
         )
-
-
-def natural(name: str) -> list[tuple[int, int, str]]:
-    """Sort key that puts sample 2 before sample 10."""
-    return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in re.split(r"(\d+)", name) if p]
-
-
-def read_npy(path: Path) -> Array:
-    """Memory-map a `.npy` file.
-
-    Raises:
-        DataError: not readable, or it holds Python objects.
-    """
-    try:
-        array: Array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise _unreadable(path, error) from error
-    if not isinstance(array, np.ndarray):
-        raise _unreadable(path, ValueError("not a .npy array"))
-    return array
-
-
-def read_npz(path: Path) -> dict[str, Array]:
-    """Arrays of a `.npz`: members stored without compression are memory-mapped, others read once.
-
-    Raises:
-        DataError: not readable, or it holds Python objects.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as data:
-            if not isinstance(data, np.lib.npyio.NpzFile):
-                raise ValueError("not a .npz archive")
-            mapped = _mapped_members(path)
-            return {k: mapped[k] if k in mapped else data[k] for k in data.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError) as error:
-        raise _unreadable(path, error) from error
-    except Exception as error:  # zlib.error, lzma.LZMAError: the decompressors have no common base
-        raise _unreadable(path, error) from error
-
-
-def _mapped_members(path: Path) -> dict[str, Array]:
-    """Memory maps of the members that are stored uncompressed."""
-    out: dict[str, Array] = {}
-    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-        for info in archive.infolist():
-            if info.compress_type != zipfile.ZIP_STORED or not info.filename.endswith(".npy"):
-                continue
-            # a local header is 30 bytes, then the name and the extra field, whose lengths it states itself
-            file.seek(info.header_offset + 26)
-            name_length, extra_length = np.frombuffer(file.read(4), "<u2")
-            file.seek(info.header_offset + 30 + int(name_length) + int(extra_length))
-            version = np.lib.format.read_magic(file)
-            read_header = (
-                np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            )
-            shape, fortran, dtype = read_header(file)
-            if dtype.hasobject:
-                raise ValueError(f"member {info.filename!r} holds Python objects")
-            key = info.filename.removesuffix(".npy")
-            if 0 in shape or not shape:
-                continue
-            order: Literal["C", "F"] = "F" if fortran else "C"
-            out[key] = np.memmap(path, dtype, "r", file.tell(), shape, order)
-    return out
-
-
-def _unreadable(path: Path, error: Exception) -> DataError:
-    return DataError(
-        f"cannot be read as arrays: {error}",
-        where=str(path),
-        hint="write it with numpy.savez (plain numeric arrays; Python objects are never loaded)",
-    )

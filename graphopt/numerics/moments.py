@@ -86,7 +86,9 @@ class Moments:
     def _floats(self, xp: Any, a: Any) -> Any:
         if self.exact:
             return xp.astype(a, xp.float64)
-        return a if a.dtype in {xp.float32, xp.float64} else xp.astype(a, xp.float32)
+        # compared, not looked up: a numpy dtype equals its scalar type without sharing its hash
+        kept = a.dtype == xp.float32 or a.dtype == xp.float64  # noqa: PLR1714
+        return a if kept else xp.astype(a, xp.float32)
 
     @property
     def dim(self) -> int:
