@@ -87,7 +87,7 @@ class OrtBackend:
         Args:
             models: the first is the reference of all ratios.
             target: where they run.
-            feeds: one batch of inputs for all models; None: random inputs, free dimensions set to 1.
+            feeds: one batch of inputs for all models; None: random inputs (`graphopt.random_feeds`), batch 1.
             threads: threads of one session.
             seconds: time to spend on measured rounds.
 
@@ -249,7 +249,7 @@ def _batch(inputs: Sequence[Any], feeds: Mapping[str, Array]) -> int | None:
 
 
 def _random(models: Sequence[ir.Model | Path]) -> dict[str, Array]:
-    """Random feeds of the first model with all free dimensions 1, which all models must take.
+    """Random feeds of the first model, which all models must take.
 
     Raises:
         DataError: the models have different inputs.

@@ -137,6 +137,8 @@ def submodel(model: ir.Model, outputs: Sequence[str]) -> ir.Model:
 
     Weights are shared, inputs stay (unused ones too). Tensors must be computed by nodes of the main graph.
     """
+    from graphopt.slicing import reads_of
+
     copy = model.clone()
     graph = copy.graph
     values = {v.name: v for node in graph for v in node.outputs}
@@ -150,31 +152,13 @@ def submodel(model: ir.Model, outputs: Sequence[str]) -> ir.Model:
         if node in needed:
             continue
         needed.add(node)
-        stack += [p for v in _reads(node) if (p := v.producer()) is not None and p.graph is graph]
+        stack += [p for v in reads_of(node) if (p := v.producer()) is not None and p.graph is graph]
     graph.remove([n for n in graph if n not in needed], safe=True)
-    read = {v for node in needed for v in _reads(node)}
+    read = {v for node in needed for v in reads_of(node)}
     for name, value in list(graph.initializers.items()):
         if value not in read and not value.is_graph_input():
             del graph.initializers[name]
     return copy
-
-
-def _reads(node: ir.Node) -> Iterator[ir.Value]:
-    """What a node reads: its inputs, and what its subgraphs capture."""
-    import onnx_ir as ir
-
-    yield from (v for v in node.inputs if v is not None)
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH:
-            bodies = [attribute.as_graph()]
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            bodies = list(attribute.as_graphs())
-        else:
-            continue
-        for body in bodies:
-            yield from body.outputs
-            for inner in body:
-                yield from _reads(inner)
 
 
 def _check(model: ir.Model, names: Sequence[str]) -> None:
@@ -209,6 +193,7 @@ def _slices(groups: list[tuple[str, ...]], sizes: dict[str, int], budget: int) -
 
 def _bytes_per_sample(model: ir.Model, names: list[str], calibration: Calibration, threads: int) -> dict[str, int]:
     """Bytes of each tensor per sample: from its shape, else measured."""
+    batch = {v.shape[0].value for v in model.graph.inputs if v.shape and not isinstance(v.shape[0], int)} - {None}
     values = {v.name: v for node in model.graph for v in node.outputs}
     values.update({v.name: v for v in model.graph.inputs})
     values.update(model.graph.initializers)
@@ -216,8 +201,8 @@ def _bytes_per_sample(model: ir.Model, names: list[str], calibration: Calibratio
     for name in names:
         value = values[name]
         dims = None if value.shape is None else list(value.shape)
-        # a free leading axis is taken as the batch; any other free axis makes the size unknown
-        if dims and not isinstance(dims[0], int):
+        # any free axis but the batch makes the size unknown
+        if dims and not isinstance(dims[0], int) and dims[0].value in batch:
             dims[0] = 1
         if dims is not None and value.dtype is not None and all(isinstance(d, int) for d in dims):
             elements = int(np.prod([int(d) for d in dims if isinstance(d, int)], dtype=np.int64))

@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from graphopt.activations import activations, paired_activations
+from graphopt.arrayfiles import natural, read_npy, read_npz
 from graphopt.errors import DataError
 from graphopt.feeds import Array, InputSpec, convert, input_specs
-from graphopt.sources import Arrays, Feeds, Folder, Source, as_arrays, hash_block, natural, read_npy, read_npz, rebatch
+from graphopt.sources import Arrays, Feeds, Folder, Source, as_arrays, hash_block, rebatch
 from graphopt.userfunc import is_function_spec, load_function
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ __all__ = ["Calibration", "Data", "activations", "load", "paired_activations"]
 
 DEFAULT_BATCH = 32
 RANDOM_FEEDS = 16
+FINGERPRINT_BYTES = 1 << 30
 
 Data = str | Path | Mapping[str, Any] | Iterable[Any] | Callable[[], Any]
 
@@ -96,11 +98,16 @@ class Calibration:
             yield convert(self.specs, feeds, self.name), count
 
     def fingerprint(self) -> str:
-        """SHA-256 of names, dtypes, shapes and values, in hexadecimal; one pass over the data, then remembered."""
+        """SHA-256 of names, dtypes, shapes and values of the first GiB, in hexadecimal; taken once, then remembered."""
         if self._digest is None:
             digest = hashlib.sha256()
+            hashed = 0
             for block in self._source.blocks():
                 hash_block(digest, block)
+                hashed += sum(a.nbytes for a in block.arrays.values())
+                # a bound, because a function may yield more than anybody wants to wait for, or never end
+                if hashed > FINGERPRINT_BYTES:
+                    break
             self._digest = digest.hexdigest()
         return self._digest
 
@@ -222,7 +229,9 @@ def _open_function(function: Callable[[], Any], specs: tuple[InputSpec, ...], na
         raise DataError(
             f"returned {type(result).__name__}, not feeds", where=name, hint="yield mappings of input name to array"
         )
-    return Feeds(name, function, specs)
+    # what was made to look at it is the first pass: making it may have been expensive
+    made = [result]
+    return Feeds(name, lambda: made.pop() if made else function(), specs)
 
 
 def _open_folder(path: Path, specs: tuple[InputSpec, ...]) -> Source:

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from graphopt.arrayfiles import read_npz
 from graphopt.errors import DataError, UsageError
 from graphopt.feeds import Array, InputSpec, convert, format_shape, input_specs
-from graphopt.sources import Arrays, Source, as_arrays, read_npz
+from graphopt.sources import Arrays, Source, as_arrays
 from graphopt.userfunc import is_function_spec, load_function
 
 if TYPE_CHECKING:

@@ -116,7 +116,8 @@ def patches(x: Array, window: Window, group: int = 0) -> Array:
             slice(o * d, o * d + (n - 1) * s + 1, s)
             for o, d, s, n in zip(offset, window.dilations, window.strides, output, strict=True)
         )
-        out[(slice(None), *offset)] = channels_first[(slice(None), slice(None), *where)]
+        position: tuple[slice | int, ...] = (slice(None), *offset)
+        out[position] = channels_first[(slice(None), slice(None), *where)]
     return out.reshape(x.shape[1] * int(np.prod(window.kernel)), -1)
 
 

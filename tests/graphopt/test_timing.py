@@ -1,0 +1,79 @@
+"""Paired timing, on a clock of our own: ratios, drift, interruptions, noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from graphopt import timing
+
+
+class Clock:
+    """Time that passes only in calls."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.log: list[str] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def work(self, name: str, seconds: Callable[[int], float]) -> Callable[[], None]:
+        count = 0
+
+        def run() -> None:
+            nonlocal count
+            self.now += seconds(count)
+            count += 1
+            self.log.append(name)
+
+        return run
+
+
+def test_ratios_and_order() -> None:
+    clock = Clock()
+    calls = [clock.work("a", lambda _: 0.01), clock.work("b", lambda _: 0.02), clock.work("c", lambda _: 0.005)]
+    found = timing.paired(calls, 1.0, clock)
+    assert found.ratios == pytest.approx((1, 2, 0.5))
+    assert found.milliseconds == pytest.approx((10, 20, 5))
+    assert found.within_noise == (True, False, False)
+    assert found.rounds >= timing.MIN_ROUNDS
+    assert found.rounds % 2 == 0
+    rounds = "".join(clock.log)[3 * timing.WARM_UP :]
+    assert rounds.startswith("abccba")
+
+
+def test_a_drift_of_the_machine_cancels() -> None:
+    clock = Clock()
+
+    def slower(_: int) -> float:
+        return 0.01 * (1 + clock.now)
+
+    found = timing.paired([clock.work("a", slower), clock.work("b", slower)], 4.0, clock)
+    assert found.ratios[1] == pytest.approx(1, abs=0.02)
+    assert found.within_noise[1]
+
+
+def test_interrupted_calls_do_not_count() -> None:
+    clock = Clock()
+    burst = clock.work("b", lambda i: 0.001 * (50 if i % 9 == 4 else 1))
+    found = timing.paired([clock.work("a", lambda _: 0.001), burst], 1.0, clock)
+    assert found.ratios[1] == pytest.approx(1)
+
+
+def test_slow_calls_get_the_least_number_of_rounds() -> None:
+    clock = Clock()
+    found = timing.paired([clock.work("a", lambda _: 30.0)], 1.0, clock)
+    assert timing.MIN_ROUNDS <= found.rounds <= timing.MIN_ROUNDS + 1
+
+
+def test_short_calls_are_repeated() -> None:
+    clock = Clock()
+    timing.paired([clock.work("a", lambda _: 1e-5)], 0.05, clock)
+    assert len(clock.log) > 100 * timing.MIN_ROUNDS
+
+
+def test_nothing_to_time() -> None:
+    with pytest.raises(ValueError, match="nothing"):
+        timing.paired([], 1.0)
