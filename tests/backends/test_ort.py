@@ -1,0 +1,286 @@
+"""The backend `ort`: sessions, paired bench, and bundles that run with nothing but their own files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from graphopt import bundle, model, registry
+from graphopt.backend import Backend
+from graphopt.backends import ort as backend_module
+from graphopt.backends.ort import OrtBackend
+from graphopt.errors import DataError, MissingBackendError, ModelError, UsageError
+from graphopt.executor import Session
+from graphopt.target import Target
+
+NET = """<ir_version: 8, opset_import: ["" : 17, "ai.onnx.ml" : 3, "com.nobody" : 1]>
+g (float[N,3,8,8] x, float shift) => (float[N,4,8,8] "out/y:0", float[N,4,8,8] file)
+<float[4,3,3,3] w = {@W@}> {
+    c = Conv<pads=[1,1,1,1]>(x, w)  "out/y:0" = Relu(c)  file = Add(c, shift) }""".replace(
+    "@W@", ", ".join(f"{v:.3f}" for v in np.random.default_rng(0).normal(size=108))
+)
+HERE = backend_module.ARCHITECTURES.get(platform.machine().lower(), "?")
+TARGET = Target("here", "ort", arch=HERE)
+ORT = OrtBackend()
+
+
+@pytest.fixture
+def net() -> ir.Model:
+    text = NET.replace('"out/y:0"', "y0")
+    found = ir.from_onnx_text(text)
+    next(v for n in found.graph for v in n.outputs if v.name == "y0").name = "out/y:0"
+    return found
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend_module, "LOWER_SECONDS", 0.02)
+
+
+FEEDS = {
+    "x": np.random.default_rng(1).normal(size=(2, 3, 8, 8)).astype(np.float32),
+    "shift": np.array(0.5, np.float32),
+}
+
+
+def test_it_is_a_backend_and_the_registry_knows_it_and_its_targets() -> None:
+    assert isinstance(ORT, Backend)
+    assert isinstance(registry.backend("ort"), OrtBackend)
+    cpu, arm = registry.target("cpu"), registry.target("cpu-arm64")
+    assert (cpu.arch, cpu.quant and (cpu.quant.activation, cpu.quant.weight)) == ("x86-64", ("uint8", "int8"))
+    assert (arm.arch, arm.quant and (arm.quant.activation, arm.quant.weight)) == ("aarch64", ("int8", "int8"))
+    for target in registry.targets().values():
+        registry.backend(target.backend)  # nothing is listed that cannot be lowered
+        assert target.description
+
+
+def test_missing_provider_and_foreign_processor_are_told(net: ir.Model) -> None:
+    cuda = Target("gpu", "ort", device="gpu", arch="sm_87", providers=("CUDAExecutionProvider", "CPUExecutionProvider"))
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this ONNX Runtime has CUDA")
+    assert "onnxruntime-gpu" in (ORT.unavailable(cuda) or "")
+    with pytest.raises(MissingBackendError, match="pip install onnxruntime-gpu"):
+        ORT.session(net, cuda)
+    foreign = dataclasses.replace(TARGET, arch="riscv64")
+    assert "riscv64" in (ORT.unavailable(foreign) or "")
+    with pytest.raises(MissingBackendError):
+        ORT.bench([net], foreign, FEEDS)
+
+
+def test_session_runs(net: ir.Model) -> None:
+    got = ORT.session(net, TARGET).run(FEEDS)
+    expected = Session(net).run(FEEDS)
+    for name, array in expected.items():
+        np.testing.assert_allclose(got[name], array, atol=1e-5)
+
+
+def test_bench_of_a_model_against_itself_and_a_larger_one(net: ir.Model) -> None:
+    heavy = ir.from_onnx_text(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        g (float[N,3,8,8] x, float shift) => (float y) <int64[2] s = {384, 384}, float[1] e = {0.001}> {
+            r = Expand(e, s)  a = MatMul(r, r)  b = MatMul(a, r)  c = ReduceSum<keepdims=0>(b)
+            d = ReduceSum<keepdims=0>(x)  f = Add(c, d)  y = Mul(f, shift) }"""
+    )
+    found = ORT.bench([net, net, heavy], TARGET, FEEDS, seconds=0.1)
+    assert found.ratios[0] == 1
+    assert found.low[0] == found.high[0] == 1
+    assert all(a <= b <= c for a, b, c in zip(found.low, found.ratios, found.high, strict=True))
+    assert len(found.milliseconds) == 3
+    assert min(found.milliseconds) > 0
+    assert found.details["shapes"] == {"x": [2, 3, 8, 8], "shift": []}
+    assert found.batch is None  # `shift` has no batch axis
+    assert found.details["within_noise"][0]
+
+
+def test_bench_makes_its_own_feeds_and_refuses_different_inputs(net: ir.Model, tmp_path: Path) -> None:
+    one = ir.from_onnx_text(
+        '<ir_version: 8, opset_import: ["" : 17]> g (float[N,3] x) => (float[N,3] y) { y = Neg(x) }'
+    )
+    model.save(one, tmp_path / "one.onnx")
+    found = ORT.bench([one, tmp_path / "one.onnx"], TARGET, seconds=0.02)
+    assert (found.batch, found.rounds > 0) == (1, True)
+    with pytest.raises(DataError, match="different inputs"):
+        ORT.bench([one, net], TARGET)
+    with pytest.raises(DataError, match="x"):
+        ORT.bench([one], TARGET, {"x": np.zeros((1, 4), np.float32)})
+
+
+REPORT = {
+    "model": "net.onnx", "pipeline": "fold,prune{macs=0.5}", "seed": 0, "accuracy": {"before": 0.9, "after": 0.89},
+    "passes": ["not for the manifest"],
+}  # fmt: skip
+
+
+def lowered(net: ir.Model, folder: Path, target: Target = TARGET) -> Path:
+    files = ORT.lower(net, target, folder, report=REPORT, feeds=FEEDS)
+    assert {f.name for f in files} == {"model.onnx", "run.py", "bench.py", "manifest.json"}
+    assert {f.name for f in folder.iterdir()} == {f.name for f in files}
+    return folder
+
+
+def run(folder: Path, *arguments: object, script: str = "run.py") -> subprocess.CompletedProcess[str]:
+    # -I: nothing but the installed packages and the bundle's own files; graphopt's absence is checked by the imports
+    code = f"import sys, runpy; sys.argv[:] = sys.argv[1:]; sys.path.insert(0, {str(folder)!r})\n"
+    code += "sys.modules['graphopt'] = sys.modules['onnx'] = sys.modules['onnx_ir'] = None\n"
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-I", "-c", code, str(folder / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False, timeout=120)
+
+
+def test_bundle_runs_alone_elsewhere(net: ir.Model, tmp_path: Path) -> None:
+    made = lowered(net, tmp_path / "made")
+    moved = made.rename(tmp_path / "moved")
+    np.savez(tmp_path / "in.npz", **FEEDS)
+    done = run(moved, tmp_path / "in.npz", tmp_path / "out.npz")
+    assert done.returncode == 0, done.stderr
+    expected = Session(net).run(FEEDS)
+    with np.load(tmp_path / "out.npz", allow_pickle=False) as got:
+        assert set(got.files) == {"out/y:0", "file"}
+        for name, array in expected.items():
+            np.testing.assert_allclose(got[name], array, atol=1e-5)
+    timed = run(moved, tmp_path / "in.npz", "--seconds", "0.05", script="bench.py")
+    assert timed.returncode == 0, timed.stderr
+    assert json.loads(timed.stdout)["median_ms"] > 0
+    assert run(moved, "--seconds", "0.05", script="bench.py").returncode == 0
+
+
+def test_manifest_says_what_is_in_the_bundle(net: ir.Model, tmp_path: Path) -> None:
+    found = bundle.read(lowered(net, tmp_path / "b"))
+    assert found.target == TARGET
+    assert found.model == tmp_path / "b" / "model.onnx"
+    manifest = found.manifest
+    assert manifest["inputs"] == [
+        {"name": "x", "dtype": "float32", "shape": ["N", 3, 8, 8]},
+        {"name": "shift", "dtype": "float32", "shape": []},
+    ]
+    assert manifest["pipeline"] == "fold,prune{macs=0.5}"
+    assert manifest["report"]["accuracy"] == {"before": 0.9, "after": 0.89}
+    assert "passes" not in manifest["report"]
+    assert manifest["measured"]["latency_ms"] > 0
+    assert manifest["measured"]["inputs"] == "real"
+    assert manifest["measured"]["processor"]
+    assert manifest["opset"] == {"": 17}  # imports that nothing uses are gone
+    assert net.opset_imports["com.nobody"] == 1  # from the bundle, not from the model
+    assert found.manifest["versions"]["onnxruntime"]
+
+
+def test_a_foreign_target_is_lowered_without_numbers(net: ir.Model, tmp_path: Path) -> None:
+    found = bundle.read(lowered(net, tmp_path / "b", dataclasses.replace(TARGET, arch="riscv64")))
+    assert found.manifest["measured"] is None
+
+
+@pytest.mark.parametrize("file", ["model.onnx", "run.py"])
+def test_tampered_bundle_is_refused(net: ir.Model, tmp_path: Path, file: str) -> None:
+    made = lowered(net, tmp_path / "b")
+    content = bytearray((made / file).read_bytes())
+    content[len(content) // 2] ^= 1
+    (made / file).write_bytes(content)
+    with pytest.raises(ModelError, match=file.replace(".", r"\.")) as caught:
+        bundle.read(made)
+    assert caught.value.exit_code == 3
+    if file == "model.onnx":
+        np.savez(tmp_path / "in.npz", **FEEDS)
+        refused = run(made, tmp_path / "in.npz", tmp_path / "out.npz")
+        assert refused.returncode == 1
+        assert "model.onnx" in refused.stderr
+        assert not (tmp_path / "out.npz").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda m: m.update(schema=99), "schema 99"),
+        (lambda m: m["files"].update({"../x": {"sha256": "0"}}), "outside"),
+        (lambda m: m["files"].update({"/etc/passwd": {"sha256": "0"}}), "outside"),
+        (lambda m: m["files"].update({"gone": {"sha256": "0"}}), "missing"),
+        (lambda m: m.pop("model"), "no model file"),
+        (lambda m: m.update(model="other.onnx"), "no model file"),
+        (lambda m: m["target"].update(backend=3), "backend"),
+        (lambda m: m.pop("target"), "backend"),
+    ],
+)
+def test_hostile_manifests_are_refused(net: ir.Model, tmp_path: Path, change: object, expected: str) -> None:
+    made = lowered(net, tmp_path / "b")
+    manifest = json.loads((made / "manifest.json").read_text())
+    change(manifest)  # type: ignore[operator]
+    (made / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ModelError, match=expected):
+        bundle.read(made)
+
+
+def test_what_is_no_bundle(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no bundle"):
+        bundle.read(tmp_path)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(ModelError, match="cannot be read"):
+        bundle.read(tmp_path)
+
+
+def test_the_runner_refuses_inputs_that_do_not_fit(net: ir.Model, tmp_path: Path) -> None:
+    made = lowered(net, tmp_path / "b")
+    np.savez(tmp_path / "missing.npz", x=FEEDS["x"])
+    np.savez(tmp_path / "shape.npz", x=FEEDS["x"][:, :2], shift=FEEDS["shift"])
+    np.savez(tmp_path / "dtype.npz", x=FEEDS["x"].astype(np.float64), shift=FEEDS["shift"])
+    for name, expected in (("missing", "'shift'"), ("shape", "[2, 2, 8, 8]"), ("dtype", "double")):
+        done = run(made, tmp_path / f"{name}.npz", tmp_path / "out.npz")
+        assert done.returncode == 1
+        assert expected in done.stderr
+        assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out.npz").exists()
+
+
+def test_an_existing_folder_keeps_its_other_files_and_gets_the_new_bundle(net: ir.Model, tmp_path: Path) -> None:
+    made = lowered(net, tmp_path / "b")
+    (made / "report.html").write_text("mine")
+    net.graph.initializers["w"].const_value = ir.tensor(np.zeros((4, 3, 3, 3), np.float32), name="w")
+    ORT.lower(net, TARGET, made)
+    assert (made / "report.html").read_text() == "mine"
+    again = bundle.read(made)
+    assert again.manifest["pipeline"] is None
+    assert not Session(again.model).run(FEEDS)["out/y:0"].any()
+    assert [p.name for p in tmp_path.iterdir()] == ["b"]  # no temporary folder is left
+
+
+def test_failure_leaves_nothing(net: ir.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    capped = dataclasses.replace(TARGET, opset_max=16)
+    with pytest.raises(ModelError, match="opset 17"):
+        ORT.lower(net, capped, tmp_path / "b")
+    with pytest.raises(ModelError, match="IR version 8"):
+        ORT.lower(net, dataclasses.replace(TARGET, ir_max=7), tmp_path / "b")
+
+    def fail(*_: object, **__: object) -> None:
+        raise ModelError("no")
+
+    monkeypatch.setattr(OrtBackend, "_loads", fail)
+    with pytest.raises(ModelError):
+        ORT.lower(net, TARGET, tmp_path / "b", feeds=FEEDS)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="is a file"):
+        ORT.lower(net, TARGET, tmp_path / "file", feeds=FEEDS)
+    with pytest.raises(UsageError, match="parent"):
+        ORT.lower(net, TARGET, tmp_path / "no" / "b", feeds=FEEDS)
+
+
+@pytest.mark.data
+def test_real_model_lowered_and_run(data_dir: Path, tmp_path: Path) -> None:
+    network = model.load(data_dir / "models" / "silero_vad_v5_if.onnx")
+    with np.load(data_dir / "inputs" / "silero_vad_v5_if.npz") as raw:
+        feeds = {k.partition("|")[2]: raw[k] for k in raw.files if k.startswith("3|")}
+    ORT.lower(network, TARGET, tmp_path / "b", feeds=feeds)
+    np.savez(tmp_path / "in.npz", **feeds)
+    done = run(tmp_path / "b", tmp_path / "in.npz", tmp_path / "out.npz")
+    assert done.returncode == 0, done.stderr
+    with np.load(tmp_path / "out.npz") as got:
+        for name, array in Session(network).run(feeds).items():
+            np.testing.assert_allclose(got[name], array, atol=1e-4)
