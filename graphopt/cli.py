@@ -279,15 +279,18 @@ def run(bundle: str, inputs: str, out: str, threads: int, as_json: bool) -> None
 @common
 def passes(name: str | None, as_json: bool) -> None:
     """What passes there are; with NAME: what it does and its options."""
+    if name is None:
+        from graphopt.jobs import describe_passes
+
+        _print_rows(describe_passes(), as_json)
+        return
     from graphopt import describe, registry
 
-    if name is not None:
-        kind = registry.pass_class(name)
-        _json(describe.json_schema(kind)) if as_json else click.echo(describe.help_text(kind), nl=False)
-        return
-    found = [describe.describe(registry.pass_class(each)) for each in registry.passes()]
-    rows = [{"pass": p.name, "effect": p.effect, "calibration": p.needs_calibration, "does": p.summary} for p in found]
-    _print_rows(rows, as_json)
+    kind = registry.pass_class(name)
+    if as_json:
+        _json(describe.json_schema(kind))
+    else:
+        click.echo(describe.help_text(kind), nl=False)
 
 
 @cli.command(short_help="What targets there are.")
@@ -300,22 +303,20 @@ def targets(name: str | None, as_json: bool) -> None:
 
     if name is not None:
         table = describe_target(name)
-        _print_rows([{"key": key, "value": value} for key, value in table.items()], False) if not as_json else _json(
-            table
-        )
+        _print_rows(table if as_json else [{"key": key, "value": value} for key, value in table.items()], as_json)
         return
     rows = [describe_target(each) for each in registry.targets()]
     keep = ("name", "backend", "arch", "runs here", "description")
     _print_rows(rows if as_json else [{key: row[key] for key in keep} for row in rows], as_json)
 
 
-def _print_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
+def _print_rows(data: Any, as_json: bool) -> None:
     if as_json:
-        _json(rows)
+        _json(data)
         return
     from graphopt.report import tables
 
-    tables.print_mappings(tables.console(sys.stdout), rows)
+    tables.print_mappings(tables.console(sys.stdout), data)
 
 
 def _json(data: Any) -> None:

@@ -231,7 +231,33 @@ def describe_target(name: str) -> dict[str, Any]:
         reason = registry.backend(target.backend).unavailable(target)
     except MissingBackendError as error:
         reason = str(error)
-    return {**target_table(target), "runs here": reason is None, "why not": reason}
+    table = target_table(target)
+    quant = table.pop("quant")
+    nested = {f"quant.{key}": value for key, value in quant.items()} if quant else {"quant": False}
+    return {**table, **nested, "runs here": reason is None, "why not": reason}
+
+
+def describe_passes() -> list[dict[str, Any]]:
+    """A row for every installed pass; one that cannot be loaded says why and does not hide the others."""
+    from graphopt.describe import describe
+    from graphopt.errors import GraphoptError
+
+    rows: list[dict[str, Any]] = []
+    for name in registry.passes():
+        try:
+            found = describe(registry.pass_class(name))
+        except GraphoptError as error:
+            rows.append({"pass": name, "effect": "", "calibration": None, "does": f"cannot be loaded: {error}"})
+        else:
+            rows.append(
+                {
+                    "pass": name,
+                    "effect": found.effect,
+                    "calibration": found.needs_calibration,
+                    "does": found.summary,
+                }
+            )
+    return rows
 
 
 def save_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Array]) -> None:

@@ -202,7 +202,12 @@ def print_bench(out: Console, models: Sequence[str], found: BenchResult) -> None
         rows.add_row(text.clean(name), f"{ms:.3g} ms", text.ratio(ratio), f"{low:.3g}..{high:.3g}")
     out.print(rows)
     batch = "" if found.batch is None else f", batch {found.batch}"
-    out.print(Text(f"{found.rounds} rounds, {found.threads} threads{batch}", style="dim"))
+    out.print(
+        Text(
+            f"{found.rounds} rounds, {found.threads} {'thread' if found.threads == 1 else 'threads'}{batch}",
+            style="dim",
+        )
+    )
 
 
 def bench_dict(models: Sequence[str], found: BenchResult) -> dict[str, Any]:
