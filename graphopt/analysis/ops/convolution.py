@@ -116,7 +116,9 @@ class _Convolution(OpRule):
 
     def cost(self, node: ir.Node, c: CostView) -> tuple[float, tuple[Vector, ...]]:
         positions = node.outputs[0] if self.reads == 1 else node.inputs[0]
-        size = shapes.sizes(node.inputs[1])
+        weight = node.inputs[1]
+        # By shape, not by value: a quantised weight comes out of a DequantizeLinear.
+        size = shapes.static_dims(weight) if weight is not None else None
         spatial = shapes.static_dims(positions) if positions is not None else None
         if spatial is None or size is None:
             return 0.0, ()
