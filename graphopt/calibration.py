@@ -126,11 +126,15 @@ def load(data: Data, model: ir.Model, *, seed: int = 0, batch_size: int = DEFAUL
         UsageError: `module:function` names nothing that can be called.
     """
     specs = input_specs(model)
-    calibration = Calibration(open_source(data, specs, model, seed), specs, batch_size)
-    if isinstance(calibration._source, Arrays):
-        # whole arrays are at hand: find NaN now rather than in the middle of the work
+    source = open_source(data, specs, model, seed)
+    calibration = Calibration(source, specs, batch_size)
+    # what is at hand is looked through for NaN now rather than in the middle of the work
+    if isinstance(source, Arrays):
         for _ in calibration.batches(batch_size=256):
             pass
+    elif isinstance(source, Feeds):
+        for block in source.prefetch():
+            convert(specs, block.arrays, source.name)
     return calibration
 
 

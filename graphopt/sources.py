@@ -169,6 +169,16 @@ class Feeds:
             raise DataError("yields no feeds", where=self.name, hint="yield at least one feed")
         self.notes = tuple(examine(self.specs, first.arrays, self.name)[1])
 
+    def prefetch(self) -> list[Block]:
+        """Read and check what surely fits into the memory for feeds, to the end if it all does; returns it.
+
+        Raises:
+            DataError: a feed does not fit, or the function failed.
+        """
+        while self._kept is not None and self._bytes <= self.cache_bytes // 2 and self._read_on() is not None:
+            pass
+        return list(self._kept or ())
+
     def blocks(self) -> Iterator[Block]:
         """One block a feed; what was read is kept while it fits, so that later passes need not call the function."""
         index = 0

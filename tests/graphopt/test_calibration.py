@@ -12,6 +12,8 @@ import pytest
 
 from graphopt import calibration, model
 from graphopt.errors import DataError, ModelError, UsageError
+from graphopt.feeds import input_specs
+from graphopt.sources import Feeds
 
 ONE = """<ir_version: 8, opset_import: ["" : 17]>
 g (float[N,3,4] x) => (float[N,3,4] z) { y = Relu(x)  z = Neg(y) }"""
@@ -149,6 +151,7 @@ def test_function_of_a_module_in_the_current_folder(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     data = calibration.load("my_feeds_module:feeds", net(ONE))
+    assert data.samples == 8  # small enough to be read and checked at once
     kept = list(data.batches())
     assert [float(f["x"][0, 0, 0]) for f in kept] == [0, 1, 2, 3]  # the reused buffer was copied
     assert [float(f["x"][0, 0, 0]) for f in data.batches(limit=3)] == [0, 1]
@@ -160,9 +163,6 @@ def test_function_of_a_module_in_the_current_folder(tmp_path: Path, monkeypatch:
 
 
 def test_feeds_too_large_to_keep_are_made_anew() -> None:
-    from graphopt.feeds import input_specs
-    from graphopt.sources import Feeds
-
     calls: list[int] = []
 
     def make() -> list[dict[str, np.ndarray]]:
@@ -263,7 +263,10 @@ def test_nan_is_refused_in_arrays_and_in_later_feeds() -> None:
     bad[7, 1, 2] = np.nan
     with pytest.raises(DataError, match="1 NaN"):
         calibration.load({"x": bad}, net(ONE))
-    data = calibration.load([{"x": samples()}, {"x": bad}], net(ONE))
+    with pytest.raises(DataError, match="1 NaN"):
+        calibration.load([{"x": samples()}, {"x": bad}], net(ONE))
+    source = Feeds("f", lambda: [{"x": samples()}, {"x": bad}], input_specs(net(ONE)))
+    data = calibration.Calibration(source, input_specs(net(ONE)))
     for _ in range(2):
         with pytest.raises(DataError, match="1 NaN"):
             list(data.batches())
@@ -274,17 +277,29 @@ def test_a_later_feed_that_fails_fails_every_time() -> None:
         yield {"x": samples(1)}
         raise KeyError("image 7")
 
-    data = calibration.load(make, net(ONE))
+    with pytest.raises(DataError, match="KeyError: 'image 7'"):
+        calibration.load(make, net(ONE))
+    data = calibration.Calibration(Feeds("f", make, input_specs(net(ONE))), input_specs(net(ONE)))
     for _ in range(2):
         with pytest.raises(DataError, match="KeyError: 'image 7'"):
             list(data.batches())
 
 
+def test_a_function_that_never_ends_serves_limited_passes() -> None:
+    source = Feeds(
+        "f", lambda: ({"x": samples(1, i)} for i in itertools.count()), input_specs(net(ONE)),
+        cache_bytes=20 * samples(1).nbytes,
+    )  # fmt: skip
+    assert 10 <= len(source.prefetch()) <= 12
+    data = calibration.Calibration(source, input_specs(net(ONE)))
+    for count in (5, 50, 5):
+        got = joined(data, limit=count)
+        np.testing.assert_array_equal(got, np.concatenate([samples(1, i) for i in range(count)]))
+    assert data.samples is None
+
+
 def test_shuffling_functions_are_refused() -> None:
     rng = np.random.default_rng()
-    from graphopt.feeds import input_specs
-    from graphopt.sources import Feeds
-
     source = Feeds("f", lambda: [{"x": rng.random((1, 3, 4), np.float32)}], input_specs(net(ONE)), cache_bytes=0)
     with pytest.raises(DataError, match="other data each time"):
         for _ in range(2):
