@@ -83,7 +83,8 @@ class FoldConstants(Pass):
             modified = _onnxscript_sweep(model, plan, failures)
             # Shape nodes that onnxscript resolved come out as Constant nodes.
             again = _lift_constants(model)
-            remove_dead(model)
+            dead = remove_dead(model)
+            result.changed = result.changed or bool(known or modified or again or any(dead))
             folded += max(0, before - _count(model))
             if not (known or modified or again):
                 break
@@ -98,7 +99,7 @@ class FoldConstants(Pass):
         if folded:
             result.notes.append(f"{folded} nodes computed ahead or no longer needed")
         result.notes.extend(dict.fromkeys(failures))
-        result.changed = result.changed or bool(lifted or folded)
+        result.changed = result.changed or bool(lifted)
         if result.changed and (note := allow_private_initializers(model)):
             result.notes.append(note)
         if model.functions:

@@ -1,8 +1,8 @@
 """Golden tests of passes: a model as ONNX text, one pass, and the text of what must come out.
 
-Graphs are compared by structure, from the outputs backwards: operators, attributes, order of inputs, values of constants
-(to the dtype's rounding) and names of the interface; names of what is between may differ. The model before and after is
-also run by ONNX Runtime, unoptimised, on seeded random inputs.
+Graphs are compared by structure, from the outputs backwards: operators, attributes, order of inputs, values of
+constants (to the dtype's rounding) and names of the interface; names of what is between may differ. The model is also
+run before and after by ONNX Runtime, unoptimised, on seeded random inputs.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     .venv/bin/python tools/bench/folding.py ../shared/data/models/*.onnx --peers /path/to/venv
 
 `--peers` is the virtual environment that holds the peers (pip install onnxslim onnxsim); they run as subprocesses, so
-their dependencies never meet ours. Nodes are counted in the main graph and all bodies, without Constant nodes, which are
-a way to store a tensor. Prints a Markdown table: nodes / bytes of the file / seconds of wall time.
+their dependencies never meet ours. Nodes are counted in the main graph and all bodies, without Constant nodes, which
+are a way to store a tensor. Prints a Markdown table: nodes / bytes of the file / seconds of wall time.
 """
 
 from __future__ import annotations

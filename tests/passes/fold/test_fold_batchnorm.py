@@ -60,7 +60,8 @@ def test_names_and_provenance() -> None:
 
 def test_after_conv_with_bias() -> None:
     expect(
-        f"""g (float[N,1,3,3] x) => (float[N,2,3,3] y) <float[2,1,1,1] w = {{3.0, 5.0}}, float[2] c = {{1.0, 1.0}}, {STATS}>
+        f"""g (float[N,1,3,3] x) => (float[N,2,3,3] y) <float[2,1,1,1] w = {{3.0, 5.0}}, float[2] c = {{1.0,
+        1.0}}, {STATS}>
         {{ t = Conv(x, w, c)  y = BatchNormalization(t, s, b, m, v) }}""",
         """g (float[N,1,3,3] x) => (float[N,2,3,3] y) <float[2,1,1,1] w = {3.0, 10.0}, float[2] c = {2.0, 0.0}>
         { y = Conv(x, w, c) }""",
@@ -236,7 +237,8 @@ def test_not_behind_a_nonlinear_operator() -> None:
 def test_float16_keeps_its_precision_or_is_left() -> None:
     def half(weight: float, scale: float) -> PassResult:
         model = parse(
-            f"""g (float[N,1,2,2] x) => (float[N,1,2,2] y) <float[1,1,1,1] w = {{{weight:f}}}, float[1] s = {{{scale:f}}},
+            f"""g (float[N,1,2,2] x) => (float[N,1,2,2] y) <float[1,1,1,1] w = {{{weight:f}}},
+            float[1] s = {{{scale:f}}},
             float[1] b = {{0.0}}, float[1] m = {{0.0}}, float[1] v = {{1.0}}>
             {{ t = Conv(x, w) y = BatchNormalization(t, s, b, m, v) }}"""
         )
@@ -307,7 +309,8 @@ def test_folds_inside_a_body() -> None:
 def test_weights_in_constant_nodes() -> None:
     model = parse(
         f"""g (float[N,1,3,3] x) => (float[N,2,3,3] y) <{STATS}>
-        {{ w = Constant <value = float[2,1,1,1] {{3.0, 5.0}}> () t = Conv(x, w) y = BatchNormalization(t, s, b, m, v) }}"""
+        {{ w = Constant <value = float[2,1,1,1] {{3.0, 5.0}}> () t = Conv(x, w) y = BatchNormalization(t, s, b,
+        m, v) }}"""
     )
     feeds = random_feeds(model)
     reference = run(model, feeds)

@@ -8,7 +8,8 @@ from graphopt.registry import pass_class
 
 FOLD = pass_class("fold-conv-affine")()
 
-CHAIN = """g (float[N,1,3,3] x) => (float[N,2,3,3] y) <float[2,1,1,1] w = {{1.0, 2.0}}, float[2] b = {{1.0, 1.0}}, {k}>
+CHAIN = """g (float[N,1,3,3] x) => (float[N,2,3,3] y) <float[2,1,1,1] w = {{1.0, 2.0}}, float[2] b = {{1.0,
+    1.0}}, {k}>
 {{ t = Conv(x, w, b) {rest} }}"""
 FOLDED = """g (float[N,1,3,3] x) => (float[N,2,3,3] y) <float[2,1,1,1] w = {{{w}}}, float[2] b = {{{b}}}>
 {{ y = Conv(x, w, b) }}"""
@@ -78,14 +79,16 @@ def test_input_scaling_folds_into_a_padded_convolution_but_a_shift_does_not() ->
 
 
 def test_a_gray_image_broadcast_to_colours_is_left() -> None:
-    text = """g (float[N,1,4,4] x) => (float[N,1,4,4] y) <float[1,3,1,1] w = {1.0, 2.0, 3.0}, float[3,1,1] k = {3.0, 5.0, 7.0}>
+    text = """g (float[N,1,4,4] x) => (float[N,1,4,4] y) <float[1,3,1,1] w = {1.0, 2.0, 3.0},
+    float[3,1,1] k = {3.0, 5.0, 7.0}>
     { t = Mul(x, k) y = Conv(t, w) }"""
     assert "may broadcast it" in reasons(expect(text, None, FOLD))
 
 
 def test_scale_of_a_projection() -> None:
     expect(
-        """g (float[N,3,2] x) => (float[N,3,2] y) <float[2,2] w = {1.0,2.0,3.0,4.0}, float[2] b = {1.0,2.0}, float k = {2.0}>
+        """g (float[N,3,2] x) => (float[N,3,2] y) <float[2,2] w = {1.0,2.0,3.0,4.0}, float[2] b = {1.0,2.0},
+        float k = {2.0}>
         { t = MatMul(x, w) u = Add(t, b) y = Mul(u, k) }""",
         """g (float[N,3,2] x) => (float[N,3,2] y) <float[2,2] w = {2.0,4.0,6.0,8.0}, float[2] b = {2.0,4.0}>
         { t = MatMul(x, w) y = Add(t, b) }""",
@@ -105,7 +108,8 @@ def test_the_bias_of_a_projection_is_no_near_miss() -> None:
 
 def test_attention_scale_is_no_near_miss() -> None:
     result = expect(
-        """g (float[N,3,2] x, float[N,2,3] z) => (float[N,3,3] y) <float k = {2.0}> { t = MatMul(x, z) y = Mul(t, k) }""",
+        """g (float[N,3,2] x, float[N,2,3] z) => (float[N,3,3] y) <float k = {2.0}> { t = MatMul(x,
+        z) y = Mul(t, k) }""",
         None,
         FOLD,
     )

@@ -62,7 +62,7 @@ KEPT = [
     ("k = Constant <value = float {1.0}> () u = Div(k, t)", ""),
     ("k = Constant <value = float {0.0}> () u = Sub(k, t)", ""),
     ("k = Constant <value = float[1,2,1,3] {1.0,1.0,1.0,1.0,1.0,1.0}> () v = Mul(t, k) "
-     "a = Constant <value = int64[1] {1}> () u = ReduceMean <axes: ints = [1], keepdims: int = 0> (v)", "may broadcast"),
+     "u = ReduceMean <axes: ints = [1], keepdims: int = 0> (v)", "may broadcast"),
     ("k = Constant <value = int64[3] {2, 1, 1}> () u = Tile(t, k)", ""),
     ("s = Constant <value_ints = [0]> () e = Constant <value_ints = [1]> () a = Constant <value_ints = [1]> () "
      "u = Slice(t, s, e, a)", ""),
@@ -74,8 +74,6 @@ KEPT = [
 @pytest.mark.parametrize(("middle", "reason"), KEPT)
 def test_kept(middle: str, reason: str) -> None:
     text = TEXT.format(middle, "u").replace("=> (float[N,2,3] y)", "=> (float[A,B,C] y)")
-    if "ReduceMean" in middle:
-        text = text.replace("float[A,B,C] y", "float[A,B,C] y")
     result = REMOVE.run(parse(text), context())
     assert not result.changed
     assert reason in reasons(result)
@@ -134,10 +132,8 @@ def test_reshapes_become_one() -> None:
 
 def test_a_reshape_that_copies_a_dimension_needs_the_one_before() -> None:
     expect(
-        """g (float[N,3,4] x) => (float[A,B] y) <int64[2] p = {-1, 6}, int64[2] q = {0, -1}>
-        { t = Reshape(x, p) u = Reshape(t, q) y = Relu(u) }""".replace("[2] q = {0, -1}", "[3] q = {0, 2, 3}").replace(
-            "[A,B] y", "[A,B,C] y"
-        ),
+        """g (float[N,3,4] x) => (float[A,B] y) <int64[2] p = {-1, 6}, int64[3] q = {0, 2, 3}>
+        { t = Reshape(x, p) u = Reshape(t, q) y = Relu(u) }""".replace("[A,B] y", "[A,B,C] y"),
         None,
         REMOVE,
     )
