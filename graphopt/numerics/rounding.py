@@ -136,7 +136,8 @@ def quantise(x: FloatArray, params: Affine) -> IntArray:
     info = np.iinfo(params.zero_point.dtype)
     scale = _along(params.scale, x.ndim, params.axis)
     zero = _along(params.zero_point, x.ndim, params.axis).astype(np.float32)
-    steps = np.rint(np.asarray(x, np.float32) / scale) + zero
+    with np.errstate(over="ignore"):  # x / scale may overflow to inf, which saturates as it should
+        steps = np.rint(np.asarray(x, np.float32) / scale) + zero
     stored: IntArray = np.clip(steps, info.min, info.max).astype(params.zero_point.dtype)
     return stored
 
