@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,8 +29,6 @@ def resolve(folder: Path, location: str, where: str) -> Path:
         ModelError: the location is empty, absolute, climbs with `..`, leads out of the folder through a symbolic link,
             or is not a readable regular file.
     """
-    import os
-
     if not location or "\0" in location:
         raise ModelError(f"its external data has no usable file name ({location!r})", where=where, hint=HINT)
     # Windows separators and drives are refused on every system: a model file must not change meaning with the machine.
@@ -40,6 +39,16 @@ def resolve(folder: Path, location: str, where: str) -> Path:
         raise ModelError(
             f"its external data is at {location!r}, which leaves the model's folder", where=where, hint=HINT
         )
+    try:
+        return _inside(folder, location, where)
+    except OSError as error:
+        raise ModelError(
+            f"its external data {location[:80]!r} cannot be used ({error.strerror})", where=where, hint=HINT
+        ) from error
+
+
+def _inside(folder: Path, location: str, where: str) -> Path:
+    """The file with all links followed, if that is a regular file inside the folder."""
     base = Path(os.path.realpath(folder))
     path = folder / location
     real = Path(os.path.realpath(path))

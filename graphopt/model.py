@@ -17,7 +17,7 @@ from graphopt import checks, model_writer, shapes
 from graphopt.errors import ModelError, UsageError
 from graphopt.external_data import DataFiles
 from graphopt.proto_checks import check_proto
-from graphopt.weights import MappedTensor, all_graphs, model_tensors, with_placeholders
+from graphopt.weights import MappedTensor, all_graphs, exchange_tensors, model_tensors
 
 if TYPE_CHECKING:
     import onnx
@@ -53,8 +53,14 @@ def load(path: str | os.PathLike[str], *, check_weights: bool = True) -> ir.Mode
         checks.check_graphs(model)
     except ModelError as error:
         where = f"{path.name}: {error.where}" if error.where else path.name
-        raise ModelError(error.what, where=where, hint=error.hint) from error
+        raise ModelError(_one_line(error.what), where=_one_line(where), hint=error.hint) from error
     return model
+
+
+def _one_line(text: str) -> str:
+    """Names in a hostile file may hold line breaks and terminal codes, and be of any length."""
+    shown = text if len(text) <= 400 else f"{text[:300]} ... {text[-60:]}"
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in shown)
 
 
 def _parse(path: Path) -> onnx.ModelProto:
@@ -99,7 +105,8 @@ def _build(proto: onnx.ModelProto, files: DataFiles) -> ir.Model:
         tensor.base_dir = files.folder
         return MappedTensor(tensor, files.open(location, f"tensor {tensor.name}"))
 
-    return with_placeholders(model, mapped, mapped)
+    exchange_tensors(model, mapped, mapped)
+    return model
 
 
 def save(model: ir.Model, path: str | os.PathLike[str], *, external: bool | None = None) -> None:

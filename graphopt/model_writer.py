@@ -209,7 +209,7 @@ def _write_inline(model: ir.Model, path: Path) -> None:
             f"its {size} bytes do not fit into one protobuf file", where=str(path), hint="save it with external data"
         )
     with _replacing(path) as file:
-        file.write(model_before + _prefix(onnx.ModelProto.GRAPH_FIELD_NUMBER, size) + graph_before)
+        file.write(model_before + prefix(onnx.ModelProto.GRAPH_FIELD_NUMBER, size) + graph_before)
         for field in fields:
             field.write(file)
         file.write(graph_after + model_after)
@@ -229,9 +229,9 @@ class _TensorField:
             proto.ClearField("data_location")
             head, tail = _around(proto, onnx.TensorProto.RAW_DATA_FIELD_NUMBER)
             raw = source.nbytes
-            head += _prefix(onnx.TensorProto.RAW_DATA_FIELD_NUMBER, raw)
-        prefix = _prefix(onnx.GraphProto.INITIALIZER_FIELD_NUMBER, len(head) + raw + len(tail))
-        self._head, self._tail = prefix + head, tail
+            head += prefix(onnx.TensorProto.RAW_DATA_FIELD_NUMBER, raw)
+        key = prefix(onnx.GraphProto.INITIALIZER_FIELD_NUMBER, len(head) + raw + len(tail))
+        self._head, self._tail = key + head, tail
         self.size = len(self._head) + raw + len(self._tail)
 
     def write(self, file: IO[bytes]) -> None:
@@ -256,7 +256,7 @@ def _around(message: Message, number: int) -> tuple[bytes, bytes]:
     return halves[0], halves[1]
 
 
-def _prefix(number: int, length: int) -> bytes:
+def prefix(number: int, length: int) -> bytes:
     """Key and length of a length-delimited field."""
     encoded = bytearray()
     for value in (number << 3 | 2, length):

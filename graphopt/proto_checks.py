@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
@@ -38,12 +38,29 @@ def check_proto(proto: onnx.ModelProto, files: DataFiles) -> None:
     """
     if not proto.HasField("graph"):
         raise ModelError("it holds no graph, so it is not an ONNX model")
+    _check_text(proto)
     check_versions(proto)
     imports = {_domain(entry.domain) for entry in proto.opset_import}
     functions = {(f.domain, f.name) for f in proto.functions}
     _check_graph(proto.graph, set(), imports, functions, files)
     for function in proto.functions:
         _check_function(function, functions, files)
+
+
+def _check_text(proto: onnx.ModelProto) -> None:
+    """Check that names are text: the protobuf runtime hands out the raw bytes of strings that are no valid UTF-8."""
+    from google.protobuf.message import Message  # type: ignore[import-untyped]
+
+    pending: list[Any] = [proto]
+    while pending:
+        message = pending.pop()
+        for field, value in message.ListFields():
+            if field.type == field.TYPE_MESSAGE:
+                pending.extend([value] if isinstance(value, Message) else value)
+            elif field.type == field.TYPE_STRING:
+                for text in [value] if isinstance(value, str | bytes) else value:
+                    if isinstance(text, bytes):
+                        raise ModelError(f"{field.name} {text[:40]!r} is not UTF-8 text", where=message.DESCRIPTOR.name)
 
 
 def check_versions(proto: onnx.ModelProto) -> None:

@@ -202,16 +202,15 @@ Exchange = Callable[[ir.TensorProtocol], ir.TensorProtocol | None]
 """Gives the tensor to store instead of a tensor, or None to keep it."""
 
 
-def with_placeholders(model: ir.Model, initializer: Exchange, attribute: Exchange) -> ir.Model:
-    """A clone in which stored tensors are exchanged, so that it can be serialised without its weights.
+def exchange_tensors(model: ir.Model, initializer: Exchange, attribute: Exchange) -> None:
+    """Exchange stored tensors in place.
 
     Args:
-        model: left as it is; the clone shares all tensors that are not exchanged.
+        model: the model.
         initializer: the exchange for initialisers of all graphs.
         attribute: the exchange for tensor attributes of nodes in all graphs.
     """
-    clone = model.clone()
-    for graph in all_graphs(clone):
+    for graph in all_graphs(model):
         for value in graph.initializers.values():
             if value.const_value is not None:
                 value.const_value = initializer(value.const_value) or value.const_value
@@ -226,6 +225,15 @@ def with_placeholders(model: ir.Model, initializer: Exchange, attribute: Exchang
                 elif old.type == ir.AttributeType.TENSORS:
                     tensors = [attribute(tensor) or tensor for tensor in old.as_tensors()]
                     node.attributes[name] = ir.Attr(name, old.type, tensors, doc_string=old.doc_string)
+
+
+def with_placeholders(model: ir.Model, initializer: Exchange, attribute: Exchange) -> ir.Model:
+    """A clone with exchanged tensors, so that it can be serialised without its weights; see `exchange_tensors`.
+
+    The model must be in topological order and is left as it is; the clone shares all tensors that are not exchanged.
+    """
+    clone = model.clone()
+    exchange_tensors(clone, initializer, attribute)
     return clone
 
 
