@@ -120,8 +120,16 @@ def _ints(node: ir.Node, name: str, index: int) -> list[int] | None:
 
 
 def _dims(value: ir.Value) -> tuple[int | None, ...] | None:
-    """The shape, with None for what is not a number; None where the rank is unknown."""
-    return None if value.shape is None else tuple(d if isinstance(d, int) else None for d in value.shape)
+    """The shape, with None for what is not a number; None where the rank is unknown.
+
+    The shape of a graph output is what the file declares, not what was inferred, and exporters leave stale ones: it
+    proves nothing.
+    """
+    return (
+        None
+        if value.shape is None or value.is_graph_output()
+        else tuple(d if isinstance(d, int) else None for d in value.shape)
+    )
 
 
 def _always(node: ir.Node, opset: int) -> Outcome:

@@ -210,11 +210,32 @@ def _onnxscript_sweep(model: ir.Model, plan: Plan, failures: list[str]) -> bool:
         known = shape is not None and all(isinstance(d, int) for d in shape)
         return known and shape is not None and int(np.prod(shape.numpy())) <= _TINY
 
-    with _listening(asked, failures):
+    with _listening(asked, failures), _declared_shapes_hidden(model):
         result = fold_constants(
             model, onnx_shape_inference=True, input_size_limit=0, output_size_limit=2**62, should_fold=should_fold
         )
     return bool(result.modified)
+
+
+@contextlib.contextmanager
+def _declared_shapes_hidden(model: ir.Model) -> Iterator[None]:
+    """Hide the shapes that graphs declare for their outputs, which onnxscript would take for facts.
+
+    It propagates them backwards through Identity, and a stale static dimension (runtimes only warn about those) would
+    become a constant of the model.
+    """
+    declared = [(graph, [v.shape for v in graph.outputs]) for graph in graphs(model)]
+    for graph, _ in declared:
+        for value in graph.outputs:
+            if value.producer() is not None:
+                value.shape = None
+    try:
+        yield
+    finally:
+        for graph, shapes in declared:
+            # An output may be another value now, under the same name; a body that was inlined has none any more.
+            for value, shape in zip(graph.outputs, shapes, strict=False):
+                value.shape = shape
 
 
 @contextlib.contextmanager
