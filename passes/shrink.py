@@ -44,11 +44,13 @@ class Shrink(Pass):
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         removed = 0
         sliced: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
-        skipped: list[Skip] = []
+        stays: list[Skip] = []
+        spared: dict[Skip, None] = {}
         for round_number in range(1, len(model.graph) + 2):
             coupling = analyse(model)
             values = coupling.dead_values(hypothetical=False)
-            dead, skipped = _constant_units(coupling, values)
+            dead, last, stays = _constant_units(coupling, values)
+            spared.update(dict.fromkeys(last))
             ctx.progress.step("shrink", round_number)
             if not dead:
                 break
@@ -58,11 +60,11 @@ class Shrink(Pass):
                 sliced[name] = (sliced.get(name, (before, after))[0], after)
         notes = [f"removed {removed} of {len(coupling.units) + removed} units"] if removed else []
         rows = [{"parameter": name, "before": str(b), "after": str(a)} for name, (b, a) in sliced.items()]
-        return PassResult(bool(removed), skipped, notes, {"sliced parameters": rows} if rows else {})
+        return PassResult(bool(removed), [*spared, *stays], notes, {"sliced parameters": rows} if rows else {})
 
 
-def _constant_units(coupling: Coupling, values: DeadValues) -> tuple[set[int], list[Skip]]:
-    """Units that no consumer needs, and why the other constant ones stay."""
+def _constant_units(coupling: Coupling, values: DeadValues) -> tuple[set[int], list[Skip], list[Skip]]:
+    """Units that no consumer needs; those of them that are the last of an axis; why other constant ones stay."""
     unsafe = coupling.unsafe(values)
     constant_somewhere: dict[int, str] = {}
     read: set[int] = set()
@@ -75,10 +77,11 @@ def _constant_units(coupling: Coupling, values: DeadValues) -> tuple[set[int], l
                     constant_somewhere.setdefault(int(unit), sink.node)
     free = read - set(unsafe)
     dead = spare_axes(coupling, free)
-    skipped = [
+    stays = [
         Skip(node, f"unit {unit} is constant here but stays: {unsafe[unit]}")
         for unit, node in sorted(constant_somewhere.items())
         if unit in unsafe
     ]
-    skipped += [Skip(f"unit {unit}", "the last position of an axis stays") for unit in sorted(free - dead)]
-    return dead, skipped
+    names = {unit.id: unit.members[0].parameter for unit in coupling.units}
+    last = [Skip(names[unit], "constant, but the last position of an axis stays") for unit in sorted(free - dead)]
+    return dead, last, stays

@@ -100,19 +100,18 @@ class _Convolution(OpRule):
         inputs = d.of(source, 1) if source is not None else None
         if array is None:
             return
-        if groups(node) > 1:
-            # Only an all-zero filter is recognised; ConvTranspose mixes its groups along the unsplit axis.
-            if self.writes == 0:
-                zero = ~np.any(array.reshape(len(array), -1), axis=1)
-                d.set(output, 1, np.where(zero, 0.0 if bias is None else bias, np.nan))
-            return
-        kernel = np.moveaxis(array.astype(np.float64).reshape(*array.shape[:2], -1), self.writes, 0)
-        inputs = np.full(kernel.shape[1], np.nan) if inputs is None else inputs
+        # kernel[group, out, in, position] and inputs[group, in], the same for both operators
+        count = groups(node)
+        kernel = array.astype(np.float64).reshape(count, -1, array.shape[1], int(np.prod(array.shape[2:])))
+        kernel = kernel if self.reads == 1 else kernel.swapaxes(1, 2)
+        read = kernel.shape[2]
+        inputs = np.full((count, read), np.nan) if inputs is None else inputs.reshape(count, read)
         constants_pass = self.reads == 1 and not padded(node)
         usable = ~np.isnan(inputs) & ((inputs == 0) | constants_pass)
-        known = ~(np.any(kernel, axis=2) & ~usable).any(axis=1)
-        total = kernel.sum(axis=2) @ np.where(usable, inputs, 0.0) + (0.0 if bias is None else bias)
-        d.set(output, 1, np.where(known, total, np.nan))
+        known = ~(np.any(kernel, axis=3) & ~usable[:, None, :]).any(axis=2)
+        total = np.einsum("goik,gi->go", kernel, np.where(usable, inputs, 0.0))
+        result = np.where(known, total, np.nan).ravel()
+        d.set(output, 1, result + (0.0 if bias is None else bias))
 
     def cost(self, node: ir.Node, c: CostView) -> tuple[float, tuple[Vector, ...]]:
         positions = node.outputs[0] if self.reads == 1 else node.inputs[0]
