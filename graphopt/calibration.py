@@ -77,8 +77,8 @@ class Calibration:
         """Feeds of successive calls of the model, the same at every pass.
 
         Args:
-            batch_size: samples a call; where the model fixes its batch size that is taken, and feeds that the user
-                made (lists, functions, `<sample>|<input>`) pass as they are.
+            batch_size: samples a call; where the model fixes its batch size that is taken. Feeds that the user made
+                (lists, functions, `<sample>|<input>`) are cut where the model names its batch axis, and never merged.
             limit: stop once this many samples were given.
 
         Raises:

@@ -56,12 +56,14 @@ class Layout:
         samples: how many samples the arrays hold.
         batch: the batch size that the model fixes; None where it is free.
         stacked: inputs whose axis 0 is not an axis of the model.
+        alone: rows may be cut and not merged with those of other blocks.
     """
 
     kind: Literal["rows", "stacked", "call"]
     samples: int
     batch: int | None = None
     stacked: frozenset[str] = frozenset()
+    alone: bool = False
 
 
 def format_shape(shape: Iterable[int | str | None] | None) -> str:
@@ -92,6 +94,16 @@ def input_specs(model: ir.Model) -> tuple[InputSpec, ...]:
         required = name not in model.graph.initializers
         specs.append(InputSpec(name, np.dtype(value.dtype.numpy()), dims, required))
     return tuple(specs)
+
+
+def declares_batch(specs: Iterable[InputSpec]) -> bool:
+    """Whether the model says itself that axis 0 of all these inputs is one batch axis: free, and of one telling name.
+
+    Only then may calls that a user made be cut: a free axis of another name may be time.
+    """
+    leading = {spec.shape[0] if spec.shape else None for spec in specs}
+    name = leading.pop() if len(leading) == 1 else None
+    return isinstance(name, str) and (name.lower() in {"n", "b", "bs"} or "batch" in name.lower())
 
 
 def check_names(keys: Iterable[str], specs: tuple[InputSpec, ...], source: str) -> list[str]:

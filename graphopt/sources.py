@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +16,17 @@ import numpy as np
 
 from graphopt.arrayfiles import read_npy, read_npz
 from graphopt.errors import DataError, GraphoptError
-from graphopt.feeds import Array, InputSpec, Layout, arrange, check_dtype, check_names, fits, format_shape
+from graphopt.feeds import (
+    Array,
+    InputSpec,
+    Layout,
+    arrange,
+    check_dtype,
+    check_names,
+    declares_batch,
+    fits,
+    format_shape,
+)
 
 CACHE_BYTES = 512 << 20
 """Feeds of a user function are kept after the first complete pass if they fit; else the function is called anew."""
@@ -146,9 +156,11 @@ class Folder:
 
 @dataclass
 class Feeds:
-    """Feeds of a user function, a list or another re-iterable: each is one call, never cut or merged.
+    """Feeds of a user function, a list or another re-iterable.
 
-    Where the model fixes the batch size, a feed that holds a multiple of it is cut into calls.
+    Each is one call of the model and passes as it is, unless the model declares a batch axis (`declares_batch`, or a
+    fixed batch size): then feeds that are larger than the batch size asked for are cut. They are not merged: many a
+    model declares a batch axis and yet holds a shape that was fixed when it was exported.
     """
 
     name: str
@@ -267,9 +279,10 @@ class Feeds:
                 where=where,
                 hint="a feed is one call of the model: yield the samples one by one",
             )
+        used = [s for s in self.specs if s.name in arrays]
         if layout.kind == "rows" and layout.batch is None:
-            layout = Layout("call", layout.samples)
-        return Block({s.name: arrays[s.name] for s in self.specs if s.name in arrays}, layout)
+            layout = replace(layout, alone=True) if declares_batch(used) else Layout("call", layout.samples)
+        return Block({s.name: arrays[s.name] for s in used}, layout)
 
     def _same_again(self, block: Block) -> None:
         digest = hashlib.sha256()
@@ -308,21 +321,14 @@ def rebatch(source: Source, batch_size: int, limit: int | None) -> Iterator[tupl
     Rows are cut and merged to `batch_size`, or to the size that the model fixes (what is left over is dropped); other
     blocks pass as they are. With `limit` the stream ends once that many samples were given.
     """
+    done = 0
     pending: list[Mapping[str, Array]] = []
-    rows, done, fixed = 0, 0, False
-
-    def merged() -> dict[str, Array]:
-        if len(pending) == 1:
-            return dict(pending[0])
-        return {k: np.concatenate([p[k] for p in pending]) for k in pending[0]}
-
+    rows = 0
     for block in source.blocks():
         arrays, layout = block.arrays, block.layout
-        if limit is not None and done + rows >= limit and not fixed:
-            break
-        if layout.kind != "rows" or (pending and not _mergeable(pending[0], arrays)):
-            if pending and not fixed:
-                yield merged(), rows
+        if pending and (layout.kind != "rows" or layout.alone or not _mergeable(pending[0], arrays)):
+            if layout.batch is None:
+                yield _merged(pending), rows
                 done += rows
             pending, rows = [], 0
         if layout.kind != "rows":
@@ -331,26 +337,38 @@ def rebatch(source: Source, batch_size: int, limit: int | None) -> Iterator[tupl
                     return
                 yield call, count
                 done += count
+            if limit is not None and done >= limit:
+                return
             continue
-        fixed = layout.batch is not None
-        size = layout.batch or batch_size
         start = 0
-        while start < layout.samples:
-            room = size - rows
-            if limit is not None and not fixed:
+        while start < layout.samples and (limit is None or done + rows < limit or layout.batch is not None):
+            if limit is not None and done >= limit:
+                return
+            room = (layout.batch or batch_size) - rows
+            if limit is not None and layout.batch is None:
                 room = min(room, limit - done - rows)
-            if room <= 0 or (limit is not None and done >= limit):
-                break
             stop = min(layout.samples, start + room)
             pending.append({k: v[start:stop] for k, v in arrays.items()})
             rows += stop - start
             start = stop
-            if rows == size:
-                yield merged(), rows
+            if rows == (layout.batch or batch_size):
+                yield _merged(pending), rows
                 done += rows
                 pending, rows = [], 0
-    if pending and not fixed:
-        yield merged(), rows
+        if layout.batch is None and pending and (layout.alone or (limit is not None and done + rows >= limit)):
+            yield _merged(pending), rows
+            done += rows
+            pending, rows = [], 0
+        if limit is not None and done >= limit:
+            return
+    if pending and layout.batch is None:
+        yield _merged(pending), rows
+
+
+def _merged(parts: list[Mapping[str, Array]]) -> dict[str, Array]:
+    if len(parts) == 1:
+        return dict(parts[0])
+    return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
 
 
 def _mergeable(a: Mapping[str, Array], b: Mapping[str, Array]) -> bool:

@@ -82,7 +82,7 @@ def test_keys_with_sample_numbers_are_whole_calls_in_numeric_order(tmp_path: Pat
         tmp_path / "c.npz",
         **{f"{i}|x": samples(1 + i % 2, i) for i in range(11)},
     )
-    data = calibration.load(tmp_path / "c.npz", net(ONE))
+    data = calibration.load(tmp_path / "c.npz", net(ONE.replace("N,", "frames,")))
     got = list(data.batches(32))
     assert len(got) == 11
     np.testing.assert_array_equal(got[10]["x"], samples(1, 10))
@@ -152,9 +152,9 @@ def test_function_of_a_module_in_the_current_folder(tmp_path: Path, monkeypatch:
     monkeypatch.syspath_prepend(tmp_path)
     data = calibration.load("my_feeds_module:feeds", net(ONE))
     assert data.samples == 8  # small enough to be read and checked at once
-    kept = list(data.batches())
-    assert [float(f["x"][0, 0, 0]) for f in kept] == [0, 1, 2, 3]  # the reused buffer was copied
-    assert [float(f["x"][0, 0, 0]) for f in data.batches(limit=3)] == [0, 1]
+    kept = joined(data)
+    assert [float(x[0, 0]) for x in kept] == [0, 0, 1, 1, 2, 2, 3, 3]  # the reused buffer was copied
+    assert len(joined(data, limit=3)) == 3
     list(data.batches())
     import my_feeds_module
 
@@ -175,6 +175,15 @@ def test_feeds_too_large_to_keep_are_made_anew() -> None:
         np.testing.assert_array_equal(np.concatenate(got), np.concatenate([samples(2, i) for i in range(5)]))
     assert len(calls) == 3
     assert source.samples == 10
+
+
+def test_feeds_are_cut_only_where_the_model_names_its_batch_axis_and_never_merged() -> None:
+    feeds = [{"x": samples(n, n)} for n in (5, 1, 2)]
+    whole = np.concatenate([f["x"] for f in feeds])
+    for name, sizes in (("batch_size", [3, 2, 1, 2]), ("N", [3, 2, 1, 2]), ("time", [5, 1, 2]), ("", [5, 1, 2])):
+        data = calibration.load(feeds, net(ONE.replace("N,", f"{name or '?'},")))
+        assert [len(f["x"]) for f in data.batches(3)] == sizes
+        np.testing.assert_array_equal(joined(data), whole)
 
 
 def test_passes_that_overlap_see_the_same() -> None:
