@@ -1,0 +1,317 @@
+"""Refit the linear layers of a network without its dead units, front to back, to what the dense network computes.
+
+For a layer with input x in the pruned network (errors of earlier layers included) and K the inputs that stay,
+
+    W' = (C_tx,K + lam W_K)(S_KK + lam I)^-1,    b' = mean_t - W' mean_x,K        (`graphopt.numerics.least_squares`)
+
+with the moments streamed over the calibration data; x and t are never kept. What the target t is:
+
+- the layer's output y in the dense network, where that is read as it is;
+- where y only enters a sum, the sum: t = sum_dense - (sum_pruned - y_pruned), so a layer also repairs what arrives on
+  the other branch of a residual connection, if that branch is final by then;
+- where the result only enters a Relu, what lies below zero is free: t stays where t_dense > 0, elsewhere it is the
+  smaller of 0 and the present output. With p the present output this majorises |relu(p) - relu(t)|^2, so each such
+  refit lowers it (Zhang et al., "Accelerating Very Deep Convolutional Networks", arXiv:1505.06798, section 3.2, use
+  the same idea). Used where the layer keeps all inputs, so that the present output means something.
+
+The network keeps its shapes meanwhile: dead inputs have zero columns. Where one layer alone reads a family, its dead
+units are chosen anew when that layer is reached, on what really arrives there; their number stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from graphopt.analysis.units import Coupling
+from graphopt.calibration import Calibration
+from graphopt.families import Candidates, alive_channels, columns_of, rows_of
+from graphopt.layers import Layer, layers_of
+from graphopt.numerics.least_squares import Sample, fit, solve
+from graphopt.numerics.moments import Moments
+from graphopt.numerics.obs import Elimination
+from graphopt.progress import Progress
+from graphopt.rewriting import is_onnx
+from graphopt.walk import Walk
+
+Array = npt.NDArray[Any]
+
+ROWS = 1 << 18
+"""Observations per layer; regularly thinned where there are more."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a layer is fitted to.
+
+    Attributes:
+        total: name of the tensor that is compared: the layer's output, or the sum that it enters.
+        relu: only what is above zero counts.
+    """
+
+    total: str
+    relu: bool
+
+
+@dataclass
+class Outcome:
+    """What a reconstruction did.
+
+    Attributes:
+        dead: the units that are gone in the end.
+        rows: one line a layer for the report.
+        notes: sentences for the report.
+    """
+
+    dead: set[int]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to reconstruct and with what.
+
+    Attributes:
+        dense: the model as it was.
+        model: the model to refit, in place: of the same nodes and shapes.
+        coupling: analysis of the dense model.
+        families: candidates, and how many units of each go (`removed`) in which order (`order`).
+        mode: "ls": weights and biases; "mean": only biases, by the means of what goes.
+    """
+
+    dense: ir.Model
+    model: ir.Model
+    coupling: Coupling
+    families: Sequence[Candidates]
+    removed: Sequence[Sequence[int]]
+    calibration: Calibration
+    mode: Literal["ls", "mean"]
+    samples: int | None
+    threads: int
+    progress: Progress
+    reselect: bool = True
+
+
+def reconstruct(plan: Plan) -> Outcome:
+    """Refit every layer that what was removed can have disturbed.
+
+    Returns:
+        The dead units and what happened. `plan.model` then has zero columns where they are read and is ready for
+        `graphopt.analysis.remove.remove_units`.
+    """
+    outcome = Outcome({u for units in plan.removed for u in units})
+    layers, refused = layers_of(plan.model)
+    reached = _disturbed(plan.model, plan.coupling, outcome.dead)
+    work = [layer for layer in layers.values() if layer.linear.node in reached]
+    before = Walk(plan.dense, plan.calibration, limit=plan.samples, threads=plan.threads)
+    after = Walk(plan.model, plan.calibration, limit=plan.samples, threads=plan.threads)
+    nodes = {node.outputs[0].name: node for node in plan.dense.graph if node.outputs}
+    for number, layer in enumerate(work):
+        plan.progress.step("reconstructing layers", number, len(work))
+        target = _target(layer, {k.linear.node for k in work[number + 1 :]})
+        _refit(plan, layer, target, before, after, outcome)
+        after.advance(layer.linear.add or layer.linear.node)
+        before.advance(nodes[(layer.linear.add or layer.linear.node).outputs[0].name])
+    missed = [(k, why) for k, why in refused.items() if nodes.get(k) is not None and _reads_dead(plan, k, outcome.dead)]
+    outcome.notes += [f"{k} was only cut, not refitted: {why}" for k, why in missed]
+    return outcome
+
+
+def _reads_dead(plan: Plan, key: str, dead: set[int]) -> bool:
+    gone = np.fromiter(dead, dtype=np.int64, count=len(dead))
+    return any(
+        np.isin(vector, gone).any() for s in plan.coupling.sinks if s.node == key
+        for vector in plan.coupling.axis_units(s.value, s.axis)
+    )  # fmt: skip
+
+
+def _disturbed(model: ir.Model, coupling: Coupling, dead: set[int]) -> set[ir.Node]:
+    """Nodes that read a dead unit or the result of one that does."""
+    from graphopt.slicing import reads_of
+
+    gone = np.fromiter(dead, dtype=np.int64, count=len(dead))
+    changed: set[str] = set()
+    for sink in coupling.sinks:
+        if any(np.isin(vector, gone).any() for vector in coupling.axis_units(sink.value, sink.axis)):
+            changed.add(sink.node)
+    found: set[ir.Node] = set()
+    for node in model.graph:
+        own = any(v.name in changed for v in node.outputs)
+        fed = any(p in found for v in reads_of(node) if (p := v.producer()) is not None)
+        if own or fed:
+            found.add(node)
+    return found
+
+
+def _target(layer: Layer, unfitted: set[ir.Node]) -> Target:
+    """Follow the output through sums whose other side is final, to the Relu behind them if there is one."""
+    value = layer.linear.output
+    while True:
+        uses = list(value.uses())
+        if len(uses) != 1 or value.is_graph_output():
+            break
+        node = uses[0].node
+        if not is_onnx(node, "Add") or node.graph is not layer.linear.node.graph:
+            break
+        other = node.inputs[1 - uses[0].idx]
+        if other is None or other is value or not _same_shape(other, value) or _depends(other, unfitted):
+            break
+        value = node.outputs[0]
+    uses = list(value.uses())
+    relu = bool(uses) and not value.is_graph_output() and all(is_onnx(u.node, "Relu") for u in uses)
+    return Target(value.name or "", relu)
+
+
+def _same_shape(one: ir.Value, other: ir.Value) -> bool:
+    return one.shape is not None and one.shape == other.shape
+
+
+def _depends(value: ir.Value, nodes: set[ir.Node]) -> bool:
+    seen: set[ir.Node] = set()
+    pending = [value.producer()]
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        if node in nodes:
+            return True
+        seen.add(node)
+        pending += [v.producer() for v in node.inputs if v is not None]
+    return False
+
+
+def _refit(plan: Plan, layer: Layer, target: Target, before: Walk, after: Walk, outcome: Outcome) -> None:
+    alive = alive_channels(plan.coupling, layer, outcome.dead, outputs=False)
+    rows = alive_channels(plan.coupling, layer, outcome.dead, outputs=True)
+    own = _own_families(plan, layer) if plan.reselect and plan.mode == "ls" else []
+    whole = bool(alive.all())
+    halves = [[Moments(full=plan.mode == "ls") for _ in range(2)] for _ in range(layer.groups)]
+    wanted = list(dict.fromkeys((layer.source, layer.output, target.total)))
+    clamp = target.relu and whole and plan.mode == "ls"
+    total = plan.samples or plan.calibration.samples
+    for number, (dense, now) in enumerate(zip(before.stream([target.total]), after.stream(wanted), strict=True)):
+        x, y, goal = now[layer.source], now[layer.output], dense[target.total]
+        present = now[target.total]
+        if goal.shape != present.shape or present.shape != y.shape:
+            outcome.notes.append(f"{layer.label} was only cut, not refitted: it feeds a sum that broadcasts")
+            return
+        if clamp:
+            goal = np.where(goal > 0, goal, np.minimum(present, 0))
+        t = goal if target.total == layer.output else goal - (present - y)
+        batches = total / x.shape[0] if total and x.ndim and x.shape[0] else 1.0
+        thin = max(1, int(layer.positions(y) * max(1.0, batches) / ROWS))
+        for group in range(layer.groups):
+            for columns, wants in layer.columns(x, t, group, thin):
+                halves[group][number % 2].update(columns, wants, axis=0)
+    samples = [_samples(pair, layer, full=plan.mode == "ls") for pair in halves]
+    weight, bias = layer.weight(), layer.bias()
+    if own:
+        _choose_again(plan, layer, own, samples, weight, outcome)
+        alive = alive_channels(plan.coupling, layer, outcome.dead, outputs=False)
+    errors: list[float] = []
+    ridges: list[float] = []
+    for group, (everything, split) in enumerate(samples):
+        per_in, per_out = layer.linear.inputs // layer.groups, layer.linear.outputs // layer.groups
+        keep = np.flatnonzero(np.repeat(alive[group * per_in : (group + 1) * per_in], layer.kernel))
+        live = np.flatnonzero(rows[group * per_out : (group + 1) * per_out])
+        if not len(keep) or not len(live):
+            continue
+        old = weight[group]
+        if plan.mode == "mean":
+            new = old[:, keep]
+            b = everything.mean_y - new @ everything.mean_x[keep]
+        else:
+            halved = None if split is None else (split[0].keep(keep), split[1].keep(keep))
+            fitted = fit(everything.keep(keep), old[:, keep], halved)
+            new, b = fitted.weight, fitted.bias
+            ridges.append(fitted.ridge)
+            errors.append(float(fitted.error[live].sum()) / max(float(everything.variance_y[live].sum()), 1e-30))
+        fresh = np.zeros_like(old)
+        fresh[:, keep] = new
+        weight[group] = fresh
+        if layer.has_bias:
+            bias[group * per_out : (group + 1) * per_out] = b
+    layer.store(weight, bias if layer.has_bias else np.zeros_like(bias))
+    if errors:
+        row = {"layer": layer.label, "inputs kept": int(alive.sum()), "inputs": len(alive)}
+        outcome.rows.append({**row, "relative error": float(np.mean(errors)), "ridge": float(np.max(ridges))})
+
+
+def _samples(pair: list[Moments], layer: Layer, *, full: bool) -> tuple[Sample, tuple[Sample, Sample] | None]:
+    """Moments of the stream, whole and in halves; uncentred for a layer that cannot have a bias."""
+    whole = Moments(full=full)
+    for half in pair:
+        whole.merge(half)
+    split = (_sample(pair[0], layer, full), _sample(pair[1], layer, full)) if min(m.n for m in pair) > 0 else None
+    return _sample(whole, layer, full), split
+
+
+def _sample(m: Moments, layer: Layer, full: bool) -> Sample:
+    mean_x, mean_y = np.asarray(m.mean), np.asarray(m.mean_y)
+    covariance, cross = np.asarray(m.covariance) if full else np.zeros((0, 0)), np.asarray(m.cross)
+    variance = np.asarray(m.variance_y)
+    if layer.has_bias:
+        return Sample(m.n, mean_x, mean_y, covariance, cross, variance)
+    # y ~ W x without a bias: the raw second moments take the place of the centred ones
+    if full:
+        covariance = covariance + np.outer(mean_x, mean_x)
+    cross = cross + np.outer(mean_y, mean_x)
+    return Sample(m.n, np.zeros_like(mean_x), np.zeros_like(mean_y), covariance, cross, variance + mean_y**2)
+
+
+def _own_families(plan: Plan, layer: Layer) -> list[int]:
+    """Families with dead units that this layer alone reads."""
+    return [
+        i
+        for i, f in enumerate(plan.families)
+        if plan.removed[i] and f.layers == (layer.key,) and not f.others and layer.width <= len(f.units) * 4096
+    ]
+
+
+def _choose_again(
+    plan: Plan,
+    layer: Layer,
+    own: Sequence[int],
+    samples: Sequence[tuple[Sample, Any]],
+    weight: npt.NDArray[np.float64],
+    outcome: Outcome,
+) -> None:
+    """Choose which units of the layer's own families go, as many as before, by what arrives in the pruned network."""
+    units = [u for i in own for u in plan.families[i].units]
+    foreign = outcome.dead - set(units)
+    maps = []
+    for group, (sample, _) in enumerate(samples):
+        best = solve(sample.covariance, sample.cross, weight[group], 1e-3)
+        columns = columns_of(plan.coupling, layer, group, units)
+        elimination = Elimination(
+            sample.covariance, best, [*columns, _foreign(plan, layer, group, foreign)],
+            [*rows_of(plan.coupling, layer, group, units), np.zeros(0, dtype=np.intp)],
+        )  # fmt: skip
+        elimination.remove(len(units))
+        maps.append(elimination)
+    outcome.dead.difference_update(units)
+    offset = 0
+    for i in own:
+        count = len(plan.families[i].units)
+        alive = list(range(offset, offset + count))
+        for _ in range(len(plan.removed[i])):
+            costs = sum((m.costs(alive) for m in maps), np.zeros(len(alive)))
+            place = int(np.argmin(costs))
+            unit = alive.pop(place)
+            outcome.dead.add(units[unit])
+            for m in maps:
+                m.remove(unit)
+        offset += count
+
+
+def _foreign(plan: Plan, layer: Layer, group: int, dead: set[int]) -> npt.NDArray[np.intp]:
+    """Columns of a group that other dead units take along."""
+    per_group = layer.linear.inputs // layer.groups
+    alive = alive_channels(plan.coupling, layer, dead, outputs=False)[group * per_group : (group + 1) * per_group]
+    return np.flatnonzero(np.repeat(~alive, layer.kernel)).astype(np.intp)

@@ -1,0 +1,261 @@
+"""prune: choose live units, remove them and let the layers that read them make up for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+
+from graphopt.base import Context, Effect, Pass, PassResult, Skip
+from graphopt.errors import UsageError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from graphopt.analysis.units import Coupling
+    from graphopt.families import Candidates
+    from graphopt.layers import Layer
+    from graphopt.selection import Choice, Family
+
+
+@dataclass(frozen=True)
+class Prune(Pass):
+    """Remove channels, neurons and other units until a budget of work is met, and refit the layers that read them.
+
+    What it does: the coupling analysis gives the units that must die together; each is ranked by the error it leaves
+    once the other inputs of its readers compensate; a solver chooses how many of each family go, so that the budget is
+    met at the least harm and every width keeps the multiple that the target's kernels want; then every disturbed layer
+    is refitted by least squares, front to back, to what the dense model computes, and the dead units are cut out.
+
+    Algebra: a reader y = W x of units K that stay becomes W' = (C_yx,K + lam W_K)(S_KK + lam I)^-1,
+    b' = mean_y - W' mean_x,K, with moments of the calibration data (no labels, no training). See
+    `graphopt.importance`, `graphopt.selection` and `graphopt.reconstruct`.
+
+    Does not fire on: units that a graph input, output or an unknown operator freezes (`graphopt inspect --units` tells
+    which and why), units whose removal is not exact for a reader that cannot be refitted, and what `exclude` names.
+
+    Preserves: inputs and outputs of the model with their shapes, names of nodes and parameters. Lossy: guard it with
+    `--max-drop`. Fewer multiply-accumulates are not less time: the report shows the measured latency beside them.
+
+    Source: OBS: Hassibi & Stork, 1992; in groups with refitting: Frantar & Alistarh, arXiv:2208.11580; families of
+    coupled units: Fang et al., DepGraph, arXiv:2301.12900, here solved on labels.
+
+    Options:
+        macs: fraction of the multiply-accumulates to keep, in (0, 1). Give exactly one of macs and params.
+        params: fraction of the parameters to keep, in (0, 1).
+        score: obs (needs calibration data; l2 is taken without), l2 or random.
+        reconstruct: ls refits weights and biases, mean only biases, none just cuts. ls and mean need calibration data.
+        multiple: widths are multiples of this, or full; default: the target's channel multiple.
+        min_keep: channels that every axis keeps at least.
+        exclude: globs over node and parameter names that must stay as they are.
+        samples: calibration samples to use at most; default: all.
+    """
+
+    name: ClassVar[str] = "prune"
+    effect: ClassVar[Effect] = Effect.LOSSY
+
+    macs: float | None = None
+    params: float | None = None
+    score: Literal["obs", "l2", "random"] = "obs"
+    reconstruct: Literal["ls", "mean", "none"] = "ls"
+    multiple: int | None = None
+    min_keep: int = 1
+    exclude: tuple[str, ...] = ()
+    samples: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the options.
+
+        Raises:
+            UsageError: out of range, or not exactly one budget.
+        """
+        given = [(n, v) for n, v in (("macs", self.macs), ("params", self.params)) if v is not None]
+        if len(given) > 1:
+            raise UsageError("two budgets", where="prune", hint="give one of macs= and params=")
+        for option, value in given:
+            if not 0 < value < 1:
+                raise UsageError(
+                    f"{option}={value} is not a fraction", where="prune", hint="give what to keep, in (0, 1)"
+                )
+        for option, count in (("multiple", self.multiple), ("min_keep", self.min_keep), ("samples", self.samples)):
+            if count is not None and count < 1:
+                raise UsageError(f"{option}={count} is not positive", where="prune", hint="give 1 or more")
+
+    def run(self, model: ir.Model, ctx: Context) -> PassResult:
+        """See the class."""
+        from onnx_ir.passes.common import LiftConstantsToInitializersPass
+
+        from graphopt.analysis.remove import remove_units
+        from graphopt.analysis.units import analyse
+        from graphopt.families import candidates
+        from graphopt.layers import layers_of
+        from graphopt.rewriting import allow_private_initializers
+        from graphopt.selection import choose
+
+        if self.macs is None and self.params is None:
+            raise UsageError("no budget", where="prune", hint="give macs= or params=, for example prune{macs=0.7}")
+        result = PassResult(changed=True)
+        note = allow_private_initializers(model)
+        result.notes += [note] if note else []
+        LiftConstantsToInitializersPass(lift_all_constants=False, size_limit=1)(model)
+        coupling = analyse(model)
+        layers, _ = layers_of(model)
+        score, reconstruct = self._fallbacks(ctx, result)
+        families, notes = candidates(coupling, layers, self.exclude, refitted=reconstruct != "none")
+        result.notes += notes
+        result.skipped += [Skip(f"{f.tensor}, axis {f.axis}", f.reason) for f in coupling.frozen]
+        ranked = self._rank(model, ctx, coupling, layers, families, score, result)
+        choice = choose(
+            ranked,
+            coupling.terms if self.macs is not None else _parameter_terms(coupling),
+            _axes(coupling),
+            keep=self.macs or self.params or 1.0,
+            multiple=self.multiple or ctx.target.channel_multiple,
+            min_keep=self.min_keep,
+        )
+        self._check(choice, ranked, ctx)
+        if not choice.dead:
+            result.notes.append("nothing had to go: the budget is met already")
+            result.changed = note is not None
+            return result
+        dead = self._reconstruct(model, ctx, coupling, families, ranked, choice, reconstruct, result)
+        report = remove_units(model, coupling, dead)
+        result.notes += self._summary(choice, ranked, dead, ctx)
+        result.notes += [f"{name}: a removed input held an unknown value, taken as 0" for name in report.assumed_zero
+                         if reconstruct == "none"]  # fmt: skip
+        result.details["families"] = [
+            {"family": f.name, "units": len(f.units), "removed": k, "harm": float(f.harm[k])}
+            for f, k in zip(ranked, choice.removed, strict=True)
+        ]
+        return result
+
+    def _fallbacks(self, ctx: Context, result: PassResult) -> tuple[str, str]:
+        """Score and reconstruction that are possible with the data at hand; says so where they are not those asked."""
+        if ctx.calibration is not None:
+            return self.score, self.reconstruct
+        if self.score == "obs" or self.reconstruct != "none":
+            result.notes.append(
+                "warning: pruned without calibration data: units are chosen by their weights and no layer makes up for "
+                "them, so accuracy will suffer; give data with --calib"
+            )
+        return ("l2" if self.score == "obs" else self.score), "none"
+
+    def _rank(
+        self,
+        model: ir.Model,
+        ctx: Context,
+        coupling: Coupling,
+        layers: dict[str, Layer],
+        families: list[Candidates],
+        score: str,
+        result: PassResult,
+    ) -> list[Family]:
+        from graphopt.importance import Setting, at_random, by_reconstruction, by_weight
+
+        if score == "random":
+            return at_random(families, ctx.seed)
+        if score == "l2" or ctx.calibration is None:
+            return by_weight(coupling, families)
+        setting = Setting(model, coupling, layers, ctx.calibration, self.samples, ctx.jobs, ctx.progress)
+        ranked, notes = by_reconstruction(setting, families)
+        result.notes += notes
+        return ranked
+
+    def _reconstruct(
+        self,
+        model: ir.Model,
+        ctx: Context,
+        coupling: Coupling,
+        families: list[Candidates],
+        ranked: list[Family],
+        choice: Choice,
+        mode: str,
+        result: PassResult,
+    ) -> set[int]:
+        from graphopt.clone import private_clone
+        from graphopt.importance import silence
+        from graphopt.reconstruct import Plan, reconstruct
+
+        if mode == "none" or ctx.calibration is None:
+            return set(choice.dead)
+        removed = [f.units[:k] for f, k in zip(ranked, choice.removed, strict=True)]
+        dense = private_clone(model)
+        # what another operator than a refitted layer reads is zeroed first, as it will be missing in the end
+        seen_elsewhere = {u for f, units in zip(families, removed, strict=True) if f.others for u in units}
+        silence(model, coupling, seen_elsewhere)
+        outcome = reconstruct(
+            Plan(
+                dense=dense,
+                model=model,
+                coupling=coupling,
+                families=families,
+                removed=removed,
+                calibration=ctx.calibration,
+                mode="ls" if mode == "ls" else "mean",
+                samples=self.samples,
+                threads=ctx.jobs,
+                progress=ctx.progress,
+                reselect=self.score == "obs",
+            )
+        )
+        result.notes += outcome.notes
+        if outcome.rows:
+            result.details["refitted layers"] = outcome.rows
+        return outcome.dead
+
+    def _check(self, choice: Choice, families: list[Family], ctx: Context) -> None:
+        if not choice.least:
+            return
+        multiple = self.multiple or ctx.target.channel_multiple
+        budget = f"macs={self.macs}" if self.macs is not None else f"params={self.params}"
+        units = sum(len(f.units) for f in families)
+        raise UsageError(
+            f"{budget} cannot be met: with all {units} candidate units gone that multiple={multiple} and "
+            f"min_keep={self.min_keep} let go, {choice.least:.3f} is left",
+            where="prune",
+            hint="raise the budget, set multiple=1, or see `graphopt inspect --units` for what is frozen",
+        )
+
+    def _summary(self, choice: Choice, families: list[Family], dead: set[int], ctx: Context) -> list[str]:
+        what = "multiply-accumulates" if self.macs is not None else "parameters"
+        touched = sum(k > 0 for k in choice.removed)
+        return [
+            f"removed {len(dead)} of {sum(len(f.units) for f in families)} units in {touched} of {len(families)} "
+            f"families; {choice.kept:.4f} of the {what} stay, widths in multiples of "
+            f"{self.multiple or ctx.target.channel_multiple}"
+        ]
+
+
+@dataclass(frozen=True)
+class _ParameterTerm:
+    """Elements of one parameter: a product over its axes."""
+
+    coefficient: float
+    axes: tuple[Any, ...]
+
+
+def _parameter_terms(coupling: Coupling) -> list[_ParameterTerm]:
+    """Parameters as terms of work; constants that are no weights (integers) do not count."""
+    terms: list[_ParameterTerm] = []
+    seen: set[str] = set()
+    for name, value in coupling.model.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None or name in seen or not (tensor.dtype.is_floating_point() or tensor.dtype.bitwidth <= 8):
+            continue
+        seen.add(name)
+        axes = {a: np.stack(f) for a, f in coupling.parameter_axes(name).items() if f}
+        fixed = [int(d) for a, d in enumerate(tensor.shape.numpy()) if a not in axes]
+        terms.append(_ParameterTerm(float(np.prod(fixed)) if fixed else 1.0, tuple(axes.values())))
+    return terms
+
+
+def _axes(coupling: Coupling) -> list[Any]:
+    """All labelled axes, each pattern once."""
+    found: dict[bytes, Any] = {}
+    for _, axes in coupling.labelled():
+        for factors in axes.values():
+            if factors:
+                stacked = np.stack(factors)
+                found.setdefault(stacked.tobytes() + bytes(str(stacked.shape), "ascii"), stacked)
+    return list(found.values())
