@@ -51,13 +51,15 @@ class Fold(Pass):
         undone: set[str] = set()
         members = [self._member(name, ctx) for name in MEMBERS]
         rows = []
+        # One backup serves until a member changes the model: a clone costs O(nodes), and most members find nothing.
+        backup: ir.Model | None = None
+        before = size(model)
         for round_number in range(1, self.rounds + 1):
             changed = False
             for member in members:
                 if member.name in undone:
                     continue
-                before = size(model)
-                backup = model.clone()
+                backup = backup or model.clone()
                 outcome = member.run(model, ctx)
                 skipped[member.name] = outcome.skipped
                 if not outcome.changed:
@@ -66,6 +68,7 @@ class Fold(Pass):
                 excess = self._excess(before, after)
                 if excess:
                     _restore(model, backup)
+                    backup = None
                     undone.add(member.name)
                     result.notes.append(f"{member.name} undone: it made the model larger ({excess})")
                     continue
@@ -79,6 +82,7 @@ class Fold(Pass):
                         "bytes": after.bytes - before.bytes,
                     }
                 )
+                before, backup = after, None
             if not changed:
                 break
         else:
