@@ -22,6 +22,13 @@ if TYPE_CHECKING:
     from graphopt.executor import Array
 
 
+FED = 1 << 20
+"""Weights above this many bytes are fed like activations: the runtime copies initialisers, and feeds it does not."""
+
+_TAKES_COMPUTED_WEIGHTS = {"MatMul", "Gemm", "Conv", "ConvTranspose", "Gather", "Add", "Sub", "Mul", "Div", "Identity"}
+"""Operators that run the same whether their weight is a constant or computed. Others may insist on a constant."""
+
+
 @dataclass(frozen=True)
 class Slice:
     """Nodes that run together.
@@ -158,11 +165,13 @@ class SlicedSession:
         return [dict(self._collect(values)) for values in alive]
 
     def _run_slice(self, index: int, piece: Slice, alive: list[dict[str, Any]]) -> None:
-        model = _slice_model(self._model, piece, alive[0])
+        fed = _fed_weights(piece)
+        weights = {value.name or "": _runtime_value(value) for value in fed}
+        model = _slice_model(self._model, piece, alive[0], fed)
         names = [value.name or "" for value in piece.writes]
         with Session(model, threads=self._threads, low_memory=True) as session:
             for values in alive:
-                feed = {value.name or "": values[value.name or ""] for value in piece.reads}
+                feed = weights | {value.name or "": values[value.name or ""] for value in piece.reads}
                 try:
                     results = session.session.run_with_ort_values(names, feed)
                 except Exception as error:
@@ -193,12 +202,32 @@ def _declared(value: ir.Value) -> TensorSpec | None:
     return TensorSpec(value.name or "", dtype, shape) if value.shape is not None else None
 
 
-def _slice_model(model: ir.Model, piece: Slice, values: Mapping[str, Any]) -> ir.Model:
+def _fed_weights(piece: Slice) -> list[ir.Value]:
+    """Large initialisers of the main graph that all their readers in the slice take as a computed operand."""
+    readers: dict[ir.Value, set[str]] = {}
+    for node in piece.nodes:
+        for value in reads_of(node):
+            if value.is_initializer() and value.const_value is not None and value.const_value.nbytes > FED:
+                readers.setdefault(value, set()).add(node.op_type)
+    floats = {ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16}
+    return [v for v, operators in readers.items() if operators <= _TAKES_COMPUTED_WEIGHTS and v.dtype in floats]
+
+
+def _runtime_value(value: ir.Value) -> Any:
+    import onnxruntime as ort
+
+    assert value.const_value is not None
+    return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value.const_value.numpy()))
+
+
+def _slice_model(model: ir.Model, piece: Slice, values: Mapping[str, Any], fed: Sequence[ir.Value]) -> ir.Model:
     """A model of the nodes of a slice. Weights are shared; the types of its inputs are those of the actual values."""
     held = {value: None for node in piece.nodes for value in reads_of(node) if value.const_value is not None}
-    initializers = [value for value in held if model.graph.initializers.get(value.name or "") is value]
+    initializers = [
+        value for value in held if value not in fed and model.graph.initializers.get(value.name or "") is value
+    ]
     view = ir.GraphView(
-        [*piece.reads, *(value for value in initializers if model.ir_version < 4)],
+        [*piece.reads, *fed, *(value for value in initializers if model.ir_version < 4)],
         piece.writes,
         nodes=piece.nodes,
         initializers=initializers,
