@@ -64,7 +64,8 @@ class Moments:
         if b is not None and (len(b.shape) != 2 or b.shape[0] != a.shape[0]):
             raise ValueError(f"the streams hold {a.shape[0]} and {b.shape[0]} observations")
         for start in range(0, int(a.shape[0]), CHUNK):
-            self._chunk(a[start : start + CHUNK], None if b is None else b[start : start + CHUNK])
+            part = slice(start, min(start + CHUNK, int(a.shape[0])))
+            self._chunk(a[part, :], None if b is None else b[part, :])
 
     def _chunk(self, a: Any, b: Any) -> None:
         xp = array_namespace(a)
