@@ -309,6 +309,8 @@ def _units(model: ir.Model) -> Units:
         return summarise(model)
     except GraphoptError as error:
         return Units(0, 0, 0, 0, reason=str(error))
+    except Exception as error:
+        return Units(0, 0, 0, 0, reason=f"internal error in the analysis: {type(error).__name__}: {error}")
 
 
 def _warn(report: Report, plan: Plan) -> None:
@@ -317,6 +319,8 @@ def _warn(report: Report, plan: Plan) -> None:
         report.warnings += [note.removeprefix(mark) for note in record.notes if note.startswith(mark)]
         if record.status == "undone":
             report.warnings.append(f"{record.name} was undone: {record.reason}")
+    if report.units is not None and report.units.reason is not None:
+        report.warnings.append(f"what can be pruned is not known: {report.units.reason}")
     found = report.latency
     if found is not None and found.certain_low is not None and found.certain_low > 1 and plan.max_latency is None:
         report.warnings.append(f"the model is slower than the input model: {found.ratio:.2f}x its time")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from graphopt.base import Pass
+from graphopt.base import Effect, Pass
 from graphopt.errors import UsageError
 from graphopt.spec import Resolve, parse, to_spec
 from graphopt.target import Target
@@ -66,7 +66,8 @@ def expand(preset: str | int, target: Target, has_data: bool, resolve: Resolve |
     kept: list[Pass] = []
     left_out: list[str] = []
     for p in passes:
-        if p.needs_calibration and not has_data:
+        if not has_data and (p.needs_calibration or p.effect is Effect.LOSSY):
+            # Without data a lossy pass works blindly, and the gate on accuracy has nothing to decide by.
             left_out.append(f"{p.name} is left out: it needs calibration data (--calib DATA)")
         elif p.name == "quantize" and target.quant is None:
             left_out.append(f"{p.name} is left out: target {target.name!r} does not run int8")

@@ -262,7 +262,8 @@ def known(name: str) -> type[graphopt.Pass]:
     class Stand(Noise):
         """A stand-in."""
 
-        needs_calibration: ClassVar[bool] = lossy
+        effect: ClassVar[graphopt.Effect] = graphopt.Effect.LOSSY if lossy else graphopt.Effect.EXACT
+        needs_calibration: ClassVar[bool] = name == "quantize"
         macs: float = 1.0
 
     Stand.name = name
@@ -328,6 +329,17 @@ def test_every_public_name_exists() -> None:
         assert getattr(graphopt, name) is not None or name.startswith("__")
     with pytest.raises(AttributeError, match="no attribute 'nope'"):
         _ = graphopt.nope
+
+
+def test_an_analysis_that_fails_is_told_and_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(model: ir.Model) -> Any:
+        raise KeyError("axis")
+
+    monkeypatch.setattr("graphopt.report.units.summarise", broken)
+    report = optimize([DropIdentity()], units=True).report
+    assert report.passes[0].status == "applied"
+    assert report.units is not None and "KeyError: 'axis'" in (report.units.reason or "")
+    assert any("what can be pruned is not known" in w for w in report.warnings)
 
 
 def test_stats_of_a_plain_model_compare_equal() -> None:
