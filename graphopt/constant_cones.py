@@ -67,7 +67,7 @@ class Plan:
                 self.fold |= inside
                 continue
             worst = max((n for n in nodes if _leaves(n, inside)), key=lambda n: _bytes(n) - _input_bytes(n))
-            self.refused[worst] = f"folding it would grow the file by {growth} bytes (max_growth={self._max_growth})"
+            self.refused[worst] = f"its result takes more room than what it replaces (max_growth={self._max_growth})"
             rest: dict[ir.Node, None] = {}
             for node in nodes:
                 if node is not worst and self._depends_on_constants(node, rest):
@@ -99,7 +99,7 @@ def _not_computable(node: ir.Node, max_bytes: int) -> str | None:
     if size is None:
         return "the size of its result is not known"
     largest = max([size, *(_known_bytes(v) or 0 for v in node.inputs if v is not None)])
-    return f"a tensor of {largest} bytes is involved (max_bytes={max_bytes})" if largest > max_bytes else None
+    return f"a tensor above max_bytes={max_bytes} is involved" if largest > max_bytes else None
 
 
 def _known_bytes(value: ir.Value) -> int | None:

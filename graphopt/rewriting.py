@@ -224,18 +224,18 @@ def drop_if_unused(value: ir.Value | None) -> None:
 
 
 def cannot_replace(old: ir.Value, new: ir.Value) -> str | None:
-    """Why `new` cannot stand for `old`, as a reason for the report; None where it can."""
+    """Why `new` cannot stand for `old`; None where it can. The report groups nodes by reason, so it names no value."""
     if not old.is_graph_output():
         return None
     graph, producer = old.graph, new.producer()
     if graph is None or new.is_graph_input() or producer is None:
-        return f"{old.name} is a graph output and {new.name} a graph input or a constant"
+        return "its result is a graph output and what it reads a graph input or a constant"
     if new.is_graph_output():
-        return f"{old.name} and {new.name} are both graph outputs"
+        return "its result and what would replace it are both graph outputs"
     if producer.graph is not graph:
-        return f"{old.name} is an output of this body and {new.name} is computed outside it"
+        return "its result is an output of this body and what would replace it is computed outside it"
     if sum(output is old for output in graph.outputs) > 1:
-        return f"{old.name} is given out twice"
+        return "its result is given out twice"
     return None
 
 

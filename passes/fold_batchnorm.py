@@ -154,7 +154,7 @@ def _into_producer(node: ir.Node, scale: Float64, shift: Float64, opset: int, na
     if producer.graph is not node.graph:
         return f"{label(producer)} is outside this body"
     if not sole_use(source):
-        return f"{source.name} is read by others or given out"
+        return "the tensor between is read by others or given out"
     if linear.outputs != scale.size:
         return f"{linear.outputs} channels, but {scale.size} numbers per parameter"
     reason = _channels_on_axis_1(linear, source) or cannot_replace(node.outputs[0], source)

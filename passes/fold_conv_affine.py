@@ -169,7 +169,7 @@ def _into_producer(
     if producer.graph is not node.graph:
         return f"{label(producer)} is outside this body"
     if not sole_use(source):
-        return f"{source.name} is read by others or given out"
+        return "the tensor between is read by others or given out"
     rank = _rank(linear, source)
     if rank is None:
         return "the rank of the MatMul's tensor is unknown"

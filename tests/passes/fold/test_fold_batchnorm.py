@@ -179,8 +179,8 @@ def conv(out: str = "", stats: str = STATS, more: str = "", attributes: str = ""
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        (conv(out=", float[N,2,4,4] z", rest="z = Relu(t)"), "t is read by others"),
-        (conv(out=", float[N,2,4,4] t"), "t is read by others or given out"),
+        (conv(out=", float[N,2,4,4] z", rest="z = Relu(t)"), "the tensor between is read by others"),
+        (conv(out=", float[N,2,4,4] t"), "the tensor between is read by others or given out"),
         (conv(out=", float[N,2,4,4] z", rest="z = Conv(x, w)"), "weight w is shared"),
         (conv(out=", float[2,2,1,1] z", rest="z = Relu(w)"), "weight w is shared"),
         (conv(stats=STATS.replace("3.99999", "-1.0")), "not finite"),

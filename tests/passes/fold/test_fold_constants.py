@@ -123,7 +123,7 @@ def test_does_not_inflate(cone: str) -> None:
     feeds = random_feeds(model)
     reference = run(model, feeds)
     result = FOLD.run(model, context())
-    assert "would grow the file by" in reasons(result)
+    assert "takes more room than what it replaces" in reasons(result)
     assert sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value) < 200
     assert_close(run(model, feeds), reference)
     allowed = parse(text.replace("float[A] y", "float[A,B] y" if "Expand" in cone else "float[A] y"))
@@ -145,7 +145,7 @@ def test_limits_are_options_and_reasons_name_them() -> None:
     text = """g (float[2,2] x) => (float[2,2] y) <float[2,2] a = {1.0,2.0,3.0,4.0}>
     { t = Transpose <perm: ints = [1,0]> (a) y = MatMul(x, t) }"""
     result = expect(text, None, pass_class("fold-constants")(max_bytes=8))
-    assert "a tensor of 16 bytes is involved (max_bytes=8)" in reasons(result)
+    assert "a tensor above max_bytes=8 is involved" in reasons(result)
     assert FOLD.run(parse(text), context()).changed
 
 
@@ -153,7 +153,7 @@ def test_a_tied_weight_is_not_duplicated_transposed() -> None:
     numbers = ", ".join(f"{i}.0" for i in range(128))
     text = f"""g (int64[N] i) => (float[N,32] y) <float[32,4] e = {{{numbers}}}>
     {{ t = Gather(e, i) w = Transpose <perm: ints = [1,0]> (e) y = MatMul(t, w) }}"""
-    assert "would grow the file" in reasons(expect(text, None, FOLD))
+    assert "takes more room than what it replaces" in reasons(expect(text, None, FOLD))
 
 
 def test_quantised_weights_stay_quantised() -> None:

@@ -62,7 +62,7 @@ def test_not_when_another_reader_sees_the_tensor() -> None:
     text = CHAIN.format(k="float k = {4.0}", rest="y = Mul(t, k) z = Relu(t)").replace(
         " y) <", " y, float[N,2,3,3] z) <"
     )
-    assert "t is read by others" in reasons(expect(text, None, FOLD))
+    assert "the tensor between is read by others" in reasons(expect(text, None, FOLD))
 
 
 def test_input_scaling_folds_into_a_padded_convolution_but_a_shift_does_not() -> None:
