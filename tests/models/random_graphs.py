@@ -158,10 +158,14 @@ class GraphBuilder:
         return self.batchnorm(x)
 
     def _unary(self, x, pool):
-        return self.add(str(self.random.choice(_UNARY)), [x], self.shape(x))
+        op = str(self.random.choice(_UNARY if self.opset >= 14 else [u for u in _UNARY if u != "HardSwish"]))
+        return self.add(op, [x], self.shape(x))
 
     def _clip(self, x, pool):
-        low, high = (self.constant(np.float32(v), "bound") for v in self.random.choice([[0, 6], [-1, 1], [0.5, 3]]))
+        bounds = self.random.choice([[0, 6], [-1, 1], [0.5, 3]])
+        if self.opset < 11:
+            return self.add("Clip", [x], self.shape(x), min=float(bounds[0]), max=float(bounds[1]))
+        low, high = (self.constant(np.float32(v), "bound") for v in bounds)
         return self.add("Clip", [x, low, high], self.shape(x))
 
     def _residual(self, x, pool):
@@ -184,8 +188,11 @@ class GraphBuilder:
         if c < 4:
             return None
         first = int(self.random.integers(1, c - 1))
-        sizes = self.constant(np.array([first, c - first]), "sizes")
-        one, two = self.add("Split", [x, sizes], (n, first, h, w), 2, axis=1)
+        if self.opset < 13:
+            one, two = self.add("Split", [x], (n, first, h, w), 2, axis=1, split=[first, c - first])
+        else:
+            sizes = self.constant(np.array([first, c - first]), "sizes")
+            one, two = self.add("Split", [x, sizes], (n, first, h, w), 2, axis=1)
         self.shapes[two.name] = (n, c - first, h, w)
         pool.append(one)
         return two
@@ -195,6 +202,8 @@ class GraphBuilder:
         if c < 4:
             return None
         start, step = int(self.random.integers(0, 2)), int(self.random.choice([1, 2, -1]))
+        if self.opset < 10:
+            return self.add("Slice", [x], (n, c - start, h, w), axes=[1], starts=[start], ends=[c])
         bounds = [c - 1, -(2**63), 1, step] if step < 0 else [start, c, 1, step]
         size = c if step < 0 else len(range(start, c, step))
         values = [self.constant(np.array([b]), "bound") for b in bounds]
@@ -210,7 +219,12 @@ class GraphBuilder:
         before, after = (int(k) for k in self.random.integers(0, 3, 2))
         if c + before + after > 32:
             return None
-        inputs = [x, self.constant(np.array([0, before, 0, 0, 0, after, 0, 0]), "pads")]
+        pads = [0, before, 0, 0, 0, after, 0, 0]
+        if self.opset < 11:
+            return self.add(
+                "Pad", [x], (n, c + before + after, h, w), pads=pads, value=float(self.random.choice([0, 0.7]))
+            )
+        inputs = [x, self.constant(np.array(pads), "pads")]
         if self.random.random() < 0.3:
             inputs.append(self.constant(np.float32(0.7), "fill"))
         return self.add("Pad", inputs, (n, c + before + after, h, w))
@@ -252,14 +266,14 @@ class GraphBuilder:
 
     def _pixel(self, x, pool):
         n, c, h, w = self.shape(x)
-        if c % 4 or h > 8:
+        if c % 4 or h > 8 or self.opset < 11:
             return None
         mode = str(self.random.choice(["DCR", "CRD"]))
         return self.add("DepthToSpace", [x], (n, c // 4, 2 * h, 2 * w), blocksize=2, mode=mode)
 
     def _resize(self, x, pool):
         n, c, h, w = self.shape(x)
-        if h > 8:
+        if h > 8 or self.opset < 13:
             return None
         scales = self.constant(np.array([1, 1, 2, 2], np.float32), "scales")
         return self.add("Resize", [x, None, scales], (n, c, 2 * h, 2 * w), mode="nearest")
@@ -288,7 +302,11 @@ class GraphBuilder:
         for value in pool[-2:]:
             n, c, h, w = self.shape(value)
             if self.random.random() < 0.5:
-                pooled = self.add("ReduceMean", [value], (n, c), axes=[2, 3], keepdims=0)
+                if self.opset < 18:
+                    pooled = self.add("ReduceMean", [value], (n, c), axes=[2, 3], keepdims=0)
+                else:
+                    axes = self.constant(np.array([2, 3]), "axes")
+                    pooled = self.add("ReduceMean", [value, axes], (n, c), keepdims=0)
                 features = c
             else:
                 pooled = self.add("Flatten", [value], (n, c * h * w), axis=1)
@@ -312,5 +330,5 @@ class GraphBuilder:
 
 def random_graph(seed: int, steps: int | None = None) -> ir.Model:
     """The graph of a seed; shapes inferred, batch symbolic."""
-    builder = GraphBuilder(seed)
+    builder = GraphBuilder(seed, opset=(9, 11, 13, 17, 20)[seed % 5])
     return builder.build(steps or int(builder.random.integers(4, 16)))
