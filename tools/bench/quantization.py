@@ -81,7 +81,8 @@ def latencies(paths: list[Path], feeds: np.ndarray, rounds: int, inner: int) -> 
 def ours(source: Path, calib: np.ndarray, out: Path, options: str) -> None:
     import graphopt
 
-    graphopt.optimize(source, passes=f"fold,quantize{{{options}}}", target="cpu", calib={_input(source): calib}).save(out)
+    passes = f"fold,quantize{{{options}}}"
+    graphopt.optimize(source, passes=passes, target="cpu", calib={_input(source): calib}).save(out)
 
 
 def _input(source: Path) -> str:
@@ -129,7 +130,7 @@ def main() -> None:
     calib, _ = images(args.data, "train2048")
     x, labels = images(args.data, "test")
     x, labels = x[: args.test_images], labels[: args.test_images]
-    lines = ["| model | variant | top-1 % | bytes | batch 1 ms | ratio | batch 32 ratio |", "|---|---|---|---|---|---|---|"]
+    lines = ["| model | variant | top-1 % | bytes | batch 1 ms | ratio | batch 32 ratio |", "|---" * 7 + "|"]
     for model in args.models.split(","):
         source = args.data / "models" / f"{model}.onnx"
         variants = {"float32": source}
