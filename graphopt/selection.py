@@ -10,7 +10,7 @@ per axis (`graphopt.analysis.rules.CostTerm`), so what a removal saves depends o
 3. exchanges levels between pairs of families while that lowers the harm within the budget.
 
 Only levels at which every axis involved keeps a multiple of `multiple` positions (or its full length) are considered,
-so there is no rounding afterwards; where no level can satisfy all axes at once, levels that satisfy most of them are.
+so there is no rounding afterwards; where no level satisfies all axes of a family, levels that satisfy most of them are.
 No axis goes below `min_keep` positions. Nothing here knows about operators. Deterministic; of equals the first wins.
 """
 
@@ -226,6 +226,8 @@ class _State:
             broken[level] = sum(count % self.multiple != 0 and count != full for count, full in counts)
         self._set(family, before)
         fewest = min((v for k, v in broken.items() if k > 0), default=0)
+        if fewest == len(self._axes_of[family]):
+            fewest = 0  # no axis would gain anything: leave the family alone
         return [k for k, v in broken.items() if k in {0, before} or v <= fewest]
 
     def best_step(self) -> tuple[int, int] | None:

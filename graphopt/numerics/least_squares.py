@@ -20,7 +20,7 @@ from typing import Any
 
 from array_api_compat import array_namespace
 
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Candidates for lam / mean(diag S)."""
 
 DEFAULT_RIDGE = 1e-3
