@@ -51,8 +51,9 @@ lint: setup
 types: setup
 	cd build && MYPYPATH=$$(echo __editable__.*) ../$(BIN)/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache
 
+# One thread for linear algebra in each of the workers: two pools of threads on the same cores wait for each other.
 check: setup
-	$(BIN)/pytest -n $(WORKERS)
+	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 
 # In this order whatever make's -j says, so that pytest's summary is the last line.
 test: setup

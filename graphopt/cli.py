@@ -5,6 +5,7 @@ Heavy imports stand inside the commands, so that `graphopt --help` answers at on
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import sys
@@ -109,6 +110,7 @@ def optimize(
 
     Without --passes, --recipe and -O it is -O1. The input model is never changed.
     """
+    _limit_threads(options["jobs"])
     from graphopt.api import optimize as run_pipeline
     from graphopt.destination import check_file, check_output
     from graphopt.errors import GateRefused
@@ -145,6 +147,15 @@ def optimize(
         click.echo(f"wrote {', '.join(dict.fromkeys(written))}")
     elif not options["dry_run"] and not as_json:
         click.echo("nothing was written: -o OUT writes the model")
+
+
+def _limit_threads(jobs: int) -> None:
+    """Keep linear algebra to the threads asked for; it reads these once, when numpy is first imported.
+
+    Besides, sums then come out the same on machines with more or fewer cores. What the user set himself stands.
+    """
+    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, str(jobs))
 
 
 def _show(report: Any, page: str | None, as_json: bool) -> None:
