@@ -1,0 +1,227 @@
+"""prune: redundant units go without a trace, budgets are met, real networks keep their accuracy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from text_graph import graph
+
+from graphopt import model as models
+from graphopt.analysis.cost import model_stats
+from graphopt.base import Context
+from graphopt.calibration import load
+from graphopt.errors import UsageError
+from graphopt.executor import Session
+from graphopt.passes.prune import Prune
+from graphopt.progress import Silent
+from graphopt.target import Target
+
+TARGET = Target("test", "ort", channel_multiple=1)
+
+
+def context(calibration=None, seed=0, target=TARGET):
+    return Context(target, calibration, None, seed, 1, Silent())
+
+
+def pruned(model, calibration=None, seed=0, target=TARGET, **options):
+    copy = model.clone()
+    result = Prune(**options).run(copy, context(calibration, seed, target))
+    models.infer_shapes(copy)
+    models.check(copy)
+    return copy, result
+
+
+def difference(one, other, feeds):
+    a, b = Session(one).run(feeds), Session(other).run(feeds)
+    return max(float(np.linalg.norm(a[n] - b[n]) / np.linalg.norm(a[n])) for n in a)
+
+
+def doubled(array, axis, scale=1.0):
+    """Every slice twice; readers take half of each."""
+    return (scale * np.concatenate([array, array], axis)).astype(np.float32)
+
+
+def redundant(seed=0):
+    """A residual network in which every channel exists twice: half of all units carry nothing new."""
+    rng = np.random.default_rng(seed)
+
+    def weight(*shape):
+        return rng.normal(size=shape) * np.sqrt(2 / np.prod(shape[1:]))
+
+    return graph(
+        "(float[n, 3, 8, 8] x) => (float[n, 5] y)",
+        """
+        a = Conv <pads = [1, 1, 1, 1]> (x, w0, b0)
+        s = Relu (a)
+        b = Conv <pads = [1, 1, 1, 1]> (s, w1, b1)
+        c = Relu (b)
+        d = Conv <pads = [1, 1, 1, 1]> (c, w2, b2)
+        e = Add (s, d)
+        f = Relu (e)
+        g = GlobalAveragePool (f)
+        h = Flatten (g)
+        y = Gemm (h, w3, b3)
+        """,
+        w0=doubled(weight(4, 3, 3, 3), 0),
+        b0=doubled(rng.normal(size=4), 0),
+        w1=doubled(doubled(weight(6, 4, 3, 3), 1, 0.5), 0),
+        b1=doubled(rng.normal(size=6), 0),
+        w2=doubled(doubled(weight(4, 6, 3, 3), 1, 0.5), 0),
+        b2=doubled(rng.normal(size=4), 0),
+        w3=doubled(weight(8, 5), 0, 0.5)[:8],
+        b3=rng.normal(size=5).astype(np.float32),
+    )
+
+
+def images(model, samples=256, seed=1, shape=(3, 8, 8)):
+    x = np.random.default_rng(seed).normal(size=(samples, *shape)).astype(np.float32)
+    return load({"x": x}, model)
+
+
+TEST = {"x": np.random.default_rng(99).normal(size=(16, 3, 8, 8)).astype(np.float32)}
+
+
+@pytest.mark.parametrize("budget", ["macs", "params"])
+def test_a_doubled_network_is_halved_without_a_trace(budget):
+    model = redundant()
+    # half of every width is a quarter of most work; the first layer's input and the last one's output stay
+    small, result = pruned(model, images(model), **{budget: 0.35})
+    assert difference(model, small, TEST) < 1e-4
+    before, after = model_stats(model), model_stats(small)
+    kept = after.macs / before.macs if budget == "macs" else after.parameters / before.parameters
+    assert kept <= 0.35 + 1e-9
+    assert any("removed" in note for note in result.notes)
+
+
+def test_without_reconstruction_the_same_removal_does_harm():
+    """The test above can fail: what keeps the function is the refit, not the choice alone."""
+    model = redundant()
+    small, _ = pruned(model, images(model), macs=0.35, reconstruct="none")
+    assert difference(model, small, TEST) > 1e-2
+
+
+def test_means_alone_are_better_than_nothing():
+    model = redundant(3)
+    errors = {}
+    for mode in ("ls", "mean", "none"):
+        small, _ = pruned(model, images(model), macs=0.2, reconstruct=mode, score="random", seed=1)
+        errors[mode] = difference(model, small, TEST)
+    assert errors["ls"] < errors["mean"] < errors["none"]
+
+
+def test_obs_beats_random():
+    model = redundant(5)
+    errors = {s: difference(model, pruned(model, images(model), macs=0.4, score=s)[0], TEST) for s in ("obs", "random")}
+    assert errors["obs"] < 0.1 * errors["random"]
+
+
+@pytest.mark.parametrize("op", ["grouped", "transposed", "matmul", "concat"])
+def test_other_readers(op):
+    """Redundant channels in front of a grouped and a transposed convolution, a MatMul, two readers of one Concat."""
+    rng = np.random.default_rng(2)
+    bodies = {
+        "grouped": (
+            "y = Conv <group = 2> (s, w1)",
+            {"w1": np.concatenate([rng.normal(size=(4, 2, 3, 3)).repeat(2, axis=1)], axis=0).astype(np.float32)},
+        ),
+        "transposed": (
+            "y = ConvTranspose <strides = [2, 2]> (s, w1)",
+            {"w1": rng.normal(size=(4, 3, 3, 3)).repeat(2, axis=0).astype(np.float32)},
+        ),
+        "matmul": (
+            "t = Transpose <perm = [0, 2, 3, 1]> (s)  y = MatMul (t, w1)",
+            {"w1": rng.normal(size=(4, 5)).repeat(2, axis=0).astype(np.float32)},
+        ),
+        "concat": (
+            "k = Concat <axis = 1> (x, s)  p = Conv (k, w1, b1)  q = Conv (s, w2)  r = Conv (q, w3)  y = Add (p, r)",
+            {
+                "w1": rng.normal(size=(4, 11, 1, 1)).astype(np.float32),
+                "b1": rng.normal(size=4).astype(np.float32),
+                "w2": rng.normal(size=(6, 8, 1, 1)).astype(np.float32),
+                "w3": rng.normal(size=(4, 6, 1, 1)).astype(np.float32),
+            },
+        ),
+    }
+    body, parameters = bodies[op]
+    w0 = rng.normal(size=(4, 3, 3, 3)).repeat(2, axis=0).astype(np.float32)
+    b0 = rng.normal(size=4).repeat(2).astype(np.float32)
+    first = "a = Conv <pads = [1, 1, 1, 1]> (x, w0, b0)  s = Relu (a)  "
+    signature = "(float[n, 3, 8, 8] x) => (float[n, m, h, w] y)"
+    model = graph(signature, first + body, w0=w0, b0=b0, **parameters)
+    small, result = pruned(model, images(model), macs=0.75 if op == "concat" else 0.55)
+    assert result.changed
+    assert difference(model, small, TEST) < 2e-3
+    assert model_stats(small).macs < 0.76 * model_stats(model).macs
+
+
+def test_multiple_and_floor_and_exclusion():
+    model = redundant()
+    target = Target("test", "ort", channel_multiple=4)
+    small, _ = pruned(model, images(model), target=target, macs=0.7)
+    widths = {n: v.const_value.shape[0] for n, v in small.graph.initializers.items() if n in {"w0", "w1"}}
+    assert all(w % 4 == 0 for w in widths.values())
+    small, result = pruned(model, images(model), macs=0.6, exclude=("w3", "nothing*"))
+    assert small.graph.initializers["w3"].const_value.shape[0] == 8
+    assert small.graph.initializers["w1"].const_value.shape[0] < 12
+    assert any(n == "warning: exclude=nothing* matches nothing" for n in result.notes)
+    small, _ = pruned(model, images(model), macs=0.6, min_keep=6)
+    assert small.graph.initializers["w0"].const_value.shape[0] >= 6
+
+
+def test_same_seed_same_bytes(tmp_path):
+    model = redundant()
+    for name in ("one", "other"):
+        small, _ = pruned(model, images(model), macs=0.5, score="random", seed=7)
+        models.save(small, tmp_path / f"{name}.onnx")
+    assert (tmp_path / "one.onnx").read_bytes() == (tmp_path / "other.onnx").read_bytes()
+
+
+def test_without_data_it_says_so():
+    model = redundant()
+    small, result = pruned(model, macs=0.5)
+    assert any(n.startswith("warning: ") and "accuracy will suffer" in n for n in result.notes)
+    assert model_stats(small).macs <= 0.5 * model_stats(model).macs
+
+
+def test_names_stay():
+    model = redundant()
+    small, _ = pruned(model, images(model), macs=0.5)
+    assert [n.outputs[0].name for n in small.graph] == [n.outputs[0].name for n in model.graph]
+    assert set(small.graph.initializers) == set(model.graph.initializers)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "no budget"),
+        ({"macs": 0.5, "params": 0.5}, "two budgets"),
+        ({"macs": 1.5}, "not a fraction"),
+        ({"macs": 0.01}, "cannot be met"),
+        ({"macs": 0.5, "multiple": 0}, "not positive"),
+    ],
+)
+def test_wrong_options(options, message):
+    model = redundant()
+    with pytest.raises(UsageError, match=message):
+        pruned(model, images(model, 8), **options)
+
+
+@pytest.mark.data
+def test_resnet20_keeps_its_accuracy(data_dir):
+    """A quarter of the training images, a tenth of the test images: far from the full recipe, and still a floor."""
+    model = models.load(data_dir / "models" / "resnet20_cifar10.onnx")
+    models.infer_shapes(model)
+    mean = np.array([0.485, 0.456, 0.406], np.float32).reshape(1, 3, 1, 1)
+    deviation = np.array([0.229, 0.224, 0.225], np.float32).reshape(1, 3, 1, 1)
+
+    def arrays(split, count):
+        data = np.load(data_dir / "cifar10" / f"{split}.npz")
+        return (data["images"][:count].astype(np.float32) / 255 - mean) / deviation, data["labels"][:count]
+
+    calibration = load({"input": arrays("train2048", 256)[0]}, model)
+    small, _ = pruned(model, calibration, target=Target("test", "ort", channel_multiple=4), macs=0.7)
+    x, labels = arrays("test", 1000)
+    session = Session(small, optimize=True)
+    found = np.concatenate([session.run({"input": x[i : i + 100]})["logits"].argmax(1) for i in range(0, 1000, 100)])
+    assert (found == labels).mean() > 0.86
+    assert model_stats(small).macs <= 0.7 * model_stats(model).macs
