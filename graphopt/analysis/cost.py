@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis import shapes
-from graphopt.analysis.rules import CostView, rule_for
+from graphopt.analysis.rules import CostView, OpRule, rule_for
 
 
 @dataclass(frozen=True)
@@ -60,18 +60,10 @@ def _macs(model: ir.Model) -> int | None:
     total = 0.0
     for node in model.graph:
         handler = rule_for(node)
-        if handler is None or type(handler).cost is _no_cost():
+        if handler is None or type(handler).cost is OpRule.cost:
             continue
-        coefficient, _ = handler.cost(node, view)
-        if not coefficient and any(
-            shapes.static_dims(v) is None for v in (*node.inputs, *node.outputs) if v is not None
-        ):
+        products = handler.cost(node, view)
+        if not products and any(shapes.static_dims(v) is None for v in (*node.inputs, *node.outputs) if v is not None):
             return None
-        total += coefficient
+        total += sum(coefficient for coefficient, _ in products)
     return int(np.rint(total))
-
-
-def _no_cost() -> object:
-    from graphopt.analysis.rules import OpRule
-
-    return OpRule.cost

@@ -114,13 +114,14 @@ class Removal:
         return self._mask(self.coupling.solution.units(use.axes.get(axis, ())))
 
     def operand_count(self, node: ir.Node, index: int, axis: int) -> int:
-        """Size of a parameter's axis after the removal."""
+        """Size of an operand's axis after the removal; its shape must be known."""
         mask = self.operand_mask(node, index, axis)
         if mask is not None:
             return int(mask.sum())
-        size = shapes.sizes(node.inputs[index])
+        value = node.inputs[index]
+        size = self.size(value, axis) if value is not None else None
         assert size is not None
-        return size[axis]
+        return size
 
     def places(self, value: ir.Value, axis: int, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Where dense positions of an axis are after the removal; removed ones are left out."""

@@ -313,6 +313,10 @@ def elementwise_value(node: ir.Node, index: int, output: ir.Value, axis: int, d:
     return np.full(size, float(array.ravel()[0]))
 
 
+Product = tuple[float, tuple[Vector, ...]]
+"""(coefficient, axes): coefficient * product over axes of the number of alive positions; see `CostTerm`."""
+
+
 @dataclass(frozen=True)
 class CostView:
     """Unit ids by position, for rules that count work."""
@@ -320,16 +324,16 @@ class CostView:
     of_operand: Callable[[ir.Node, int, int], Factors]
     of_value: Callable[[ir.Value, int], Factors]
 
-    def axis(self, node: ir.Node, index: int, axis: int, size: int) -> tuple[float, tuple[Vector, ...]]:
+    def axis(self, node: ir.Node, index: int, axis: int, size: int) -> Product:
         """(coefficient, axes) of an operand's axis: a labelled one counts alive positions, another its size."""
         return _counted(self.of_operand(node, index, axis), size)
 
-    def result(self, node: ir.Node, axis: int, size: int) -> tuple[float, tuple[Vector, ...]]:
+    def result(self, node: ir.Node, axis: int, size: int) -> Product:
         """(coefficient, axes) of an axis of the first output."""
         return _counted(self.of_value(node.outputs[0], axis), size)
 
 
-def _counted(factors: Factors, size: int) -> tuple[float, tuple[Vector, ...]]:
+def _counted(factors: Factors, size: int) -> Product:
     return (1.0, (np.stack(factors),)) if factors else (float(size), ())
 
 
@@ -346,9 +350,9 @@ class OpRule:
     def dead(self, node: ir.Node, d: DeadValues) -> None:
         """Tell the dead values of the outputs; saying nothing means unknown."""
 
-    def cost(self, node: ir.Node, c: CostView) -> tuple[float, tuple[Vector, ...]]:
-        """(coefficient, axes) of the node's multiply-accumulates; 0 for operators without any."""
-        return 0.0, ()
+    def cost(self, node: ir.Node, c: CostView) -> list[Product]:
+        """The node's multiply-accumulates as a sum of products; empty for operators without any."""
+        return []
 
     def rewrite(self, node: ir.Node, r: Removal) -> None:
         """Change attributes and constants that hold sizes; parameters are sliced for all operators alike."""

@@ -181,8 +181,7 @@ def analyse(model: ir.Model, modes: Mapping[str, int] | None = None) -> Coupling
     view = CostView(coupling.operand_units, lambda v, axis: coupling.axis_units(v.name or "", axis))
     for node in model.graph:
         handler = rule_for(node)
-        coefficient, axes = handler.cost(node, view) if handler is not None else (0.0, ())
-        if coefficient:
+        for coefficient, axes in handler.cost(node, view) if handler is not None else []:
             coupling.terms.append(CostTerm(node_key(node), coefficient, axes))
     return coupling
 

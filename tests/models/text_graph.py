@@ -40,7 +40,13 @@ def _type(value: Any) -> str:
     if isinstance(value, tuple):
         return f"float[{','.join(map(str, value))}]"
     array = np.asarray(value)
-    kind = {"int64": "int64", "float32": "float", "float64": "double", "bool": "bool", "int32": "int32"}[
-        array.dtype.name
-    ]
+    kind = {
+        "int64": "int64",
+        "float32": "float",
+        "float64": "double",
+        "bool": "bool",
+        "int32": "int32",
+        "int8": "int8",
+        "uint8": "uint8",
+    }[array.dtype.name]
     return f"{kind}[{','.join(map(str, array.shape))}]" if array.ndim else kind

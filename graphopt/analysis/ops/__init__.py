@@ -7,6 +7,8 @@ from graphopt.analysis.ops import (  # noqa: F401
     layout,
     linear,
     normalization,
+    quantized,
+    recurrent,
     reduction,
     resizing,
     shaping,

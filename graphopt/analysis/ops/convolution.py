@@ -17,9 +17,9 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis import shapes
-from graphopt.analysis.labels import Axes, Factors, Vector
+from graphopt.analysis.labels import Axes, Factors
 from graphopt.analysis.remove import Removal
-from graphopt.analysis.rules import CostView, DeadValues, Labeller, OpRule, rule, where
+from graphopt.analysis.rules import CostView, DeadValues, Labeller, OpRule, Product, rule, where
 
 
 def padded(node: ir.Node) -> bool:
@@ -35,6 +35,13 @@ def groups(node: ir.Node) -> int:
     return int(node.attributes.get_int("group", 1) or 1)
 
 
+def weight_shape(node: ir.Node) -> list[int] | None:
+    """Shape of the weight, constant or computed (dequantised, say); None where it is not known."""
+    found = shapes.dims(node.inputs[1]) if node.inputs[1] is not None else None
+    sizes = [d for d in found or () if isinstance(d, int)]
+    return sizes if found and len(sizes) == len(found) else None
+
+
 class _Convolution(OpRule):
     """What Conv and ConvTranspose share; they differ in which weight axis reads and which writes."""
 
@@ -45,12 +52,14 @@ class _Convolution(OpRule):
         name = where(node)
         source = node.inputs[0]
         assert source is not None
-        size = shapes.sizes(node.inputs[1])
+        size = weight_shape(node)
         if size is None:
-            g.freeze_node(node, f"{name}: its weight is computed")
+            g.freeze_node(node, f"{name}: the shape of its weight is not known")
             return
         x = g.operand(node, 0)
         w = g.operand(node, 1, {self.reads: "consumer", self.writes: "producer"}, only=(0, 1))
+        g.freeze(w, f"{name}: kernel positions are no units", but=(0, 1))
+        w = {axis: (g.table.merge(factors, name),) for axis, factors in w.items()}
         g.freeze(x, f"{name}: the axis is convolved over", but=(0, 1))
         count = groups(node)
         if count == 1:
@@ -65,7 +74,8 @@ class _Convolution(OpRule):
             out = g.equate(out, bias, f"{name}: its output channels are never removed")
         g.set(node.outputs[0], {0: x.get(0, ()), 1: out})
         if 1 in x:
-            exact_constant = count == 1 and self.reads == 1 and not padded(node)
+            plain = count == 1 and self.reads == 1 and shapes.constant_tensor(node.inputs[1]) is not None
+            exact_constant = plain and not padded(node)
             reason = "reads an unknown value" if exact_constant else "reads a value that is not zero next to padding"
             g.sink(source, 1, node, "constant" if exact_constant else "zero", f"{name}: {reason}")
 
@@ -92,14 +102,18 @@ class _Convolution(OpRule):
         if 1 not in d.axes(output):
             return
         size = d.size(output, 1)
-        if d.hypothetical:
-            d.set(output, 1, np.zeros(size))
-            return
         array = shapes.constant(node.inputs[1])
         bias = d.operand(node, 2, 0)
-        inputs = d.of(source, 1) if source is not None else None
-        if array is None:
+        if d.hypothetical or array is None:
+            # The filter of a dead unit is zero; a computed one is where what it is computed from says so.
+            filters = d.operand(node, 1, self.writes)
+            if array is None and (filters is None or len(filters) != size):
+                return
+            zero = np.zeros(size) if array is not None or filters is None else np.where(filters == 0, 0.0, np.nan)
+            no_bias = len(node.inputs) < 3 or node.inputs[2] is None
+            d.set(output, 1, zero if no_bias else zero + (np.nan if bias is None else bias))
             return
+        inputs = d.of(source, 1) if source is not None else None
         # kernel[group, out, in, position] and inputs[group, in], the same for both operators
         count = groups(node)
         kernel = array.astype(np.float64).reshape(count, -1, array.shape[1], int(np.prod(array.shape[2:])))
@@ -113,23 +127,21 @@ class _Convolution(OpRule):
         result = np.where(known, total, np.nan).ravel()
         d.set(output, 1, result + (0.0 if bias is None else bias))
 
-    def cost(self, node: ir.Node, c: CostView) -> tuple[float, tuple[Vector, ...]]:
+    def cost(self, node: ir.Node, c: CostView) -> list[Product]:
         positions = node.outputs[0] if self.reads == 1 else node.inputs[0]
-        weight = node.inputs[1]
-        # By shape, not by value: a quantised weight comes out of a DequantizeLinear.
-        size = shapes.static_dims(weight) if weight is not None else None
+        size = weight_shape(node)
         spatial = shapes.static_dims(positions) if positions is not None else None
         if spatial is None or size is None:
-            return 0.0, ()
+            return []
         points = float(np.prod([spatial[0], *spatial[2:]])) * float(np.prod(size[2:]))
         first, one = c.axis(node, 1, 0, size[0])
         second, two = c.axis(node, 1, 1, size[1])
-        return points * first * second, (*one, *two)
+        return [(points * first * second, (*one, *two))]
 
     def rewrite(self, node: ir.Node, r: Removal) -> None:
         source = node.inputs[0]
         assert source is not None
-        count, size = groups(node), shapes.sizes(node.inputs[1])
+        count, size = groups(node), weight_shape(node)
         if count == 1:
             if self.reads == 1:
                 r.fold_constants(node, source, 1, weight=1, bias=2)

@@ -10,9 +10,20 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis import shapes
-from graphopt.analysis.labels import Axes, Vector
+from graphopt.analysis.labels import Axes
 from graphopt.analysis.remove import Removal
-from graphopt.analysis.rules import CostView, DeadValues, Floats, Labeller, OpRule, Role, elementwise_value, rule, where
+from graphopt.analysis.rules import (
+    CostView,
+    DeadValues,
+    Floats,
+    Labeller,
+    OpRule,
+    Product,
+    Role,
+    elementwise_value,
+    rule,
+    where,
+)
 
 
 def _flags(node: ir.Node) -> tuple[int, int]:
@@ -76,14 +87,14 @@ class Gemm(OpRule):
             result = result + node.attributes.get_float("beta", 1.0) * bias
         d.set(output, 1, result)
 
-    def cost(self, node: ir.Node, c: CostView) -> tuple[float, tuple[Vector, ...]]:
+    def cost(self, node: ir.Node, c: CostView) -> list[Product]:
         weight, out = node.inputs[1], shapes.static_dims(node.outputs[0])
         size = shapes.static_dims(weight) if weight is not None else None
         if size is None or out is None:
-            return 0.0, ()
+            return []
         first, one = c.axis(node, 1, 0, size[0])
         second, two = c.axis(node, 1, 1, size[1])
-        return out[0] * first * second, (*one, *two)
+        return [(out[0] * first * second, (*one, *two))]
 
     def rewrite(self, node: ir.Node, r: Removal) -> None:
         ta, tb = _flags(node)
@@ -162,16 +173,16 @@ class MatMul(OpRule):
             if values is not None and len(values) == size:
                 d.set(output, axis, np.where(values == 0, 0.0, np.nan))
 
-    def cost(self, node: ir.Node, c: CostView) -> tuple[float, tuple[Vector, ...]]:
+    def cost(self, node: ir.Node, c: CostView) -> list[Product]:
         left, out = node.inputs[0], shapes.static_dims(node.outputs[0])
         inner = shapes.static_dims(left) if left is not None else None
         if out is None or not inner:
-            return 0.0, ()
+            return []
         coefficient, axes = c.axis(node, 0, len(inner) - 1, inner[-1])
         for axis, size in enumerate(out):
             factor, more = c.result(node, axis, size)
             coefficient, axes = coefficient * factor, (*axes, *more)
-        return coefficient, axes
+        return [(coefficient, axes)]
 
     def rewrite(self, node: ir.Node, r: Removal) -> None:
         source, size = node.inputs[0], shapes.sizes(node.inputs[1])

@@ -1,0 +1,113 @@
+"""LSTM, GRU and RNN: a hidden position is one unit across its gates, both directions, states and peepholes.
+
+Weights stack the gates: W [D, G H, I], R [D, G H, H], B [D, 2 G H], peepholes P [D, 3 H], with G = 4, 3, 1 and D
+directions. Hidden position h owns rows h, H + h, 2 H + h, ... of W, R and B and column h of R. With those rows zero and
+a zero initial state the position stays zero for all times: LSTM c = f c + i tanh(0), h = o tanh(c); GRU
+h = (1 - z) tanh(0) + z h; RNN h = tanh(0). Activations are checked for f(0) = 0.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.analysis import shapes
+from graphopt.analysis.remove import Removal
+from graphopt.analysis.rules import CostView, DeadValues, Labeller, OpRule, Product, rule, where
+
+_GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+_STATE_ACTIVATIONS = {"LSTM": (1, 2), "GRU": (1,), "RNN": (0,)}
+"""Which of a direction's activations act on the state; they must map 0 to 0."""
+_COUNT = {"LSTM": 3, "GRU": 2, "RNN": 1}
+_ZERO_AT_ZERO = {"tanh", "relu", "leakyrelu", "elu", "softsign", "scaledtanh"}
+
+
+def _zero_preserving(node: ir.Node) -> bool:
+    given = [str(a).lower() for a in node.attributes.get_strings("activations", ()) or ()]
+    count = _COUNT[node.op_type]
+    return all(
+        given[start + place] in _ZERO_AT_ZERO
+        for start in range(0, len(given), count)
+        for place in _STATE_ACTIVATIONS[node.op_type]
+    )
+
+
+@rule
+class Recurrent(OpRule):
+    """Inputs X, W, R, B, sequence_lens, initial_h, initial_c, P; outputs Y [T, D, B, H], Y_h and Y_c [D, B, H]."""
+
+    ops = tuple(_GATES)
+
+    def label(self, node: ir.Node, g: Labeller) -> None:
+        name = where(node)
+        gates = _GATES[node.op_type]
+        if shapes.sizes(node.inputs[1]) is None or shapes.sizes(node.inputs[2]) is None:
+            g.freeze_node(node, f"{name}: its weights are computed")
+            return
+        x = g.operand(node, 0)
+        g.freeze(x, f"{name}: steps follow each other, samples share a state", but=(2,))
+        w = g.operand(node, 1, {1: "producer", 2: "consumer"}, only=(1, 2))
+        r = g.operand(node, 2, {1: "producer", 2: "consumer"}, only=(1, 2))
+        hidden = r.get(2, ())
+        if 2 in x or 2 in w:
+            g.equate(x.get(2, ()), w.get(2, ()), f"{name}: its input features are never removed")
+        tie = f"{name}: its hidden positions are never removed"
+        stacked = tuple(np.tile(vector, gates) for vector in hidden)
+        for operand in (w, r):
+            if 1 in operand or stacked:
+                g.equate(stacked, operand.get(1, ()), tie)
+        for index, copies in ((3, 2 * gates), (7, 3)):
+            own = g.operand(node, index, {1: "producer"}, only=(1,)).get(1, ())
+            if own:
+                g.equate(tuple(np.tile(vector, copies) for vector in hidden), own, tie)
+        g.freeze(g.operand(node, 4), f"{name}: lengths are no units")
+        for index in (5, 6):
+            state = node.inputs[index] if index < len(node.inputs) else None
+            if state is not None:
+                given = g.operand(node, index, role="producer", only=(2,))
+                g.freeze(given, tie, but=(2,))
+                g.equate(hidden, given.get(2, ()), f"{name}: its initial state is never shortened")
+        for output, axis in zip(node.outputs, (3, 2, 2), strict=False):
+            g.set(output, {axis: hidden})
+        if 2 in x and node.inputs[0] is not None:
+            g.sink(node.inputs[0], 2, node, "zero", f"{name}: reads a value that is not zero")
+
+    def dead(self, node: ir.Node, d: DeadValues) -> None:
+        if not _zero_preserving(node):
+            return
+        axes = [(o, a) for o, a in zip(node.outputs, (3, 2, 2), strict=False) if a in d.axes(o)]
+        if not axes:
+            return
+        size = d.size(*axes[0])
+        quiet = np.ones(size, dtype=bool)
+        for index in (5, 6):
+            if index < len(node.inputs) and node.inputs[index] is not None:
+                state = d.operand(node, index, 2)
+                quiet &= (state == 0) if state is not None else False
+        if not d.hypothetical:
+            for index in (1, 2, 3):
+                array = shapes.constant(node.inputs[index]) if index < len(node.inputs) else None
+                if array is not None:
+                    rows = np.moveaxis(array, 1, 0).reshape(-1, size, array.size // array.shape[1])
+                    quiet &= ~rows.any(axis=(0, 2))
+        for output, axis in axes:
+            d.set(output, axis, np.where(quiet, 0.0, np.nan))
+
+    def cost(self, node: ir.Node, c: CostView) -> list[Product]:
+        source = node.inputs[0]
+        x = shapes.static_dims(source) if source is not None else None
+        w, r = shapes.sizes(node.inputs[1]), shapes.sizes(node.inputs[2])
+        if x is None or w is None or r is None:
+            return []
+        steps = float(x[0] * x[1] * w[0])
+        products: list[Product] = []
+        for index, size in ((1, w), (2, r)):
+            first, one = c.axis(node, index, 1, size[1])
+            second, two = c.axis(node, index, 2, size[2])
+            products.append((steps * first * second, (*one, *two)))
+        return products
+
+    def rewrite(self, node: ir.Node, r: Removal) -> None:
+        left = r.operand_count(node, 2, 2)
+        if node.attributes.get_int("hidden_size", left) != left:
+            node.attributes.add(ir.AttrInt64("hidden_size", left))
