@@ -94,6 +94,7 @@ class Emitter:
         return self._params[root]
 
     def _store(self, stem: str, params: Affine) -> tuple[ir.Value, ir.Value]:
+        """Scale and zero point as initialisers."""
         graph = self.model.graph
         kind = ir.DataType.from_numpy(params.zero_point.dtype)
         scale = new_initializer(graph, self._names.fresh(f"{stem}_scale"), params.scale, ir.DataType.FLOAT)
@@ -230,7 +231,7 @@ class Emitter:
         kind = ir.DataType.from_numpy(data.dtype)
         integers = new_initializer(self.model.graph, self._names.fresh(f"{stem}_quantized"), data, kind)
         scale, zero = self._store(stem, params)
-        attributes = {} if params.axis is None else {"axis": params.axis}
+        attributes: dict[str, int] = {} if params.axis is None else {"axis": params.axis}
         name = self._names.fresh(f"{stem}_dequantized")
         out = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(data.shape))
         node = ir.node(

@@ -69,8 +69,10 @@ class Quantize(Pass):
     needs_calibration: ClassVar[bool] = True
 
     scheme: Literal["int8"] = option("int8", "integers for weights and activations")
-    ranges: Literal["minmax", "percentile", "mse"] = option(
-        "minmax", "range of an activation: its extremes, its percentiles, or least squared error on its histogram"
+    ranges: Literal["auto", "minmax", "percentile", "mse"] = option(
+        "auto",
+        "range of an activation: its extremes, its percentiles, or least squared error on its histogram; "
+        "auto takes minmax or mse, whichever disturbs the outputs less",
     )
     percentile: float = option(99.99, "for ranges=percentile: the share of values inside the range", low=50, high=100)
     per_channel: bool | None = option(None, "one weight scale per output channel; default: as the target wants it")
@@ -118,6 +120,8 @@ class _Work:
         self.in_float: dict[str, str] = {}
         self.noise: dict[str, float] = {}
         self.histograms: dict[str, Histogram] = {}
+        self.rule = "minmax"
+        self._float_outputs: Reference | None = None
 
     def go(self, result: PassResult) -> None:
         """Plan, measure, choose, write."""
@@ -129,9 +133,13 @@ class _Work:
             wrong = next((t for t in (*read, *(first.roots.get(c, c) for c in unit.carriers)) if t in unfit), None)
             if wrong:
                 self.in_float[key] = f"tensor {wrong} {unfit[wrong]}"
-        self._scales(first, histograms)
+        rules = ("minmax", "mse") if self.options.ranges == "auto" else (self.options.ranges,)
+        scales = {rule: self._scales(first, rule) for rule in rules}
+        self.rule, self.activations = rules[0], scales[rules[0]]
         if self.in_float:
             chosen = self._replanned(first)
+        if len(rules) > 1 and chosen.units:
+            self._choose_ranges(first, scales)
         if self.options.sensitive == "auto" and chosen.units:
             chosen = self._by_sensitivity(first, chosen, result)
         emitter = Emitter(self.model, chosen, self.activations, self.scheme, self.per_channel)
@@ -158,18 +166,42 @@ class _Work:
                 found[name].update(values)
         return found
 
-    def _scales(self, planned: Plan, histograms: dict[str, Histogram]) -> None:
+    def _scales(self, planned: Plan, rule: str) -> dict[str, Affine]:
+        """Quantisation parameters of all tensors that can be quantised."""
+        found = {}
         for name in planned.ranged:
-            histogram = histograms[name]
+            histogram = self.histograms[name]
             if _unfit(histogram):
                 continue
-            if self.options.ranges == "mse":
+            if rule == "mse":
                 low, high = mse_range(histogram, self.grid)
-            elif self.options.ranges == "percentile":
+            elif rule == "percentile":
                 low, high = percentile_range(histogram, self.options.percentile)
             else:
                 low, high = minmax_range(histogram)
-            self.activations[name] = affine(low, high, self.grid)
+            found[name] = affine(low, high, self.grid)
+        return found
+
+    def _choose_ranges(self, first: Plan, scales: dict[str, dict[str, Affine]]) -> None:
+        """Take the rule with which the model quantised as a whole is closest to the float model."""
+        noise = {}
+        for rule, found in scales.items():
+            self.activations = found
+            planned = self._replanned(first)
+            noise[rule] = self._reference().noise(self._variant(planned, list(planned.units)))
+        self.rule = min(noise, key=lambda rule: noise[rule])
+        self.activations = scales[self.rule]
+
+    def _reference(self) -> Reference:
+        """The outputs of the float model on a few samples, computed once."""
+        if self._float_outputs is None:
+            if self.ctx.calibration is None:
+                raise DataError("no calibration data", where="quantize")
+            self._float_outputs = Reference(
+                self.model, self.ctx.calibration, samples=SENSITIVITY_SAMPLES, threads=self.ctx.jobs,
+                optimize=self.ctx.target.device == "cpu",
+            )  # fmt: skip
+        return self._float_outputs
 
     def _replanned(self, first: Plan) -> Plan:
         """The plan without the layers that stay in float.
@@ -189,12 +221,7 @@ class _Work:
 
     def _by_sensitivity(self, first: Plan, planned: Plan, result: PassResult) -> Plan:
         """Measure every layer alone, and plan again with the dominant ones in float."""
-        if self.ctx.calibration is None:
-            raise DataError("no calibration data", where="quantize")
-        reference = Reference(
-            self.model, self.ctx.calibration, samples=SENSITIVITY_SAMPLES, threads=self.ctx.jobs,
-            optimize=self.ctx.target.device == "cpu",
-        )  # fmt: skip
+        reference = self._reference()
         noise = reference.noise(self._variant(planned, list(planned.units)))
         keys = [key for key, unit in planned.units.items() if unit.rule.kind is not Kind.MOVE]
         self.noise = measure(reference, keys, lambda part: self._variant(planned, part), self.ctx.progress)
@@ -261,7 +288,7 @@ class _Work:
         result.notes.append(
             f"{compute} weighted layers and {len(chosen.units) - compute} operators between them work on integers "
             f"({self.scheme.activation} activations, {self.scheme.weight} weights, "
-            f"{'per channel' if self.per_channel else 'per tensor'}, ranges {self.options.ranges})"
+            f"{'per channel' if self.per_channel else 'per tensor'}, ranges {self.rule})"
         )
 
 
