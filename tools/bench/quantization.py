@@ -140,7 +140,7 @@ def main() -> None:
             variants[name] = path
             return path
 
-        for ranges in ("minmax", "mse", "percentile"):
+        for ranges in ("auto", "minmax", "mse", "percentile"):
             ours(source, calib, made(f"graphopt {ranges}"), f"ranges={ranges}")
         for activation, per_channel in (("u8", False), ("u8", True), ("s8", True)):
             out = made(f"onnxruntime {activation.upper()}S8 per {'channel' if per_channel else 'tensor'}")
