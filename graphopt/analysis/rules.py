@@ -281,12 +281,14 @@ class DeadValues:
         value = node.inputs[index] if index < len(node.inputs) else None
         if value is None:
             return None
-        array = shapes.constant(value)
-        if array is None:
+        sizes = shapes.sizes(value)
+        if sizes is None:
             return self.of(value, axis)
         use = self.uses.get((node_key(node), index))
         if self.hypothetical and use is not None and use.roles.get(axis) == "producer":
-            return np.zeros(array.shape[axis])
+            return np.zeros(sizes[axis])
+        array = shapes.constant(value)
+        assert array is not None
         if array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16":
             return None
         rows = np.moveaxis(array, axis, 0).reshape(array.shape[axis], -1).astype(np.float64)

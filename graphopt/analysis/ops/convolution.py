@@ -102,14 +102,15 @@ class _Convolution(OpRule):
         if 1 not in d.axes(output):
             return
         size = d.size(output, 1)
-        array = shapes.constant(node.inputs[1])
         bias = d.operand(node, 2, 0)
-        if d.hypothetical or array is None:
+        constant = shapes.constant_tensor(node.inputs[1]) is not None
+        array = None if d.hypothetical else shapes.constant(node.inputs[1])
+        if array is None:
             # The filter of a dead unit is zero; a computed one is where what it is computed from says so.
-            filters = d.operand(node, 1, self.writes)
-            if array is None and (filters is None or len(filters) != size):
+            filters = None if constant else d.operand(node, 1, self.writes)
+            if not constant and (filters is None or len(filters) != size):
                 return
-            zero = np.zeros(size) if array is not None or filters is None else np.where(filters == 0, 0.0, np.nan)
+            zero = np.zeros(size) if filters is None else np.where(filters == 0, 0.0, np.nan)
             no_bias = len(node.inputs) < 3 or node.inputs[2] is None
             d.set(output, 1, zero if no_bias else zero + (np.nan if bias is None else bias))
             return

@@ -71,15 +71,16 @@ class Gemm(OpRule):
 
     def dead(self, node: ir.Node, d: DeadValues) -> None:
         output, source = node.outputs[0], node.inputs[0]
-        weight = shapes.constant(node.inputs[1])
         ta, tb = _flags(node)
-        if 1 not in d.axes(output) or weight is None or source is None:
+        if 1 not in d.axes(output) or shapes.constant_tensor(node.inputs[1]) is None or source is None:
             return
         if d.hypothetical:
             result = np.zeros(d.size(output, 1))
         elif ta:
             return
         else:
+            weight = shapes.constant(node.inputs[1])
+            assert weight is not None
             matrix = weight.astype(np.float64).T if tb else weight.astype(np.float64)
             result = node.attributes.get_float("alpha", 1.0) * _constant_result(matrix, d.of(source, 1))
         if len(node.inputs) > 2 and node.inputs[2] is not None:
@@ -157,12 +158,13 @@ class MatMul(OpRule):
             return
         rank = len(shapes.dims(output) or ())
         a_rank, b_rank = len(shapes.dims(left) or ()), len(shapes.dims(right) or ())
-        weight = shapes.constant(right)
+        constant = shapes.constant_tensor(right) is not None
         for axis in d.axes(output):
             size = d.size(output, axis)
             from_b = b_rank > 1 and axis == rank - 1
-            if from_b and weight is not None:
-                if d.hypothetical:
+            if from_b and constant:
+                weight = None if d.hypothetical else shapes.constant(right)
+                if weight is None:
                     d.set(output, axis, np.zeros(size))
                 elif b_rank == 2:
                     d.set(output, axis, _constant_result(weight.astype(np.float64), d.of(left, a_rank - 1)))
