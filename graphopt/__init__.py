@@ -9,7 +9,12 @@ Names are loaded when first used, so that `import graphopt` costs nothing.
 
 from __future__ import annotations
 
+from pkgutil import extend_path
 from typing import TYPE_CHECKING, Any
+
+# Python that is started in the root of a checkout finds ./graphopt first, and passes/ and backends/ are not in there:
+# they are in the link tree of the editable install, which is further down the path.
+__path__ = extend_path(__path__, __name__)
 
 _HOMES = {
     "api": ("Result", "optimize"),
@@ -26,6 +31,7 @@ _HOMES = {
         "VerificationError",
     ),
     "instruments": ("Instrument",),
+    "jobs": ("Inspection", "bench", "compare", "inspect", "lower", "run"),
     "manager": ("PassManager",),
     "model": ("load", "save"),
     "recipe": ("Recipe", "read_recipe", "write_recipe"),
@@ -55,6 +61,12 @@ if TYPE_CHECKING:
     from graphopt.errors import UsageError as UsageError
     from graphopt.errors import VerificationError as VerificationError
     from graphopt.instruments import Instrument as Instrument
+    from graphopt.jobs import Inspection as Inspection
+    from graphopt.jobs import bench as bench
+    from graphopt.jobs import compare as compare
+    from graphopt.jobs import inspect as inspect
+    from graphopt.jobs import lower as lower
+    from graphopt.jobs import run as run
     from graphopt.manager import PassManager as PassManager
     from graphopt.model import load as load
     from graphopt.model import save as save

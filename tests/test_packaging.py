@@ -87,3 +87,10 @@ def test_the_wheel_works_alone(wheel: Path, tmp_path: Path) -> None:
     assert report["accuracy"]["before"] > 0.98
     assert report["accuracy"]["before"] - report["accuracy"]["after"] < 0.03
     assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_passes_are_found_from_the_root_of_a_checkout() -> None:
+    """Where `python` finds ./graphopt first, which holds neither passes nor backends."""
+    program = "from graphopt import registry, passes; print(registry.targets()['cpu'].backend)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "ort", done.stderr
