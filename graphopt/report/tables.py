@@ -68,8 +68,10 @@ def print_passes(out: Console, records: Sequence[PassRecord]) -> None:
     """One line a pass: what became of it, its effect on the counts, and how far the outputs moved."""
     if not records:
         return
-    found = grid(out, ["pass", "status", ">nodes", ">parameters", ">MACs", ">weights", "outputs", ">time", "why"])
-    for record in records:
+    reasons = [_why(record) for record in records]
+    columns = ["pass", "status", ">nodes", ">parameters", ">MACs", ">weights", "outputs", ">time"]
+    found = grid(out, [*columns, "why"] if any(reasons) else columns)
+    for record, why in zip(records, reasons, strict=True):
         cells: list[str] = [""] * 4
         if record.before is not None and record.after is not None:
             before, after = record.before, record.after
@@ -79,14 +81,13 @@ def print_passes(out: Console, records: Sequence[PassRecord]) -> None:
                 _moved(before.macs, after.macs, text.short),
                 _moved(before.bytes, after.bytes, text.size),
             ]
-        why = [record.reason] if record.reason else [gate.detail for gate in record.gates if gate.passed is None]
         found.add_row(
             text.clean(record.spec),
             Text(record.status, STATUS_TONES[record.status]),
             *cells,
             summary.pass_error(record),
             text.duration(record.seconds),
-            text.clean("; ".join(why), 400),
+            *([why] if any(reasons) else []),
             style="dim" if record.status == "undone" else "",
         )
     out.print(found)
@@ -242,7 +243,12 @@ def heading(out: Console, line: str) -> None:
 def grid(out: Console, columns: Sequence[str]) -> Table:
     """An empty table; a column whose title starts with '>' is aligned right."""
     plain = not out.is_terminal
-    made = Table(box=None if plain else box.SIMPLE_HEAD, pad_edge=False, header_style="" if plain else "bold")
+    made = Table(
+        box=None if plain else box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 2 if plain else 1, 0, 0),
+        header_style="" if plain else "bold",
+    )
     for title in columns:
         made.add_column(
             Text(text.clean(title.lstrip(">"))), justify="right" if title.startswith(">") else "left", overflow="fold"
@@ -256,6 +262,12 @@ def _bench_rows(models: Sequence[str], found: BenchResult) -> list[tuple[str, fl
 
 def _shape(shape: Sequence[int | str | None] | None) -> str:
     return "unknown" if shape is None else f"[{', '.join('?' if s is None else str(s) for s in shape)}]"
+
+
+def _why(record: PassRecord) -> str:
+    """Why a pass has the status it has, or what of it could not be measured."""
+    details = [gate.detail for gate in record.gates if gate.passed is None]
+    return text.clean(record.reason or "; ".join(details), 400)
 
 
 def _moved(before: int | None, after: int | None, show: Any) -> str:

@@ -59,18 +59,18 @@ def ratio(value: float) -> str:
 
 
 def change(before: float | None, after: float | None) -> str:
-    """The relative change: (200, 100) -> '-50.0 %'; empty where it says nothing."""
+    """The relative change: (200, 100) -> '-50.0%'; empty where it says nothing."""
     if before is None or after is None or before == after:
         return ""
     if before == 0:
         return f"+{short(after)}"
     percent = 100 * (after - before) / before
-    return f"{percent:+.1f} %" if abs(percent) < 1000 else f"{after / before:.3g}x"
+    return f"{percent:+.1f}%" if abs(percent) < 1000 else f"{after / before:.3g}x"
 
 
 def score(metric: str, value: float) -> str:
     """A metric: shares as per cent, anything else with four digits."""
-    return f"{100 * value:.2f} %" if metric in ("top1", "top5") else f"{value:.5g}"
+    return f"{value:.2%}" if metric in ("top1", "top5") else f"{value:.5g}"
 
 
 def names(found: Iterable[str], most: int = 3, limit: int = 60) -> str:

@@ -36,7 +36,7 @@ def test_names_cannot_act_on_a_terminal(report: Report) -> None:
 
 
 def test_verdict(report: Report) -> None:
-    assert summary.verdict(report) == "61% smaller, 2.42x as fast, top1 99.26 % -> 99.07 %"
+    assert summary.verdict(report) == "61% smaller, 2.42x as fast, top1 99.26% -> 99.07%"
     slow = replace(report, latency=Latency(1.2, 1.1, 1.3, 1.0, 1.2), accuracy=None)
     assert summary.verdict(slow) == "61% smaller, 1.20x SLOWER, output fidelity 0.9987"
     noise = replace(report, latency=Latency(0.98, 0.9, 1.05, 1.0, 0.98), accuracy=None, fidelity=None)
@@ -102,7 +102,7 @@ def test_numbers() -> None:
     assert (text.size(0), text.size(999), text.size(1_528_168)) == ("0 B", "999 B", "1.53 MB")
     assert (text.short(None), text.short(23_914_560), text.count(1234567)) == ("unknown", "23.9 M", "1,234,567")
     assert (text.change(200, 100), text.change(0, 5), text.change(1, 1), text.change(None, 1)) == (
-        "-50.0 %",
+        "-50.0%",
         "+5",
         "",
         "",
