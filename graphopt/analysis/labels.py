@@ -130,6 +130,11 @@ class Solution:
         return list(found)
 
 
+def varying_axes(labels: npt.NDArray[np.int64]) -> list[int]:
+    """Axes along which an array of labels is not constant."""
+    return [a for a in range(labels.ndim) if labels.shape[a] > 1 and (labels != labels.take([0], a)).any()]
+
+
 def close_box(table: LabelTable, labels: npt.NDArray[np.int64], where: str, keep: int | None = None) -> Axes:
     """Make an array of labels that varies along several axes a box: equate along all axes but one (a *mode*).
 
@@ -142,9 +147,7 @@ def close_box(table: LabelTable, labels: npt.NDArray[np.int64], where: str, keep
     Returns:
         Labels per axis; at most one axis.
     """
-    varying = [
-        axis for axis in range(labels.ndim) if labels.shape[axis] > 1 and (labels != labels.take([0], axis)).any()
-    ]
+    varying = varying_axes(labels)
     if not varying:
         if not labels.any():
             return {}

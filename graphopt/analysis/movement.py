@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from graphopt.analysis.labels import Axes, close_box
+from graphopt.analysis.labels import Axes, close_box, varying_axes
 from graphopt.analysis.rules import DeadValues, Labeller, OpRule, where
 
 Array = npt.NDArray[Any]
@@ -70,9 +70,13 @@ class Movement(OpRule):
             for move in moves:
                 for factor in x[move.source]:
                     moved = move.apply(factor)
-                    keep = g.modes.get(output.name or "", -1) if move.keep is None else move.keep
-                    chosen = move.results.index(keep) if keep in move.results else None
+                    candidates = [move.results[place] for place in varying_axes(moved)]
+                    choice = len(candidates) > 1 and move.keep is None
+                    keep = g.mode(output, candidates) if choice else move.keep
+                    chosen = None if keep is None else move.results.index(keep)
                     closed = close_box(g.table, moved, name, chosen)
+                    if choice:
+                        g.splits[output.name or ""] = {move.results[place]: f for place, f in closed.items()}
                     for place, factors in closed.items():
                         axis = move.results[place]
                         result[axis] = (*result.get(axis, ()), *factors)

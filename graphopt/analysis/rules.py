@@ -96,13 +96,21 @@ class CostTerm:
 
 @dataclass
 class Labeller:
-    """The graph while labels are being given. Rules read operand labels with `of` and write results with `set`."""
+    """The graph while labels are being given. Rules read operand labels with `of` and write results with `set`.
+
+    Attributes:
+        modes: for tensors whose units are split over several axes: the axis that keeps its variety.
+        preference: what does so elsewhere: the "longest", the "first" or the "last" axis.
+        splits: labels of the kept axis, by tensor.
+    """
 
     table: LabelTable = field(default_factory=LabelTable)
     labels: dict[str, Axes] = field(default_factory=dict)
     uses: list[Use] = field(default_factory=list)
     sinks: list[Sink] = field(default_factory=list)
     modes: dict[str, int] = field(default_factory=dict)
+    preference: Literal["longest", "first", "last"] = "longest"
+    splits: dict[str, Axes] = field(default_factory=dict)
     _tied: dict[str, Axes] = field(default_factory=dict)
     _read: set[str] = field(default_factory=set)
 
@@ -147,6 +155,13 @@ class Labeller:
         given = roles or {}
         self.uses.append(Use(value.name, node_key(node), index, axes, {axis: given.get(axis, role) for axis in axes}))
         return dict(axes)
+
+    def mode(self, value: ir.Value, candidates: Sequence[int]) -> int | None:
+        """Which axis of a split keeps its variety; None: the longest."""
+        chosen = self.modes.get(value.name or "")
+        if chosen in candidates:
+            return chosen
+        return {"longest": None, "first": candidates[0], "last": candidates[-1]}[self.preference]
 
     def visit(self, node: ir.Node, rule: OpRule) -> None:
         """Let a rule label a node. A labelled operand that the rule does not look at is a size or an index: frozen."""

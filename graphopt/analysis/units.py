@@ -159,9 +159,22 @@ def analyse(model: ir.Model, modes: Mapping[str, int] | None = None) -> Coupling
     Args:
         model: any valid model; an operator without a rule freezes what it touches.
         modes: for a node that splits an axis of units over several axes: output tensor -> the axis that keeps its
-            variety (the others are tied). Default: the longest axis.
+            variety (the others are tied). None: chosen so that there are most units.
     """
-    g = Labeller(modes=dict(modes or {}))
+    g, solution = _best_modes(model) if modes is None else _walk(model, Labeller(modes=dict(modes)))
+    coupling = Coupling(model, g.uses, g.sinks, g.labels, solution)
+    coupling.units = _units(coupling)
+    coupling.frozen = list(_frozen(coupling))
+    view = CostView(coupling.operand_units, lambda v, axis: coupling.axis_units(v.name or "", axis))
+    for node in model.graph:
+        handler = rule_for(node)
+        for coefficient, axes in handler.cost(node, view) if handler is not None else []:
+            coupling.terms.append(CostTerm(node_key(node), coefficient, axes))
+    return coupling
+
+
+def _walk(model: ir.Model, g: Labeller) -> tuple[Labeller, Solution]:
+    """Label the whole graph once and solve."""
     for node in model.graph:
         handler = rule_for(node)
         if handler is None:
@@ -174,23 +187,38 @@ def analyse(model: ir.Model, modes: Mapping[str, int] | None = None) -> Coupling
         g.freeze(g.of(output), f"output '{output.name}' of the graph")
         if shapes.constant_tensor(output) is not None:
             g.freeze_constant(output, f"output '{output.name}' of the graph")
-    solution = _only_with_parameters(g)
-    coupling = Coupling(model, g.uses, g.sinks, g.labels, solution)
-    coupling.units = _units(coupling)
-    coupling.frozen = list(_frozen(coupling))
-    view = CostView(coupling.operand_units, lambda v, axis: coupling.axis_units(v.name or "", axis))
-    for node in model.graph:
-        handler = rule_for(node)
-        for coefficient, axes in handler.cost(node, view) if handler is not None else []:
-            coupling.terms.append(CostTerm(node_key(node), coefficient, axes))
-    return coupling
+    return g, _only_with_parameters(g)
+
+
+def _best_modes(model: ir.Model) -> tuple[Labeller, Solution]:
+    """Choose the axis that keeps its variety wherever units are split over several axes.
+
+    No local rule is right: rotary tables freeze positions within a head, so that whole heads are the units there, while
+    in a channel shuffle the longest axis is best. So three rules are tried on the whole graph, each split takes the
+    axis that had most units under any of them, and of these four labellings the one with most units stands.
+    """
+    labellings = [_walk(model, Labeller(preference="longest"))]
+    if not labellings[0][0].splits:
+        return labellings[0]
+    labellings += [_walk(model, Labeller(preference="first")), _walk(model, Labeller(preference="last"))]
+    modes: dict[str, int] = {}
+    most: dict[str, int] = {}
+    for g, solution in labellings:
+        for name, kept in g.splits.items():
+            for axis, factors in kept.items():
+                count = len(np.unique(solution.units(factors))) if solution.units(factors) else 0
+                if count > most.get(name, -1):
+                    modes[name], most[name] = axis, count
+    labellings.append(_walk(model, Labeller(modes=modes)))
+    return max(labellings, key=lambda found: int(found[1].unit.max()))
 
 
 def _check_sizes(node: ir.Node, value: ir.Value, g: Labeller) -> None:
     """Labels must fit the inferred shape; a rule that disagrees with shape inference may not decide anything."""
     shape = shapes.dims(value)
     for axis, factors in list(g.labels[value.name or ""].items()):
-        fits = shape is not None and axis < len(shape) and shape[axis] == len(factors[0])
+        # An unnamed size is one that shape inference lost; labels that were moved here know it.
+        fits = shape is not None and axis < len(shape) and shape[axis] in (len(factors[0]), None)
         if not fits:
             g.freeze({axis: factors}, f"{where(node)}: the size of axis {axis} of '{value.name}' is not known")
             del g.labels[value.name or ""][axis]

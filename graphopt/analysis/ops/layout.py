@@ -6,6 +6,7 @@ batch and sequence axes stay symbolic.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -24,6 +25,15 @@ def _shapes(node: ir.Node) -> tuple[tuple[shapes.Dim, ...], tuple[shapes.Dim, ..
     if before is None or after is None:
         return "a rank is unknown"
     return before, after
+
+
+def _complete(sizes: Sequence[shapes.Dim], elements: int) -> list[int] | None:
+    """Sizes of a block of known elements; one unknown size is what the others leave."""
+    known = [d for d in sizes if isinstance(d, int)]
+    rest, remainder = divmod(elements, math.prod(known)) if math.prod(known) else (0, 1)
+    if remainder or len(sizes) - len(known) > 1 or (len(sizes) == len(known) and rest != 1):
+        return None
+    return [d if isinstance(d, int) else rest for d in sizes]
 
 
 @rule
@@ -47,13 +57,11 @@ class Reshape(Movement):
                 if len(inner) == 1 and len(outer) == 1:
                     moves.append(Move(axis, tuple(results), same))
                     continue
-                if not all(isinstance(d, int) for d in (*inner, *outer)):
-                    continue
                 place = axis - sources.start
-                full = [int(d) for d in inner if isinstance(d, int)]
-                target = [int(d) for d in outer if isinstance(d, int)]
-                if np.prod(full) != np.prod(target):
-                    return "the sizes of its block are not known"
+                full = [d for d in inner if isinstance(d, int)]
+                target = _complete(outer, math.prod(full))
+                if len(full) != len(inner) or target is None:
+                    continue
 
                 def spread(vector: Array, place: int = place, full: list[int] = full, to: list[int] = target) -> Array:
                     shape = [1] * len(full)
