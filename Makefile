@@ -41,7 +41,7 @@ $(VENV)/installed: pyproject.toml tools/constraints.txt $(VENV)/files
 
 demo: setup
 	$(BIN)/graphopt optimize examples/digits/digits.onnx --passes 'fold,prune{macs=0.4},quantize' --target cpu \
-	  --calib examples/digits/calib.npz --eval examples/digits/eval.npz --metric top1 -o $(OUT) --force
+	  --calib examples/digits/calib.npz --eval examples/digits/eval.npz --metric top1 -o $(OUT)
 
 lint: setup
 	$(BIN)/ruff check $(SOURCES)

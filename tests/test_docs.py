@@ -102,3 +102,12 @@ def test_commands_of_the_readme_parse() -> None:
         for word in words[2:]:
             if word.startswith("-"):
                 assert word in known or word[:2] in known, f"{line}: {word}"
+
+
+def test_transcript_of_the_readme_is_of_the_demo() -> None:
+    """The command shown is the one that `make demo` runs."""
+    shown = re.search(r"\$ (graphopt optimize .*?-o out/demo)", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    recipe = re.search(r"graphopt optimize .*?-o \$\(OUT\)", (ROOT / "Makefile").read_text("utf-8"), re.DOTALL)
+    assert shown and recipe
+    plain = [" ".join(text.replace("\\\n", " ").split()) for text in (shown.group(1), recipe.group(0))]
+    assert plain[0] == plain[1].replace("$(OUT)", "out/demo")
