@@ -102,10 +102,7 @@ def verdict(report: Report) -> str:
         share = report.output.bytes / report.input.bytes
         parts.append(f"{1 - share:.0%} smaller" if share < 1 else f"{share - 1:.0%} larger")
     if report.latency is not None and report.latency.ratio is not None:
-        value = report.latency.ratio
-        # Quartiles that embrace 1 mean that no difference was seen.
-        same = (report.latency.low or value) <= 1 <= (report.latency.high or value)
-        parts.append("no faster" if same else f"{1 / value:.2f}x as fast" if value < 1 else f"{value:.2f}x SLOWER")
+        parts.append(_speed(report.latency.ratio, report.latency.low, report.latency.high))
     if report.accuracy is not None:
         metric = report.accuracy.metric
         before, after = (text.score(metric, v) for v in (report.accuracy.before, report.accuracy.after))
@@ -113,6 +110,21 @@ def verdict(report: Report) -> str:
     elif report.fidelity is not None and report.fidelity.cosine is not None:
         parts.append(f"output fidelity {report.fidelity.cosine:.4f}")
     return ", ".join(parts) or "nothing changed"
+
+
+_STEADY = 1.3
+"""Quartiles of the ratio further apart than this factor: the machine was busy, and one number would claim too much."""
+
+
+def _speed(ratio: float, low: float | None, high: float | None) -> str:
+    """Speed in words: what the quartiles of the paired ratios support."""
+    low, high = low or ratio, high or ratio
+    if low <= 1 <= high:
+        return "no faster"  # the quartiles embrace 1: no difference was seen
+    if high > _STEADY * low:
+        between = f"{1 / high:.1f}x to {1 / low:.1f}x as fast" if high < 1 else f"{low:.1f}x to {high:.1f}x SLOWER"
+        return f"{between} (unsteady timings: repeat on a quiet machine)"
+    return f"{1 / ratio:.2f}x as fast" if ratio < 1 else f"{ratio:.2f}x SLOWER"
 
 
 def op_rows(before: Stats, after: Stats, *, changed_only: bool) -> list[tuple[str, int, int]]:

@@ -108,3 +108,17 @@ def test_numbers() -> None:
         "",
     )
     assert (text.duration(0.0123), text.duration(83.2), text.duration(130)) == ("12.3 ms", "83.2 s", "2 min 10 s")
+
+
+@pytest.mark.parametrize(
+    ("ratio", "low", "high", "words"),
+    [
+        (0.5, 0.48, 0.52, "2.00x as fast"),
+        (1.25, 1.2, 1.3, "1.25x SLOWER"),
+        (0.9, 0.8, 1.1, "no faster"),
+        (0.1, 0.05, 0.4, "2.5x to 20.0x as fast (unsteady timings: repeat on a quiet machine)"),
+        (3.0, 1.5, 4.0, "1.5x to 4.0x SLOWER (unsteady timings: repeat on a quiet machine)"),
+    ],
+)
+def test_speed_claims_no_more_than_the_quartiles_support(ratio: float, low: float, high: float, words: str) -> None:
+    assert summary._speed(ratio, low, high) == words
