@@ -100,9 +100,7 @@ class Quantize(Pass):
         infer_shapes(model)
         pools = spatial_means_to_pools(model)
         if pools:
-            result.notes.append(
-                f"{len(pools)} ReduceMean over space written as GlobalAveragePool, an integer kernel"
-            )
+            result.notes.append(f"{len(pools)} ReduceMean over space written as GlobalAveragePool, an integer kernel")
         work = _Work(self, model, ctx, scheme)
         work.go(result)
         result.changed = True
@@ -240,9 +238,7 @@ class _Work:
             planned = self._replanned(first)
             noise = reference.noise(self._variant(planned, list(planned.units)))
             before += f"; without the {len(worst)} layers that disturb the outputs most: {decibel(noise):.1f} dB"
-        result.notes.append(
-            f"signal to noise of the worst output on {SENSITIVITY_SAMPLES} samples: {before}"
-        )
+        result.notes.append(f"signal to noise of the worst output on {SENSITIVITY_SAMPLES} samples: {before}")
         if decibel(noise) < POOR_DB:
             result.notes.append(
                 f"warning: quantisation leaves {decibel(noise):.1f} dB of signal to noise at the outputs, spread over "

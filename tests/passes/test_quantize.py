@@ -68,9 +68,7 @@ def _quantize(m: ir.Model, target: Target | None = None, data: Any = None, **opt
 
 def _text(m: ir.Model) -> list[str]:
     """One line a node: outputs = op(inputs)."""
-    return [
-        f"{_names(n.outputs)} = {n.op_type}({_names(n.inputs)})" for n in m.graph
-    ]
+    return [f"{_names(n.outputs)} = {n.op_type}({_names(n.inputs)})" for n in m.graph]
 
 
 def _names(values: Iterable[ir.Value | None]) -> str:
