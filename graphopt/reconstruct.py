@@ -45,6 +45,10 @@ ROWS = 1 << 18
 """Observations per layer; regularly thinned where there are more."""
 
 
+PARTS = 8
+"""Batches at least, where there are as many samples: alternate ones are the halves of the validation."""
+
+
 @dataclass(frozen=True)
 class Target:
     """What a layer is fitted to.
@@ -64,11 +68,14 @@ class Outcome:
 
     Attributes:
         dead: the units that are gone in the end.
-        rows: one line a layer for the report.
+        refitted: number of layers with new weights.
+        rows: one line a layer for the report: error of the fit relative to the variance of its target. Layers that are
+            fitted below a Relu have no line: what they miss there is no error.
         notes: sentences for the report.
     """
 
     dead: set[int]
+    refitted: int = 0
     rows: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -109,8 +116,10 @@ def reconstruct(plan: Plan) -> Outcome:
     layers, refused = layers_of(plan.model)
     reached = _disturbed(plan.model, plan.coupling, outcome.dead)
     work = [layer for layer in layers.values() if layer.linear.node in reached]
-    before = Walk(plan.dense, plan.calibration, limit=plan.samples, threads=plan.threads)
-    after = Walk(plan.model, plan.calibration, limit=plan.samples, threads=plan.threads)
+    before, after = (
+        Walk(m, plan.calibration, limit=plan.samples, batch_size=_batch_size(plan), threads=plan.threads)
+        for m in (plan.dense, plan.model)
+    )
     nodes = {node.outputs[0].name: node for node in plan.dense.graph if node.outputs}
     for number, layer in enumerate(work):
         plan.progress.step("reconstructing layers", number, len(work))
@@ -121,6 +130,12 @@ def reconstruct(plan: Plan) -> Outcome:
     missed = [(k, why) for k, why in refused.items() if nodes.get(k) is not None and _reads_dead(plan, k, outcome.dead)]
     outcome.notes += [f"{k} was only cut, not refitted: {why}" for k, why in missed]
     return outcome
+
+
+def _batch_size(plan: Plan) -> int:
+    """Few samples come in small batches, so that there are two halves to validate with."""
+    samples = min(plan.samples or PARTS * plan.calibration.batch_size, plan.calibration.samples or 1 << 62)
+    return max(1, min(plan.calibration.batch_size, samples // PARTS))
 
 
 def _reads_dead(plan: Plan, key: str, dead: set[int]) -> bool:
@@ -238,9 +253,10 @@ def _refit(plan: Plan, layer: Layer, target: Target, before: Walk, after: Walk, 
         if layer.has_bias:
             bias[group * per_out : (group + 1) * per_out] = b
     layer.store(weight, bias if layer.has_bias else np.zeros_like(bias))
-    if errors:
+    if errors and not clamp:
         row = {"layer": layer.label, "inputs kept": int(alive.sum()), "inputs": len(alive)}
         outcome.rows.append({**row, "relative error": float(np.mean(errors)), "ridge": float(np.max(ridges))})
+    outcome.refitted += 1
 
 
 def _samples(pair: list[Moments], layer: Layer, *, full: bool) -> tuple[Sample, tuple[Sample, Sample] | None]:

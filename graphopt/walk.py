@@ -35,6 +35,7 @@ class Walk:
         calibration: the data.
         memory: bytes of tensors to hold.
         limit: samples to use.
+        batch_size: samples a call; None: the data's own.
         threads: of ONNX Runtime.
     """
 
@@ -45,11 +46,13 @@ class Walk:
         *,
         memory: int = MEMORY,
         limit: int | None = None,
+        batch_size: int | None = None,
         threads: int = 1,
     ) -> None:
         self._model = model
         self._calibration = calibration
         self._memory, self._limit, self._threads = memory, limit, threads
+        self._batch_size = batch_size
         self._nodes = list(model.graph)
         self._place = {node: i for i, node in enumerate(self._nodes)}
         self._made = {v.name: v for node in self._nodes for v in node.outputs if v.name}
@@ -89,7 +92,7 @@ class Walk:
 
     def _batches(self) -> Iterator[Mapping[str, Array]]:
         if self._held is None:
-            yield from self._calibration.batches(limit=self._limit)
+            yield from self._calibration.batches(self._batch_size, self._limit)
         else:
             yield from self._held
 

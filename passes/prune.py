@@ -90,13 +90,15 @@ class Prune(Pass):
         from graphopt.analysis.units import analyse
         from graphopt.families import candidates
         from graphopt.layers import layers_of
-        from graphopt.rewriting import allow_private_initializers
+        from graphopt.rewriting import allow_private_initializers, freeze_overridable
         from graphopt.selection import choose
 
         if self.macs is None and self.params is None:
             raise UsageError("no budget", where="prune", hint="give macs= or params=, for example prune{macs=0.7}")
         result = PassResult(changed=True)
-        note = allow_private_initializers(model)
+        frozen, note = freeze_overridable(model), allow_private_initializers(model)
+        if frozen:
+            result.notes.append(f"{len(frozen)} initializers that callers could override are constants now")
         result.notes += [note] if note else []
         LiftConstantsToInitializersPass(lift_all_constants=False, size_limit=1)(model)
         coupling = analyse(model)
@@ -105,10 +107,17 @@ class Prune(Pass):
         families, notes = candidates(coupling, layers, self.exclude, refitted=reconstruct != "none")
         result.notes += notes
         result.skipped += [Skip(f"{f.tensor}, axis {f.axis}", f.reason) for f in coupling.frozen]
+        terms = coupling.terms if self.macs is not None else _parameter_terms(coupling)
+        if not terms:
+            raise UsageError(
+                "the multiply-accumulates of no layer are known, because sizes of tensors are not",
+                where="prune",
+                hint="fix sizes with --dim NAME=SIZE, or give the budget as params=",
+            )
         ranked = self._rank(model, ctx, coupling, layers, families, score, result)
         choice = choose(
             ranked,
-            coupling.terms if self.macs is not None else _parameter_terms(coupling),
+            terms,
             _axes(coupling),
             keep=self.macs or self.params or 1.0,
             multiple=self.multiple or ctx.target.channel_multiple,
@@ -117,7 +126,7 @@ class Prune(Pass):
         self._check(choice, ranked, ctx)
         if not choice.dead:
             result.notes.append("nothing had to go: the budget is met already")
-            result.changed = note is not None
+            result.changed = bool(frozen or note)
             return result
         dead = self._reconstruct(model, ctx, coupling, families, ranked, choice, reconstruct, result)
         report = remove_units(model, coupling, dead)
@@ -200,6 +209,10 @@ class Prune(Pass):
             )
         )
         result.notes += outcome.notes
+        what = "by least squares" if mode == "ls" else "in their biases"
+        result.notes.append(
+            f"{outcome.refitted} layers refitted {what} on {self.samples or ctx.calibration.samples or 'all'} samples"
+        )
         if outcome.rows:
             result.details["refitted layers"] = outcome.rows
         return outcome.dead
