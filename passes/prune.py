@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from graphopt.analysis.units import Coupling
     from graphopt.families import Candidates
     from graphopt.layers import Layer
-    from graphopt.selection import Choice, Family
+    from graphopt.selection import Choice, Family, Term
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class Prune(Pass):
         families, notes = candidates(coupling, layers, self.exclude, refitted=reconstruct != "none")
         result.notes += notes
         result.skipped += [Skip(f"{f.tensor}, axis {f.axis}", f.reason) for f in coupling.frozen]
-        terms = coupling.terms if self.macs is not None else _parameter_terms(coupling)
+        terms = self._work_terms(model, coupling, ctx)
         if not terms:
             raise UsageError(
                 "the multiply-accumulates of no layer are known, because sizes of tensors are not",
@@ -138,6 +139,14 @@ class Prune(Pass):
             for f, k in zip(ranked, choice.removed, strict=True)
         ]
         return result
+
+    def _work_terms(self, model: ir.Model, coupling: Coupling, ctx: Context) -> Sequence[Term]:
+        """What the budget is about; sizes that the model leaves open are those of the first calibration sample."""
+        if self.params is not None:
+            return _parameter_terms(coupling)
+        if ctx.calibration is None or _all_counted(model, coupling):
+            return coupling.terms
+        return _terms_at(model, coupling, next(iter(ctx.calibration.batches(batch_size=1, limit=1)))) or coupling.terms
 
     def _fallbacks(self, ctx: Context, result: PassResult) -> tuple[str, str]:
         """Score and reconstruction that are possible with the data at hand; says so where they are not those asked."""
@@ -240,6 +249,31 @@ class Prune(Pass):
         ]
 
 
+def _all_counted(model: ir.Model, coupling: Coupling) -> bool:
+    """True where the sizes that the model records tell the work of every linear node."""
+    counted = {term.node for term in coupling.terms}
+    linear = (n for n in model.graph if n.op_type in {"Conv", "ConvTranspose", "Gemm", "MatMul"})
+    return all(n.outputs[0].name in counted for n in linear)
+
+
+def _terms_at(model: ir.Model, coupling: Coupling, feeds: Mapping[str, Any]) -> list[Term]:
+    """Terms of work for inputs of these shapes; none where the units are not the same with known shapes."""
+    import onnx_ir as ir
+
+    from graphopt.analysis.units import analyse
+    from graphopt.clone import private_clone
+    from graphopt.model import infer_shapes
+
+    copy = private_clone(model)
+    for value in copy.graph.inputs:
+        if value.name is not None and value.name in feeds:
+            value.shape = ir.Shape(np.shape(feeds[value.name]))
+    infer_shapes(copy)
+    found = analyse(copy)
+    same = [u.members for u in found.units] == [u.members for u in coupling.units]
+    return list(found.terms) if same else []
+
+
 @dataclass(frozen=True)
 class _ParameterTerm:
     """Elements of one parameter: a product over its axes."""
@@ -248,9 +282,9 @@ class _ParameterTerm:
     axes: tuple[Any, ...]
 
 
-def _parameter_terms(coupling: Coupling) -> list[_ParameterTerm]:
+def _parameter_terms(coupling: Coupling) -> list[Term]:
     """Parameters as terms of work; constants that are no weights (integers) do not count."""
-    terms: list[_ParameterTerm] = []
+    terms: list[Term] = []
     seen: set[str] = set()
     for name, value in coupling.model.graph.initializers.items():
         tensor = value.const_value

@@ -24,7 +24,12 @@ RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Candidates for lam / mean(diag S)."""
 
 DEFAULT_RIDGE = 1e-3
-"""Used where nothing is held out."""
+"""Used where nothing is held out and there are `ENOUGH` observations per column."""
+
+CAREFUL_RIDGE = 1.0
+"""Used where nothing is held out and there are fewer."""
+
+ENOUGH = 10
 
 
 @dataclass(frozen=True)
@@ -130,10 +135,13 @@ def fit(
         whole: moments of the whole stream.
         prior: W0, (e, d).
         halves: the stream split into two parts of different samples, to choose the ridge by two-fold validation; None:
-            `DEFAULT_RIDGE` is taken.
+            `DEFAULT_RIDGE` or `CAREFUL_RIDGE` is taken.
         ridges: candidates; keeping the prior (and correcting the mean) is always one more.
     """
-    ridge = DEFAULT_RIDGE if halves is None else _validated(halves, prior, ridges)
+    if halves is not None:
+        ridge = _validated(halves, prior, ridges)
+    else:
+        ridge = DEFAULT_RIDGE if whole.n >= ENOUGH * int(whole.covariance.shape[0]) else CAREFUL_RIDGE
     weight = solve(whole.covariance, whole.cross, prior, ridge)
     bias = whole.mean_y - weight @ whole.mean_x
     return Fit(weight, bias, ridge, residual(whole, weight))

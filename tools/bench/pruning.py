@@ -18,6 +18,7 @@ from cifar import DATA, images
 
 import graphopt
 from graphopt import registry
+from graphopt.analysis.cost import model_stats
 from graphopt.executor import Session
 
 
@@ -28,12 +29,13 @@ def top1(model: Any, x: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> f
     return float((np.concatenate(found) == labels).mean())
 
 
-def pipelines(shares: list[float], options: list[str]) -> list[str]:
-    found = ["fold", "fold,quantize"]
+def chains(shares: list[float], options: list[str]) -> list[tuple[str, ...]]:
+    """Pipelines as steps that share their beginnings."""
+    found: list[tuple[str, ...]] = [("fold",), ("fold", "quantize")]
     for share in shares:
         for extra in options:
-            prune = f"fold,prune{{macs={share}{',' + extra if extra else ''}}}"
-            found += [prune, f"{prune},quantize"]
+            prune = f"prune{{macs={share}{',' + extra if extra else ''}}}"
+            found += [("fold", prune), ("fold", prune, "quantize")]
     return found
 
 
@@ -54,18 +56,24 @@ def main() -> None:
         name = dense.graph.inputs[0].name or ""
         rows: list[tuple[str, float, float, float, float]] = [("as it came", 1.0, 1.0, top1(dense, x, labels), 0.0)]
         models = [dense]
-        for pipeline in pipelines(given.macs, given.options):
-            start = time.process_time()
-            result = graphopt.optimize(
-                dense, pipeline, target=target, calib={name: calibration}, bench=False, verify_each="structure"
-            )
-            seconds = time.process_time() - start
-            report = result.report
-            share = (report.output.macs or 0) / (report.input.macs or 1)
-            size = report.output.bytes / report.input.bytes
-            rows.append((pipeline, share, size, top1(result.model, x, labels), seconds))
-            models.append(result.model)
-            print(f"{network} {pipeline}: {100 * rows[-1][3]:.2f} %, {seconds:.0f} s of processor time", flush=True)
+        made: dict[tuple[str, ...], tuple[Any, float]] = {(): (dense, 0.0)}
+        before = model_stats(dense)
+        for chain in chains(given.macs, given.options):
+            for length in range(1, len(chain) + 1):
+                if chain[:length] not in made:
+                    model, spent = made[chain[: length - 1]]
+                    start = time.process_time()
+                    result = graphopt.optimize(
+                        model, chain[length - 1], target=target, calib={name: calibration}, bench=False,
+                        verify_each="structure",
+                    )  # fmt: skip
+                    made[chain[:length]] = (result.model, spent + time.process_time() - start)
+            model, spent = made[chain]
+            after = model_stats(model)
+            share, size = (after.macs or 0) / (before.macs or 1), after.bytes / before.bytes
+            rows.append((",".join(chain), share, size, top1(model, x, labels), spent))
+            models.append(model)
+            print(f"{network} {rows[-1][0]}: {100 * rows[-1][3]:.2f} %, {spent:.0f} s of processor time", flush=True)
         backend = registry.backend(target.backend)
         ratios = [
             backend.bench(models, target, {name: x[:batch]}, threads=1, seconds=given.seconds).ratios
