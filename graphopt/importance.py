@@ -97,7 +97,7 @@ def at_random(families: Sequence[Candidates], seed: int) -> list[Family]:
 
 def by_reconstruction(setting: Setting, families: Sequence[Candidates]) -> tuple[list[Family], list[str]]:
     """Rank by the error left after compensation, scaled by what it does to the outputs; and notes for the report."""
-    from graphopt.sensitivity import Reference
+    from graphopt.quantization.sensitivity import Reference
 
     reference = Reference(setting.model, setting.calibration, samples=PROBES, threads=setting.threads, optimize=True)
     found: dict[int, Family] = {}
@@ -230,14 +230,14 @@ def _curve(
         costs = fixed[alive]
         for key, _, elimination in maps:
             costs = costs + elimination.costs(alive) / (signals[key] or 1.0)
-        for place in np.argsort(costs, kind="stable")[:stride]:
-            unit = alive[int(place)]
-            order.append(unit)
-            steps.append(float(costs[place]))
-            for _, _, elimination in maps:
-                elimination.remove(unit)
-            if len(order) == len(units) // 2:
-                halved = _snapshot(layers, maps)
+        half = len(units) // 2 - len(order)  # the half is a stop of its own
+        chosen = np.argsort(costs, kind="stable")[: min(stride, half) if half > 0 else stride]
+        order += [alive[int(p)] for p in chosen]
+        steps += [float(c) for c in costs[chosen]]
+        for _, _, elimination in maps:
+            elimination.remove(*(alive[int(p)] for p in chosen))
+        if len(order) == len(units) // 2:
+            halved = _snapshot(layers, maps)
         gone = set(order)
         alive = [u for u in alive if u not in gone]
     return order, np.cumsum(steps), halved
@@ -287,7 +287,7 @@ def _halved(setting: Setting, family: Candidates, order: Sequence[int], halved: 
 
 def silence(model: ir.Model, coupling: Coupling, units: set[int]) -> None:
     """Zero what produces units (filters, biases, scales), in place; shapes stay."""
-    from graphopt.rewriting import constant
+    from graphopt.rewriting.edit import constant
 
     slices: dict[str, list[tuple[int, tuple[int, ...]]]] = {}
     for unit in coupling.units:

@@ -85,29 +85,30 @@ class Elimination:
             result[places] = total
         return np.maximum(result, 0.0)
 
-    def remove(self, group: int) -> None:
-        """Remove a group for good: the other columns of W compensate.
+    def remove(self, *groups: int) -> None:
+        """Remove groups for good, together: the other columns of W compensate.
 
         Raises:
-            ValueError: it is gone already.
+            ValueError: one is gone already.
         """
-        if not self._alive[group]:
-            raise ValueError(f"group {group} was removed before")
-        self._alive[group] = False
-        c = self._groups[group]
+        for group in groups:
+            if not self._alive[group]:
+                raise ValueError(f"group {group} was removed before")
+            self._alive[group] = False
+        c = np.concatenate([self._groups[g] for g in groups])
         if len(c):
-            xp = self._xp
             rows = self._inverse[c, :]
-            block = xp.linalg.solve(rows[:, c], rows)  # [(S^-1)_cc]^-1 (S^-1)_c,:
-            self.weight = self.weight - self.weight[:, c] @ block
-            self._inverse = self._inverse - rows.T @ block
+            block = self._xp.linalg.solve(rows[:, c], rows)  # [(S^-1)_cc]^-1 (S^-1)_c,:
+            self.weight -= self.weight[:, c] @ block
+            self._inverse -= rows.T @ block
             # exact zeros instead of rounding noise; the diagonal stays regular, nothing couples to it any more
             self.weight[:, c] = 0.0
             self._inverse[c, :] = 0.0
             self._inverse[:, c] = 0.0
             self._inverse[c, c] = 1.0
-        if self._own is not None and len(self._own[group]):
-            self.weight[self._own[group], :] = 0.0
+        for group in groups:
+            if self._own is not None and len(self._own[group]):
+                self.weight[self._own[group], :] = 0.0
 
     def _by_output(self, index: Indices) -> Any:
         xp = self._xp

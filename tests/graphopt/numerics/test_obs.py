@@ -95,6 +95,20 @@ def test_outputs_that_go_with_an_input_do_not_count():
     assert not tied.weight[:, 1].any()
 
 
+@settings(deadline=None)
+@given(st.integers(0, 1000))
+def test_together_or_one_by_one_is_the_same(seed):
+    covariance, weight = problem(seed)
+    groups = groups_of(seed)
+    one, other = (Elimination(covariance, weight, groups, ridge=TINY) for _ in range(2))
+    one.remove(0, 1)
+    other.remove(1)
+    other.remove(0)
+    np.testing.assert_allclose(one.weight, other.weight, rtol=1e-7, atol=1e-9)
+    rest = range(2, len(groups))
+    np.testing.assert_allclose(one.costs(rest), other.costs(rest), rtol=1e-7, atol=1e-9)
+
+
 def test_removing_twice_is_refused():
     elimination = Elimination(*problem(0), [np.array([0])])
     elimination.remove(0)
