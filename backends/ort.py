@@ -15,8 +15,8 @@ from graphopt.errors import DataError, MissingBackendError, ModelError
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from graphopt.data.feeds import Array
     from graphopt.executor import Session
-    from graphopt.feeds import Array
     from graphopt.target import Target
 
 PACKAGES = {
@@ -87,7 +87,7 @@ class OrtBackend:
         Args:
             models: the first is the reference of all ratios.
             target: where they run.
-            feeds: one batch of inputs for all models; None: random inputs (`graphopt.random_feeds`), batch 1.
+            feeds: one batch of inputs for all models; None: random inputs (`graphopt.data.random_feeds`), batch 1.
             threads: threads of one session.
             seconds: time to spend on measured rounds.
 
@@ -255,7 +255,7 @@ def _random(models: Sequence[ir.Model | Path]) -> dict[str, Array]:
         DataError: the models have different inputs.
     """
     from graphopt import verify
-    from graphopt.feeds import input_specs
+    from graphopt.data.feeds import input_specs
     from graphopt.model import load
 
     loaded = [load(m, check_weights=False) if isinstance(m, Path) else m for m in models]

@@ -30,11 +30,11 @@ _HOMES = {
         "UsageError",
         "VerificationError",
     ),
-    "instruments": ("Instrument",),
     "jobs": ("Inspection", "bench", "compare", "inspect", "lower", "run"),
     "manager": ("PassManager",),
     "model": ("load", "save"),
-    "recipe": ("Recipe", "read_recipe", "write_recipe"),
+    "pipeline.instruments": ("Instrument",),
+    "pipeline.recipe": ("Recipe", "read_recipe", "write_recipe"),
     "report.data": ("Report",),
     "spec": ("parse", "to_spec"),
     "target": ("QuantScheme", "Target"),
@@ -60,7 +60,6 @@ if TYPE_CHECKING:
     from graphopt.errors import PassFailure as PassFailure
     from graphopt.errors import UsageError as UsageError
     from graphopt.errors import VerificationError as VerificationError
-    from graphopt.instruments import Instrument as Instrument
     from graphopt.jobs import Inspection as Inspection
     from graphopt.jobs import bench as bench
     from graphopt.jobs import compare as compare
@@ -70,9 +69,10 @@ if TYPE_CHECKING:
     from graphopt.manager import PassManager as PassManager
     from graphopt.model import load as load
     from graphopt.model import save as save
-    from graphopt.recipe import Recipe as Recipe
-    from graphopt.recipe import read_recipe as read_recipe
-    from graphopt.recipe import write_recipe as write_recipe
+    from graphopt.pipeline.instruments import Instrument as Instrument
+    from graphopt.pipeline.recipe import Recipe as Recipe
+    from graphopt.pipeline.recipe import read_recipe as read_recipe
+    from graphopt.pipeline.recipe import write_recipe as write_recipe
     from graphopt.report.data import Report as Report
     from graphopt.spec import parse as parse
     from graphopt.spec import to_spec as to_spec

@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Any
 from graphopt import registry
 from graphopt.base import Context, Effect, Pass
 from graphopt.errors import GateRefused, GraphoptError, UsageError
-from graphopt.gates import DropGate, LatencyGate, Regressions
-from graphopt.instruments import BisectLimit, Clock, DumpIR, Instrument, PrintIR, ShowProgress
 from graphopt.manager import PassManager, stats
-from graphopt.measure import BENCH_WEIGHTS_LIMIT, Measures
-from graphopt.plan import Plan, as_target, make_plan
+from graphopt.pipeline.gates import DropGate, LatencyGate, Regressions
+from graphopt.pipeline.instruments import BisectLimit, Clock, DumpIR, Instrument, PrintIR, ShowProgress
+from graphopt.pipeline.measure import BENCH_WEIGHTS_LIMIT, Measures
+from graphopt.pipeline.plan import Plan, as_target, make_plan
+from graphopt.pipeline.recipe import Recipe
+from graphopt.pipeline.verify_each import Level, VerifyEach
 from graphopt.progress import Progress, Silent
-from graphopt.recipe import Recipe
 from graphopt.report.data import Accuracy, Fidelity, Latency, PassRecord, Report, Units
 from graphopt.spec import to_spec
 from graphopt.target import Target
-from graphopt.verify_each import Level, VerifyEach
 from graphopt.version import versions
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ def optimize(
         (say or _ignore)(line)
     loaded, name = (load(model), str(model)) if isinstance(model, (str, os.PathLike)) else (model, "model")
     if plan.dim:
-        from graphopt.clone import private_clone
+        from graphopt.pipeline.clone import private_clone
 
         loaded = private_clone(loaded)
         fix_dims(loaded, plan.dim)

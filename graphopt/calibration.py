@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from graphopt.activations import activations, paired_activations
-from graphopt.arrayfiles import natural, read_npy, read_npz
+from graphopt.data.activations import activations, paired_activations
+from graphopt.data.feeds import Array, InputSpec, convert, input_specs
+from graphopt.data.sources import Arrays, Feeds, Folder, Source, as_arrays, hash_block, rebatch
+from graphopt.data.userfunc import is_function_spec, load_function
 from graphopt.errors import DataError
-from graphopt.feeds import Array, InputSpec, convert, input_specs
-from graphopt.sources import Arrays, Feeds, Folder, Source, as_arrays, hash_block, rebatch
-from graphopt.userfunc import is_function_spec, load_function
+from graphopt.files.arrays import natural, read_npy, read_npz
 
 if TYPE_CHECKING:
     import onnx_ir as ir

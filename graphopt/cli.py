@@ -112,8 +112,8 @@ def optimize(
     """
     _limit_threads(options["jobs"])
     from graphopt.api import optimize as run_pipeline
-    from graphopt.destination import check_file, check_output
     from graphopt.errors import GateRefused
+    from graphopt.pipeline.destination import check_file, check_output
     from graphopt.report.live import LiveProgress
 
     if out is not None:
@@ -137,7 +137,7 @@ def optimize(
         if not out.endswith(".onnx"):
             written += [str(path) for path in result.lower(out)]
     if save_recipe is not None:
-        from graphopt.recipe import write_recipe
+        from graphopt.pipeline.recipe import write_recipe
 
         write_recipe(result.recipe, save_recipe)
         written.append(save_recipe)
@@ -251,8 +251,8 @@ def bench(models: Sequence[str], target: str | None, as_json: bool, **options: A
 @common
 def lower(model: str, target: str, out: str, force: bool, as_json: bool, **options: Any) -> None:
     """Write the deployable bundle of a target for MODEL."""
-    from graphopt.destination import check_folder
     from graphopt.jobs import lower as write
+    from graphopt.pipeline.destination import check_folder
 
     files = write(model, target, check_folder(out, [model], force=force), **options)
     if as_json:
@@ -269,9 +269,9 @@ def lower(model: str, target: str, out: str, force: bool, as_json: bool, **optio
 @common
 def run(bundle: str, inputs: str, out: str, threads: int, as_json: bool) -> None:
     """Execute BUNDLE here, where this machine can."""
-    from graphopt.destination import check_file
     from graphopt.jobs import run as execute
     from graphopt.jobs import save_arrays
+    from graphopt.pipeline.destination import check_file
     from graphopt.report import tables
 
     check_file(out, [inputs])
@@ -295,7 +295,8 @@ def passes(name: str | None, as_json: bool) -> None:
 
         _print_rows(describe_passes(), as_json)
         return
-    from graphopt import describe, registry
+    from graphopt import registry
+    from graphopt.pipeline import describe
 
     kind = registry.pass_class(name)
     if as_json:

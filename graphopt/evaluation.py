@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from graphopt.arrayfiles import read_npz
+from graphopt.data.feeds import Array, InputSpec, convert, format_shape, input_specs
+from graphopt.data.sources import Arrays, Source, as_arrays
+from graphopt.data.userfunc import is_function_spec, load_function
 from graphopt.errors import DataError, UsageError
-from graphopt.feeds import Array, InputSpec, convert, format_shape, input_specs
-from graphopt.sources import Arrays, Source, as_arrays
-from graphopt.userfunc import is_function_spec, load_function
+from graphopt.files.arrays import read_npz
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -173,8 +173,8 @@ def _session_of(
     import onnx
     import onnx_ir as ir
 
-    from graphopt.model_writer import INLINE_LIMIT, in_memory, strip_value_info, write
-    from graphopt.weights import reference, with_placeholders
+    from graphopt.files.weights import reference, with_placeholders
+    from graphopt.files.writer import INLINE_LIMIT, in_memory, strip_value_info, write
 
     clone = with_placeholders(model, in_memory, in_memory)
     shared: dict[str, Any] = {}

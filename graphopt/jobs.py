@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from graphopt import registry
 from graphopt.errors import DataError, MissingBackendError, UsageError
-from graphopt.plan import as_target
+from graphopt.pipeline.plan import as_target
 from graphopt.report.data import Stats, Units
 
 if TYPE_CHECKING:
@@ -204,8 +204,8 @@ def run(
         MissingBackendError: its target cannot run here.
         DataError: the inputs do not fit.
     """
-    from graphopt.arrayfiles import read_npz
     from graphopt.bundle import read
+    from graphopt.files.arrays import read_npz
 
     found = read(bundle)
     backend = registry.backend(found.target.backend)
@@ -239,8 +239,8 @@ def describe_target(name: str) -> dict[str, Any]:
 
 def describe_passes() -> list[dict[str, Any]]:
     """A row for every installed pass; one that cannot be loaded says why and does not hide the others."""
-    from graphopt.describe import describe
     from graphopt.errors import GraphoptError
+    from graphopt.pipeline.describe import describe
 
     rows: list[dict[str, Any]] = []
     for name in registry.passes():
@@ -300,7 +300,7 @@ def _model(model: ir.Model | str | os.PathLike[str], dim: Mapping[str, int] | No
 
     loaded = load(model) if isinstance(model, (str, os.PathLike)) else model
     if dim:
-        from graphopt.clone import private_clone
+        from graphopt.pipeline.clone import private_clone
 
         loaded = private_clone(loaded)
         fix_dims(loaded, dim)

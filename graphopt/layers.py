@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from graphopt.linear import Linear, linear_view
 from graphopt.numerics.patches import Window, channel_columns, patch_chunks
-from graphopt.rewriting import constant, is_onnx
+from graphopt.rewriting.edit import constant, is_onnx
+from graphopt.rewriting.linear import Linear, linear_view
 
 Array = npt.NDArray[Any]
 Float64 = npt.NDArray[np.float64]
@@ -142,7 +142,7 @@ class Layer:
             self._add_bias(bias)
 
     def _add_bias(self, bias: Float64) -> None:
-        from graphopt.rewriting import Names, new_initializer
+        from graphopt.rewriting.edit import Names, new_initializer
 
         node = self.linear.node
         graph = node.graph

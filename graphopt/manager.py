@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from graphopt.base import Context, Pass, PassResult
-from graphopt.clone import private_clone
 from graphopt.errors import GraphoptError, PassFailure, UsageError, VerificationError
-from graphopt.instruments import Instrument
+from graphopt.pipeline.clone import private_clone
+from graphopt.pipeline.instruments import Instrument
+from graphopt.pipeline.reproducer import Bundle, write_bundle
 from graphopt.report.data import PassRecord, Stats
-from graphopt.reproducer import Bundle, write_bundle
 from graphopt.spec import to_spec
 
 if TYPE_CHECKING:

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from graphopt import checks, model_writer, shapes
 from graphopt.errors import ModelError, UsageError
-from graphopt.external_data import DataFiles
-from graphopt.proto_checks import check_proto
-from graphopt.weights import MappedTensor, all_graphs, exchange_tensors, model_tensors
+from graphopt.files import checks, writer
+from graphopt.files import shape_inference as shapes
+from graphopt.files.external_data import DataFiles
+from graphopt.files.proto_checks import check_proto
+from graphopt.files.weights import MappedTensor, all_graphs, exchange_tensors, model_tensors
 
 if TYPE_CHECKING:
     import onnx
@@ -42,7 +43,7 @@ def load(path: str | os.PathLike[str], *, check_weights: bool = True) -> ir.Mode
         proto = _parse(path)
         files = DataFiles(path.parent)
         check_proto(proto, files)
-        model_writer.strip_value_info(proto)
+        writer.strip_value_info(proto)
         model = _build(proto, files)
         checks.sort_nodes(model)
         checks.check_graphs(model)
@@ -131,7 +132,7 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, external: bool | None
         raise UsageError("the destination is a folder", where=str(path), hint="name a .onnx file")
     if not path.parent.is_dir():
         raise UsageError("its folder does not exist", where=str(path), hint="create the folder first")
-    model_writer.write(model, path, external)
+    writer.write(model, path, external)
 
 
 def check(model: ir.Model, *, weights: bool = True) -> None:
@@ -150,12 +151,12 @@ def check(model: ir.Model, *, weights: bool = True) -> None:
 
 
 def infer_shapes(model: ir.Model) -> None:
-    """Forget the shapes of intermediate tensors and infer them again, in place; see `graphopt.shapes.infer_shapes`."""
+    """Forget the shapes of intermediate tensors and infer them again, in place (`graphopt.files.shape_inference`)."""
     shapes.infer_shapes(model)
 
 
 def fix_dims(model: ir.Model, sizes: Mapping[str, int]) -> None:
-    """Give named input dimensions a fixed size, in place; see `graphopt.shapes.fix_dims`.
+    """Give named input dimensions a fixed size, in place; see `graphopt.files.shape_inference.fix_dims`.
 
     Raises:
         UsageError: a name that no input has, or a size below 1.

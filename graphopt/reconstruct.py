@@ -36,7 +36,7 @@ from graphopt.numerics.least_squares import Sample, fit, solve
 from graphopt.numerics.moments import Moments
 from graphopt.numerics.obs import Elimination
 from graphopt.progress import Progress
-from graphopt.rewriting import is_onnx
+from graphopt.rewriting.edit import is_onnx
 from graphopt.walk import Walk
 
 Array = npt.NDArray[Any]

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.checks import node_subgraphs
 from graphopt.errors import ModelError
 from graphopt.executor import Session, TensorSpec, check_feeds, explain
-from graphopt.weights import MappedTensor
+from graphopt.files.checks import node_subgraphs
+from graphopt.files.weights import MappedTensor
 
 if TYPE_CHECKING:
     from graphopt.executor import Array

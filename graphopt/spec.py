@@ -5,7 +5,7 @@
     option   := field "=" value
     value    := word | "'" text "'" | '"' text '"' | "(" [value {"," value}] ")"
 
-Blanks between tokens mean nothing. In quotes the escapes of JSON hold. Recipe files are in `graphopt.recipe`.
+Blanks between tokens mean nothing. In quotes the escapes of JSON hold. Recipe files are in `graphopt.pipeline.recipe`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from graphopt.base import Pass
 from graphopt.errors import GraphoptError, UsageError
-from graphopt.options import (
+from graphopt.pipeline.options import (
     BARE,
     Mismatch,
     Written,

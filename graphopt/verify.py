@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from graphopt.data.random_feeds import random_feeds
 from graphopt.errors import DataError, GraphoptError, ModelError, VerificationError
-from graphopt.random_feeds import random_feeds
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from graphopt.calibration import Calibration
+    from graphopt.data.feeds import Array
     from graphopt.executor import Session
-    from graphopt.feeds import Array
 
 MEMORY = 512 << 20
 """Bytes that one walk may hold."""

@@ -12,7 +12,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult, Skip, option
-from graphopt.rewriting import Size, size
+from graphopt.rewriting.edit import Size, size
 
 MEMBERS = (
     "fold-constants",

@@ -5,7 +5,7 @@ In inference BatchNormalization is one affine map per channel (axis 1):
     y = a x + c      a = scale / sqrt(var + epsilon)      c = bias - a mean
 
 After a linear operator, a (W x + b) + c = (a W) x + (a b + c). Before one, W (a x + c) + b = (W a) x + (b + W c), which
-holds with zero padding only where c = 0. `graphopt.linear` does both and knows the layouts.
+holds with zero padding only where c = 0. `graphopt.rewriting.linear` does both and knows the layouts.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult, Skip, option
 from graphopt.errors import ModelError
-from graphopt.linear import LINEAR_OPS, Linear, linear_view
-from graphopt.rewriting import (
+from graphopt.rewriting.edit import (
     Float64,
     Names,
     allow_private_initializers,
@@ -33,6 +32,7 @@ from graphopt.rewriting import (
     label,
     sole_use,
 )
+from graphopt.rewriting.linear import LINEAR_OPS, Linear, linear_view
 
 
 @dataclass(frozen=True)

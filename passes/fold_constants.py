@@ -2,7 +2,8 @@
 
 Constant nodes become initializers (by reference: no weight is read), shapes that are known become constants through
 their Gather, Slice and arithmetic, symbolic dimensions stay symbolic, an If whose condition is constant becomes the
-branch taken, and constant cones are computed where that does not inflate the file (`graphopt.constant_cones`).
+branch taken, and constant cones are computed where that does not inflate the file
+(`graphopt.rewriting.constant_cones`).
 
 The evaluation, shape propagation and the inlining of If are onnxscript's `optimizer.fold_constants` (onnx's reference
 implementation of the operators, in numpy). Its own limits (8192 elements in, 262144 out) are not used: which node may
@@ -23,9 +24,9 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult, Skip, option
-from graphopt.constant_cones import NEVER, Plan, tell
-from graphopt.dead_code import remove_dead
-from graphopt.rewriting import (
+from graphopt.rewriting.constant_cones import NEVER, Plan, tell
+from graphopt.rewriting.dead_code import remove_dead
+from graphopt.rewriting.edit import (
     Names,
     allow_private_initializers,
     array,

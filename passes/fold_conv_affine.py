@@ -4,7 +4,7 @@ With k constant along all axes but the channel axis, each of them is y = a x + c
 
     x * k: a = k      x / k: a = 1/k      x + k: c = k      x - k: c = -k      k - x: a = -1, c = k
 
-and folds like a BatchNormalization (`graphopt.linear`). Chains such as Conv - Mul - Add go one link at a time.
+and folds like a BatchNormalization (`graphopt.rewriting.linear`). Chains such as Conv - Mul - Add go link by link.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult, Skip, option
-from graphopt.linear import LINEAR_OPS, Linear, linear_view
-from graphopt.rewriting import (
+from graphopt.rewriting.edit import (
     Float64,
     Names,
     allow_private_initializers,
@@ -32,6 +31,7 @@ from graphopt.rewriting import (
     label,
     sole_use,
 )
+from graphopt.rewriting.linear import LINEAR_OPS, Linear, linear_view
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ class Prune(Pass):
         from graphopt.analysis.units import analyse
         from graphopt.families import candidates
         from graphopt.layers import layers_of
-        from graphopt.rewriting import allow_private_initializers, freeze_overridable
+        from graphopt.rewriting.edit import allow_private_initializers, freeze_overridable
         from graphopt.selection import choose
 
         if self.macs is None and self.params is None:
@@ -191,8 +191,8 @@ class Prune(Pass):
         mode: str,
         result: PassResult,
     ) -> set[int]:
-        from graphopt.clone import private_clone
         from graphopt.importance import silence
+        from graphopt.pipeline.clone import private_clone
         from graphopt.reconstruct import Plan, reconstruct
 
         if mode == "none" or ctx.calibration is None:
@@ -261,8 +261,8 @@ def _terms_at(model: ir.Model, coupling: Coupling, feeds: Mapping[str, Any]) -> 
     import onnx_ir as ir
 
     from graphopt.analysis.units import analyse
-    from graphopt.clone import private_clone
     from graphopt.model import infer_shapes
+    from graphopt.pipeline.clone import private_clone
 
     copy = private_clone(model)
     for value in copy.graph.inputs:

@@ -4,9 +4,10 @@
     w^ = clip(round(w / s_o)) s_o               weights: zero point 0, one scale per output channel o
     b^ = round(b / (s s_o)) s s_o               biases: int32, in units of the accumulator
 
-The steps: bring the graph into the form that has integer kernels (`qdq_prepare`), plan what works on integers
-(`qdq_plan`), measure ranges on the calibration data (`numerics.ranges`), measure how much every layer alone disturbs
-the outputs and leave in float the few that dominate (`sensitivity`), write the result (`qdq_emit`).
+The steps: bring the graph into the form that has integer kernels (graphopt/quantization/prepare.py), plan what works on
+integers (plan.py beside it), measure ranges on the calibration data (graphopt/numerics/ranges.py), measure how much
+every layer alone disturbs the outputs and leave in float the few that dominate (sensitivity.py), write the result
+(emit.py).
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ from typing import Any, ClassVar, Literal
 import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult, Skip, option
-from graphopt.clone import private_clone
 from graphopt.errors import DataError, UsageError
+from graphopt.files.opset import raise_opset
+from graphopt.files.shape_inference import infer_shapes
 from graphopt.numerics.ranges import Histogram, minmax_range, mse_range, percentile_range
 from graphopt.numerics.rounding import Affine, Grid, affine
-from graphopt.opset import raise_opset
-from graphopt.qdq_emit import Emitter
-from graphopt.qdq_plan import Plan, Unit, name_of, plan
-from graphopt.qdq_prepare import spatial_means_to_pools
-from graphopt.qdq_rules import Kind
-from graphopt.rewriting import array
-from graphopt.sensitivity import Reference, Rule, culprits, decibel, measure
-from graphopt.shapes import infer_shapes
+from graphopt.pipeline.clone import private_clone
+from graphopt.quantization.emit import Emitter
+from graphopt.quantization.plan import Plan, Unit, name_of, plan
+from graphopt.quantization.prepare import spatial_means_to_pools
+from graphopt.quantization.rules import Kind
+from graphopt.quantization.sensitivity import Reference, Rule, culprits, decibel, measure
+from graphopt.rewriting.edit import array
 from graphopt.target import QuantScheme
 
 MIN_OPSET = 13
@@ -151,7 +152,7 @@ class _Work:
         return plan(self.model, self.scheme, exclude=self.options.exclude, in_float=self.in_float)
 
     def _histograms(self, planned: Plan) -> dict[str, Histogram]:
-        from graphopt.activations import activations
+        from graphopt.data.activations import activations
 
         calibration = self.ctx.calibration
         if calibration is None:

@@ -8,7 +8,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult
-from graphopt.dead_code import remove_dead
+from graphopt.rewriting.dead_code import remove_dead
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@
     f(f(x)) = f(x)      Relu, Abs, Ceil, Floor, Round, Sign
     g(f(x)) = h(x)      Transpose Transpose, a reshape of any kind and then Reshape: the first of the two goes
 
-Each rule stands as one function in `graphopt.identities`; this file only walks.
+Each rule stands as one function in `graphopt.rewriting.identities`; this file only walks.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult, Skip, option
-from graphopt.identities import identity_of, merge_with_producer
-from graphopt.rewriting import Names, bypass, graphs, label
+from graphopt.rewriting.edit import Names, bypass, graphs, label
+from graphopt.rewriting.identities import identity_of, merge_with_producer
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from graphopt import registry
-from graphopt.describe import describe
+from graphopt.pipeline.describe import describe
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 

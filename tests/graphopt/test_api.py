@@ -17,8 +17,8 @@ from manager_passes import Blank, DropIdentity, Grow, Hungry, Liar, NewOpset, No
 
 import graphopt
 from graphopt.errors import DataError, GateRefused, GraphoptError, ModelError, PassFailure, UsageError
-from graphopt.presets import expand
-from graphopt.recipe import Recipe
+from graphopt.pipeline.presets import expand
+from graphopt.pipeline.recipe import Recipe
 from graphopt.report.data import Report, Stats
 from graphopt.target import Target
 

@@ -11,9 +11,9 @@ import onnx_ir as ir
 import pytest
 
 from graphopt import calibration, model
+from graphopt.data.feeds import input_specs
+from graphopt.data.sources import Feeds
 from graphopt.errors import DataError, ModelError, UsageError
-from graphopt.feeds import input_specs
-from graphopt.sources import Feeds
 
 ONE = """<ir_version: 8, opset_import: ["" : 17]>
 g (float[N,3,4] x) => (float[N,3,4] z) { y = Relu(x)  z = Neg(y) }"""
@@ -57,7 +57,7 @@ def test_npz_gives_back_its_rows_in_batches(tmp_path: Path, compressed: bool) ->
 
 def test_uncompressed_npz_is_not_read_into_memory(tmp_path: Path) -> None:
     np.savez(tmp_path / "c.npz", x=np.asfortranarray(samples()), z=1)
-    from graphopt.arrayfiles import read_npz
+    from graphopt.files.arrays import read_npz
 
     arrays = read_npz(tmp_path / "c.npz")
     assert isinstance(arrays["x"], np.memmap)

@@ -10,9 +10,9 @@ from model_files import small_proto, write
 from onnx import TensorProto, helper
 
 from graphopt import model as models
-from graphopt import model_writer
 from graphopt.errors import DataError, MissingBackendError, ModelError, UsageError
 from graphopt.executor import Session
+from graphopt.files import writer as model_writer
 
 X = np.random.default_rng(3).standard_normal((3, 4)).astype(np.float32)
 

@@ -23,16 +23,16 @@ from manager_passes import (
 
 from graphopt import calibration
 from graphopt.base import Context, Pass, PassResult
-from graphopt.clone import private_clone
 from graphopt.errors import DataError, PassFailure, UsageError, VerificationError
-from graphopt.instruments import BisectLimit, Clock, DumpIR, Instrument, PrintIR, ShowProgress, model_text
 from graphopt.manager import PassManager
 from graphopt.model import load
+from graphopt.pipeline.clone import private_clone
+from graphopt.pipeline.instruments import BisectLimit, Clock, DumpIR, Instrument, PrintIR, ShowProgress, model_text
+from graphopt.pipeline.recipe import parse_recipe
+from graphopt.pipeline.verify_each import VerifyEach
 from graphopt.progress import Silent
-from graphopt.recipe import parse_recipe
 from graphopt.report.data import PassRecord
 from graphopt.target import Target
-from graphopt.verify_each import VerifyEach
 
 TARGET = Target(name="test", backend="none")
 
@@ -172,7 +172,7 @@ def test_a_crash_names_the_pass_and_leaves_a_bundle(tmp_path: Path) -> None:
 
 
 def test_the_bundle_of_a_large_model_holds_its_structure_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("graphopt.reproducer.LARGEST", 10)
+    monkeypatch.setattr("graphopt.pipeline.reproducer.LARGEST", 10)
     with pytest.raises(PassFailure):
         run(DropIdentity(), Raises(), bundles=tmp_path)
     (folder,) = tmp_path.iterdir()

@@ -14,10 +14,10 @@ from model_files import small_proto, write
 from onnx import TensorProto, helper
 
 from graphopt import model as models
-from graphopt import model_writer
 from graphopt.errors import GraphoptError, UsageError
 from graphopt.executor import Session
-from graphopt.weights import FileMap, MappedTensor, chunks, contains_nan
+from graphopt.files import writer as model_writer
+from graphopt.files.weights import FileMap, MappedTensor, chunks, contains_nan
 
 NAMES = [
     "basic_pitch", "dnsmos_sig_bak_ovr", "dtln_1", "gtcrn", "magika_v3_3", "minilm_l6", "ppocr_cls", "resnet20_cifar10",
@@ -307,7 +307,7 @@ def test_contains_nan(dtype):
 @pytest.mark.parametrize("name", NAMES)
 def test_shared_models_survive_a_round_trip(data_dir, tmp_path, name):
     """Load, check, save in both forms, reload: the same outputs on real (or plausible) inputs, bit by bit."""
-    from graphopt.random_feeds import random_feeds
+    from graphopt.data.random_feeds import random_feeds
 
     source = data_dir / "models" / f"{name}.onnx"
     model = models.load(source)

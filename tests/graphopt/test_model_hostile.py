@@ -16,7 +16,7 @@ from onnx import TensorProto, helper
 
 from graphopt import model as models
 from graphopt.errors import ModelError
-from graphopt.model_writer import prefix
+from graphopt.files.writer import prefix
 
 Proto = onnx.ModelProto
 

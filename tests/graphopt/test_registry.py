@@ -49,7 +49,7 @@ def entries(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def test_every_pass_of_ours_loads_and_has_help() -> None:
-    from graphopt.describe import help_text
+    from graphopt.pipeline.describe import help_text
 
     names = registry.passes()
     assert "fold" in names and list(names) == sorted(names)
@@ -197,7 +197,7 @@ USE = """
 import sys
 import graphopt
 from graphopt import registry
-from graphopt.describe import help_text
+from graphopt.pipeline.describe import help_text
 assert "sample-rename" in registry.passes() and "fold" in registry.passes()
 assert not any(name.startswith("graphopt_sample") for name in sys.modules), "loaded before it was asked for"
 target = registry.target("sample-board")

@@ -8,9 +8,9 @@ from model_files import small_proto, write
 
 from graphopt import model as models
 from graphopt import slicing
+from graphopt.data.random_feeds import random_feeds
 from graphopt.errors import DataError
 from graphopt.executor import Session
-from graphopt.random_feeds import random_feeds
 from graphopt.slicing import SlicedSession, slices
 
 NAMES = ["basic_pitch", "gtcrn", "minilm_l6", "ppocr_cls", "silero_vad_v5_if", "stories260k_kv", "yunet_n_dynamic"]

@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from graphopt.base import Context, Effect, Pass, PassResult, option
-from graphopt.describe import describe, help_text, json_schema
 from graphopt.errors import UsageError
-from graphopt.recipe import Recipe, parse_recipe, read_recipe, write_recipe
+from graphopt.pipeline.describe import describe, help_text, json_schema
+from graphopt.pipeline.recipe import Recipe, parse_recipe, read_recipe, write_recipe
 from graphopt.spec import parse, to_spec
 
 

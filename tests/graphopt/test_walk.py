@@ -5,8 +5,8 @@ import onnx_ir as ir
 import pytest
 from text_graph import graph
 
-from graphopt.activations import activations
 from graphopt.calibration import load
+from graphopt.data.activations import activations
 from graphopt.errors import ModelError
 from graphopt.walk import Walk
 

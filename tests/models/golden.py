@@ -20,7 +20,7 @@ from graphopt.base import Context, Pass, PassResult
 from graphopt.model import infer_shapes
 from graphopt.progress import Silent
 from graphopt.registry import pass_class, target
-from graphopt.rewriting import constant, graphs, is_onnx
+from graphopt.rewriting.edit import constant, graphs, is_onnx
 
 Feeds = Mapping[str, npt.NDArray[Any]]
 

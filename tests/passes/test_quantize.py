@@ -13,13 +13,13 @@ import onnx_ir as ir
 import pytest
 
 from graphopt import calibration, model
-from graphopt.activations import submodel
 from graphopt.base import Context, PassResult
+from graphopt.data.activations import submodel
 from graphopt.errors import DataError, UsageError
 from graphopt.executor import Session
 from graphopt.passes.quantize import Quantize
 from graphopt.progress import Silent
-from graphopt.qdq_rules import CPU_OPS, RULES, Kind
+from graphopt.quantization.rules import CPU_OPS, RULES, Kind
 from graphopt.registry import pass_class
 from graphopt.target import QuantScheme, Target
 

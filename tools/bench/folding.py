@@ -22,7 +22,7 @@ from graphopt.base import Context
 from graphopt.model import load, save
 from graphopt.progress import Silent
 from graphopt.registry import pass_class, target
-from graphopt.rewriting import size
+from graphopt.rewriting.edit import size
 
 
 def fold(source: Path, out: Path) -> None:

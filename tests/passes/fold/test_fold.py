@@ -14,7 +14,7 @@ from onnx import helper, numpy_helper
 
 from graphopt.base import Context, Effect, Pass, PassResult
 from graphopt.registry import pass_class
-from graphopt.rewriting import graphs, new_initializer, size
+from graphopt.rewriting.edit import graphs, new_initializer, size
 
 FOLD = pass_class("fold")()
 

@@ -14,7 +14,7 @@ from golden import context, run
 
 from graphopt.model import load
 from graphopt.registry import pass_class
-from graphopt.rewriting import graphs, size
+from graphopt.rewriting.edit import graphs, size
 
 pytestmark = pytest.mark.data
 

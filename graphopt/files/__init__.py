@@ -1,0 +1,1 @@
+"""Model files and what is checked, read and written of them."""

@@ -1,0 +1,173 @@
+"""Shapes and types: inferred from scratch with onnx's shape inference, without ever copying a weight.
+
+Weights above `SMALL` bytes are replaced by references before the model is serialised for the C++ inference; values that
+shapes depend on (Reshape targets, Slice bounds, ...) are far smaller and take part in data propagation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from graphopt.errors import ModelError, UsageError
+from graphopt.files.weights import all_graphs, reference, with_placeholders
+
+if TYPE_CHECKING:
+    import onnx
+
+SMALL = 4096
+"""Tensors up to this many bytes take part in shape inference by value."""
+
+
+def infer_shapes(model: ir.Model) -> None:
+    """Forget the shapes of all intermediate tensors and infer them again, in place.
+
+    Named dimensions stay named; a dimension that nothing determines becomes unknown. What stands behind an operator
+    that onnx does not know stays without a shape. Declared types and shapes of graph inputs and outputs are kept, and
+    refined where inference knows more.
+
+    Raises:
+        ModelError: the graph contradicts itself.
+    """
+    import onnx
+
+    light = with_placeholders(model, _without_data, _without_data)
+    for value in _intermediate_values(light):
+        value.shape = None
+        value.type = None
+    try:
+        inferred = onnx.shape_inference.infer_shapes(
+            ir.to_proto(light), check_type=False, strict_mode=False, data_prop=True
+        )
+    except Exception as error:
+        # onnx raises several unrelated types here; all mean that the graph contradicts itself.
+        reason = " ".join(str(error).split())
+        raise ModelError(f"its shapes cannot be inferred ({reason[:300]})") from error
+    for graph, light_graph in zip(all_graphs(model), all_graphs(light), strict=True):
+        for value, light_value in zip(_produced(graph), _produced(light_graph), strict=True):
+            if not value.is_graph_output() or graph is not model.graph:
+                value.shape = light_value.shape
+                value.type = light_value.type
+    _copy_inferred(model, inferred)
+
+
+def _without_data(tensor: ir.TensorProtocol) -> ir.TensorProtocol | None:
+    if tensor.dtype == ir.DataType.STRING:
+        return None
+    if tensor.nbytes > SMALL:
+        return reference(tensor, "weights", 0)
+    # A small external tensor takes part by value, so it is read.
+    return ir.Tensor(tensor.numpy(), name=tensor.name) if isinstance(tensor, ir.ExternalTensor) else None
+
+
+def _produced(graph: ir.Graph) -> Iterator[ir.Value]:
+    for node in graph:
+        yield from node.outputs
+
+
+def _intermediate_values(model: ir.Model) -> Iterator[ir.Value]:
+    """What inference must find out: every node output that the main graph does not declare."""
+    for graph in all_graphs(model):
+        for value in _produced(graph):
+            if graph is not model.graph or not value.is_graph_output():
+                yield value
+
+
+class _Names:
+    """Tells the dimension names of the model from the placeholders that onnx invents ("unk__7").
+
+    Invented ones are no names of the user's and are numbered anew in every run: they become unknown dimensions.
+    """
+
+    def __init__(self, model: ir.Model) -> None:
+        declared = [*model.graph.inputs, *model.graph.outputs]
+        self._own = {dim.value for v in declared for dim in v.shape or () if isinstance(dim, ir.SymbolicDim)}
+
+    def cleaned(self, shape: ir.Shape) -> ir.Shape:
+        return ir.Shape([None if self._invented(dim) else dim for dim in shape])
+
+    def _invented(self, dim: int | ir.SymbolicDim) -> bool:
+        if not isinstance(dim, ir.SymbolicDim) or dim.value in self._own:
+            return False
+        return dim.value is None or dim.value.startswith("unk__")
+
+
+def _copy_inferred(model: ir.Model, proto: onnx.ModelProto) -> None:
+    names = _Names(model)
+    _copy_graph(model.graph, proto.graph, names)
+    functions = {(f.domain, f.name, f.overload): f for f in proto.functions}
+    for key, function in model.functions.items():
+        if key in functions:
+            _copy_infos(function.graph, functions[key].value_info, names)
+            _copy_subgraphs(function.graph, functions[key].node, names)
+
+
+def _copy_graph(graph: ir.Graph, proto: onnx.GraphProto, names: _Names) -> None:
+    _copy_infos(graph, [*proto.value_info, *proto.output], names)
+    _copy_subgraphs(graph, proto.node, names)
+
+
+def _copy_subgraphs(graph: ir.Graph, nodes: Iterable[onnx.NodeProto], names: _Names) -> None:
+    for node, node_proto in zip(graph, nodes, strict=True):
+        for attribute in node_proto.attribute:
+            ours = node.attributes.get(attribute.name)
+            if ours is None or ours.is_ref():
+                continue
+            if attribute.type == attribute.GRAPH:
+                _copy_graph(ours.as_graph(), attribute.g, names)
+            elif attribute.type == attribute.GRAPHS:
+                for subgraph, subproto in zip(ours.as_graphs(), attribute.graphs, strict=True):
+                    _copy_graph(subgraph, subproto, names)
+
+
+def _copy_infos(graph: ir.Graph, infos: Iterable[onnx.ValueInfoProto], names: _Names) -> None:
+    values = {value.name: value for value in _produced(graph)}
+    for info in infos:
+        value = values.get(info.name)
+        if value is None or not info.HasField("type"):
+            continue
+        kind = ir.serde.deserialize_type_proto_for_type(info.type)
+        if kind is not None:
+            value.type = kind
+        shape = ir.serde.deserialize_type_proto_for_shape(info.type)
+        if shape is not None:
+            value.shape = names.cleaned(shape)
+
+
+def dimension_names(model: ir.Model) -> list[str]:
+    """The named dimensions of the graph inputs, in order of appearance."""
+    names: dict[str, None] = {}
+    for value in model.graph.inputs:
+        for dim in value.shape or ():
+            if isinstance(dim, ir.SymbolicDim) and dim.value:
+                names[dim.value] = None
+    return list(names)
+
+
+def fix_dims(model: ir.Model, sizes: Mapping[str, int]) -> None:
+    """Give named dimensions of the inputs a fixed size, everywhere, and infer all shapes again. In place.
+
+    Args:
+        model: the model to specialise.
+        sizes: size by dimension name, each at least 1.
+
+    Raises:
+        UsageError: a name that no input has, or a size below 1.
+    """
+    present = dimension_names(model)
+    for name, size in sizes.items():
+        if name not in present:
+            raise UsageError(
+                f"the model has no input dimension of this name; it has {', '.join(present) or 'none that is named'}",
+                where=f"dimension {name}",
+            )
+        if size < 1:
+            raise UsageError(f"size {size} is not a positive number", where=f"dimension {name}")
+    for value in [*model.graph.inputs, *model.graph.outputs]:
+        if value.shape is not None:
+            value.shape = ir.Shape(
+                [sizes.get(dim.value or "", dim) if isinstance(dim, ir.SymbolicDim) else dim for dim in value.shape]
+            )
+    infer_shapes(model)

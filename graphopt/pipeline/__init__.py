@@ -1,0 +1,1 @@
+"""What surrounds a pass: options, recipes, presets, instruments, gates, reproducers."""

@@ -1,0 +1,53 @@
+"""Exact rewrites that give an operator the form for which runtimes have an integer kernel."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from graphopt.rewriting.edit import Names, array, bypass, is_onnx, label
+
+
+def spatial_means_to_pools(model: ir.Model) -> list[str]:
+    """ReduceMean over all spatial axes becomes GlobalAveragePool, and a Flatten where the axes are not kept.
+
+        mean over axes 2.. of (N, C, d1, d2, ...)  =  GlobalAveragePool, of shape (N, C, 1, 1, ...)
+
+    Does not fire where the rank is unknown, or other axes are reduced.
+
+    Returns:
+        The labels of the nodes replaced.
+    """
+    graph, names, done = model.graph, Names(model), []
+    for node in list(graph):
+        if not is_onnx(node, "ReduceMean") or not _is_spatial(node):
+            continue
+        source, output = node.inputs[0], node.outputs[0]
+        title = label(node)
+        flat = not node.attributes.get_int("keepdims", 1)
+        pool = ir.node("GlobalAveragePool", [source], name=names.fresh(f"{title}_pool" if flat else f"{title}_mean"))
+        pool.outputs[0].name = names.fresh(f"{output.name}_pool")
+        pool.outputs[0].type = output.type
+        graph.insert_before(node, pool)
+        new = pool.outputs[0]
+        if flat:
+            flatten = ir.node("Flatten", [new], {"axis": 1}, name=names.fresh(f"{title}_flatten"))
+            flatten.outputs[0].name = names.fresh(f"{output.name}_flat")
+            flatten.outputs[0].type = output.type
+            graph.insert_before(node, flatten)
+            new = flatten.outputs[0]
+        new.shape = output.shape
+        if bypass(node, new, origin_of=new.producer()) is None:
+            done.append(title)
+    return done
+
+
+def _is_spatial(node: ir.Node) -> bool:
+    source = node.inputs[0]
+    shape = source.shape if source is not None else None
+    if shape is None or len(shape) < 3 or source is None or source.dtype not in (ir.DataType.FLOAT, None):
+        return False
+    given = array(node.inputs[1]) if len(node.inputs) > 1 else node.attributes.get_ints("axes", None)
+    if given is None:
+        return False
+    rank = len(shape)
+    return sorted(int(a) % rank for a in given) == list(range(2, rank))

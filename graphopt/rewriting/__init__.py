@@ -1,0 +1,1 @@
+"""What passes share to rewrite a graph exactly."""

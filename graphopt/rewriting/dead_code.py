@@ -1,0 +1,85 @@
+"""Mark and sweep over a graph and all its bodies.
+
+Reachability is followed from the outputs instead of trusting use counts, because a body that was cut out of the graph
+(the branch of an If that is never taken) still counts as a reader of the outer values it captures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+from graphopt.rewriting.edit import graphs
+
+
+def bodies(node: ir.Node) -> Iterator[ir.Graph]:
+    """The If/Loop/Scan bodies that `node` holds directly."""
+    for attribute in node.attributes.values():
+        if attribute.is_ref():
+            continue
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield attribute.as_graph()
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            yield from attribute.as_graphs()
+
+
+def remove_dead(model: ir.Model) -> tuple[int, int]:
+    """Remove nodes and initializers that no output depends on; inputs and outputs of graphs stay.
+
+    Returns:
+        How many nodes and how many initializers went.
+    """
+    everything = list(graphs(model))
+    live_nodes, live_values = _reachable(model.graph)
+    nodes = initializers = 0
+    for graph in everything:
+        dead = [n for n in graph if n not in live_nodes and n.outputs]
+        for node in dead:
+            _detach(node)
+        graph.remove(dead)
+        nodes += len(dead)
+        for value in tuple(graph.initializers.values()):
+            if value not in live_values and not value.is_graph_input():
+                graph.initializers.pop(str(value.name))
+                initializers += 1
+    _forget_stale_uses(model)
+    return nodes, initializers
+
+
+def _reachable(graph: ir.Graph) -> tuple[set[ir.Node], set[ir.Value]]:
+    nodes: set[ir.Node] = set()
+    values: set[ir.Value] = set()
+    # A node without outputs has an effect we cannot see (custom operators), so it and what it reads stay.
+    todo: list[ir.Value | None] = [*graph.outputs, *(v for n in graph.all_nodes() if not n.outputs for v in n.inputs)]
+    while todo:
+        value = todo.pop()
+        if value is None or value in values:
+            continue
+        values.add(value)
+        node = value.producer()
+        if node is None or node in nodes:
+            continue
+        nodes.add(node)
+        todo.extend(node.inputs)
+        for body in bodies(node):
+            todo.extend(body.outputs)
+    return nodes, values
+
+
+def _detach(node: ir.Node) -> None:
+    for index in range(len(node.inputs)):
+        node.replace_input_with(index, None)
+    for body in bodies(node):
+        for inner in body:
+            _detach(inner)
+
+
+def _forget_stale_uses(model: ir.Model) -> None:
+    present = {node for graph in graphs(model) for node in graph}
+    for graph in graphs(model):
+        values = [*graph.inputs, *graph.initializers.values(), *(v for n in graph for v in n.outputs)]
+        for value in values:
+            for use in tuple(value.uses()):
+                if use.node not in present:
+                    use.node.replace_input_with(use.idx, None)
