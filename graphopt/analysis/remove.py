@@ -5,7 +5,9 @@ Names of nodes, values and parameters stay, so the model before and after can be
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -81,14 +83,14 @@ class Removal:
         self._nodes = {node_key(node): node for node in model.graph}
         self._values = {value.name: value for node in model.graph for value in node.outputs if value.name}
         self._values.update({v.name: v for v in (*model.graph.inputs, *model.graph.initializers.values()) if v.name})
+        self._raw: dict[str, list[ir.Value]] = {}
+        """Results that are scaled or added to before they get the name of the key: as large as it."""
         self._taken = {*self._values, *(v.name for n in model.graph.all_nodes() for v in n.outputs)}
 
     # Questions -------------------------------------------------------------------------------------------------------
 
-    def mask(self, value: ir.Value | None, axis: int) -> Mask | None:
-        """Which positions of an axis stay; None where all do."""
-        if value is None:
-            return None
+    def mask(self, value: ir.Value, axis: int) -> Mask | None:
+        """Which positions of a computed value's axis stay; None where all do."""
         return self._mask(self.coupling.axis_units(value.name or "", axis))
 
     def shortened(self, value: ir.Value, axis: int) -> bool:
@@ -107,11 +109,12 @@ class Removal:
         return default if mask is None else int(mask.sum())
 
     def operand_mask(self, node: ir.Node, index: int, axis: int) -> Mask | None:
-        """As `mask`, for an operand that may be a parameter."""
+        """As `mask`, for an operand of a node, which may be a parameter."""
         use = self._uses.get((node_key(node), index))
-        if use is None:
-            return self.mask(node.inputs[index], axis)
-        return self._mask(self.coupling.solution.units(use.axes.get(axis, ())))
+        if use is not None:
+            return self._mask(self.coupling.solution.units(use.axes.get(axis, ())))
+        value = node.inputs[index] if index < len(node.inputs) else None
+        return None if value is None else self.mask(value, axis)
 
     def operand_count(self, node: ir.Node, index: int, axis: int) -> int:
         """Size of an operand's axis after the removal; its shape must be known."""
@@ -123,9 +126,11 @@ class Removal:
         assert size is not None
         return size
 
-    def places(self, value: ir.Value, axis: int, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Where dense positions of an axis are after the removal; removed ones are left out."""
-        mask = self.mask(value, axis)
+    def operand_places(
+        self, node: ir.Node, index: int, axis: int, positions: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
+        """Where dense positions of an operand's axis are after the removal; removed ones are left out."""
+        mask = self.operand_mask(node, index, axis)
         if mask is None:
             return positions
         return (np.cumsum(mask) - 1)[positions[mask[positions]]]
@@ -144,29 +149,34 @@ class Removal:
             node.resize_inputs(index + 1)
         node.replace_input_with(index, self._constant(f"{node_key(node)}_input{index}", array))
 
-    def set_sizes(self, node: ir.Node, index: int) -> None:
+    def set_sizes(self, node: ir.Node, index: int, axes: Sequence[int] | None = None) -> None:
         """Write the new sizes of shortened output axes into a shape operand, privately for this node.
 
         Entries that say "as the input" (0), "the rest" (-1) or "broadcast" (1) stay; a computed shape is patched.
+
+        Args:
+            node: the node; `index`: its shape operand.
+            axes: the axis that each entry sizes; None: the last axes of the result, as Expand counts them.
         """
         output = node.outputs[0]
-        shape = shapes.dims(output)
-        if shape is None or index >= len(node.inputs) or node.inputs[index] is None:
+        shape, operand = shapes.dims(output), node.inputs[index] if index < len(node.inputs) else None
+        if shape is None or operand is None:
             return
-        new = {a: self.count(output, a, 0) for a in range(len(shape)) if self.shortened(output, a)}
+        given = shapes.dims(operand)
+        length = given[0] if given and isinstance(given[0], int) else len(shape)
+        sized = range(len(shape) - length, len(shape)) if axes is None else axes
+        new = {k: self.count(output, a, 0) for k, a in enumerate(sized) if self.shortened(output, a)}
         if not new:
             return
-        operand = node.inputs[index]
         constant = shapes.constant(operand)
         if constant is not None:
             array = constant.copy()
-            shift = len(shape) - len(array)  # Expand may give fewer axes than the result has
-            for axis, size in new.items():
-                if axis >= shift and array[axis - shift] > 1:
-                    array[axis - shift] = size
+            for place, size in new.items():
+                if array[place] > 1:
+                    array[place] = size
             self.set_input(node, index, array)
-        elif operand is not None:
-            patched = self._patch_vector(node, operand, new, len(shape), before=True)
+        else:
+            patched = self._patch_vector(node, operand, new, length, before=True)
             node.replace_input_with(index, patched)
 
     def pin_output(self, node: ir.Node, values: dict[int, int], length: int) -> None:
@@ -178,12 +188,6 @@ class Removal:
         patched = self._patch_vector(node, output, values, length, before=False)
         for use in users:
             use.node.replace_input_with(use.idx, patched)
-        if output.is_graph_output():
-            raise GraphoptError(
-                "a size of a pruned axis is an output of the graph",
-                where=node_key(node),
-                hint="exclude the layers that produce it",
-            )
 
     def _patch_vector(
         self, node: ir.Node, vector: ir.Value, values: dict[int, int], length: int, *, before: bool
@@ -196,27 +200,56 @@ class Removal:
                 pieces.append(self._constant(f"{vector.name}_pinned", np.asarray([values[place]], dtype=np.int64)))
                 continue
             index = self._constant(f"{vector.name}_place", np.asarray([place], dtype=np.int64))
-            nodes.append(ir.node("Gather", [vector, index], name=self._name(f"{vector.name}_entry")))
-            nodes[-1].outputs[0].name = self._name(f"{vector.name}_entry")
+            nodes.append(self._node("Gather", [vector, index], f"{vector.name}_entry", vector, [1]))
             pieces.append(nodes[-1].outputs[0])
-        nodes.append(ir.node("Concat", pieces, attributes={"axis": 0}, name=self._name(f"{vector.name}_sizes")))
-        nodes[-1].outputs[0].name = self._name(f"{vector.name}_sizes")
+        nodes.append(self._node("Concat", pieces, f"{vector.name}_sizes", vector, [length], axis=0))
         if before:
             node.prepend(nodes)
         else:
             node.append(nodes)
         return nodes[-1].outputs[0]
 
-    def insert_gather(self, node: ir.Node, source: ir.Value, axis: int, places: npt.NDArray[np.int64]) -> ir.Value:
-        """Put a Gather before the first operand of a node; returns the new operand."""
+    def _node(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value],
+        stem: str,
+        like: ir.Value,
+        sizes: Iterable[Any] | None,
+        **given: int,
+    ) -> ir.Node:
+        """A node with names, its output typed as `like` and of these sizes."""
+        name = self._name(stem)
+        node = ir.node(op_type, inputs, attributes=given, name=name)
+        result = node.outputs[0]
+        result.name, result.type = name, like.type
+        result.shape = None if sizes is None else ir.Shape(list(sizes))
+        return node
+
+    def insert_gather(self, node: ir.Node, axis: int, places: npt.NDArray[np.int64]) -> None:
+        """Put a Gather of places after the removal before the first operand of a node.
+
+        A parameter is from then on read by the Gather, which takes over how it is sliced.
+        """
+        source = node.inputs[0]
+        assert source is not None
+        sizes = None if source.shape is None else list(source.shape)
+        if sizes is not None:
+            sizes = [len(places) if a == axis else self._left(node, a, size) for a, size in enumerate(sizes)]
         index = self._constant(f"{node_key(node)}_places", places)
-        gather = ir.node(
-            "Gather", [source, index], attributes={"axis": axis}, name=self._name(f"{node_key(node)}_take")
-        )
-        gather.outputs[0].name = self._name(f"{node_key(node)}_take")
+        gather = self._node("Gather", [source, index], f"{node_key(node)}_take", source, sizes, axis=axis)
         node.prepend(gather)
         node.replace_input_with(0, gather.outputs[0])
-        return gather.outputs[0]
+        use = self._uses.pop((node_key(node), 0), None)
+        if use is not None:
+            moved = dataclasses.replace(use, node=node_key(gather), index=0)
+            self._uses[moved.node, 0] = moved
+            self._nodes[moved.node] = gather
+
+    def _left(self, node: ir.Node, axis: int, size: Any) -> Any:
+        """Size of an axis of the first operand after the removal."""
+        mask = self.operand_mask(node, 0, axis)
+        return size if mask is None else int(mask.sum())
 
     def multiply_output(self, node: ir.Node, factor: float) -> None:
         """Scale the result of a node; the scaled tensor keeps the name."""
@@ -230,7 +263,7 @@ class Removal:
         assert output.name is not None
         name = output.name
         users = list(output.uses())
-        added = ir.node(op_type, [output, operand], name=self._name(f"{name}_{op_type}"))
+        added = self._node(op_type, [output, operand], f"{name}_{op_type}", output, output.shape)
         result = added.outputs[0]
         node.append(added)
         for use in users:
@@ -240,8 +273,8 @@ class Removal:
             if value is output:
                 outputs[place] = result
         output.name, result.name = self._name(f"{name}_raw"), name
-        result.type, result.shape = output.type, output.shape
         self._values[name], self._values[output.name] = result, output
+        self._raw.setdefault(name, []).append(output)
 
     def fold_constants(
         self,
@@ -252,18 +285,22 @@ class Removal:
         weight: int,
         bias: int | None,
         transposed: bool = False,
-        scale: float = 1.0,
+        alpha: float = 1.0,
+        beta: float = 1.0,
     ) -> None:
-        """Add what dead inputs contribute to the bias of a linear node.
+        """Add what dead inputs contribute to the bias of a linear node: alpha X W + beta B; see module docstring.
+
+        A bias that cannot take it (there is none to have, it is computed, or beta is 0) gets an Add behind the node.
 
         Args:
             node: the node.
             source: its data input, with the contracted `axis`.
             axis: the contracted axis.
             weight: index of the weight operand, laid out [out, in, ...], or [in, out] if `transposed`.
-            bias: index of the bias operand; None where the operator has none: an Add is inserted.
+            bias: index of the bias operand; None where the operator has none.
             transposed: layout of the weight.
-            scale: factor between the product and the bias as the node adds them.
+            alpha: factor of the product.
+            beta: factor of the bias.
         """
         mask = self.mask(source, axis)
         if mask is None:
@@ -280,19 +317,30 @@ class Removal:
         assert array is not None
         rows = np.take(array, dead, axis=0 if transposed else 1).astype(np.float64)
         rows = rows if transposed else rows.reshape(*rows.shape[:2], -1).sum(axis=2).T
-        delta = scale * (held @ rows)
-        self.report.folded.append(node.name or node_key(node))
-        if bias is None:
-            kept = self.operand_mask(node, weight, 1)
-            delta = delta if kept is None else delta[kept]
-            self._insert_after(node, "Add", self._constant(f"{node_key(node)}_bias", delta.astype(array.dtype)))
-            return
-        old = shapes.constant(node.inputs[bias]) if bias < len(node.inputs) else None
-        total = delta if old is None else np.broadcast_to(old.astype(np.float64), (*old.shape[:-1], len(delta))) + delta
+        delta = alpha * (held @ rows)
         kept = self.operand_mask(node, weight, 1 if transposed else 0)
-        total = total if kept is None else total[..., kept]
+        delta = delta if kept is None else delta[kept]
+        self.report.folded.append(node.name or node_key(node))
+        given = node.inputs[bias] if bias is not None and bias < len(node.inputs) else None
+        old = self._sliced(node, bias, given) if bias is not None and given is not None else None
+        if bias is None or not beta or (given is not None and old is None):
+            shape = (-1,) if transposed or array.ndim == 2 else (-1, *(1,) * (array.ndim - 2))
+            added = delta.astype(array.dtype).reshape(shape)
+            self._insert_after(node, "Add", self._constant(f"{node_key(node)}_bias", added))
+            return
+        delta = delta / beta if old is None else old.astype(np.float64) + delta / beta
         self._uses.pop((node_key(node), bias), None)
-        self.set_input(node, bias, total.astype(array.dtype))
+        self.set_input(node, bias, delta.astype(array.dtype))
+
+    def _sliced(self, node: ir.Node, index: int, value: ir.Value) -> npt.NDArray[Any] | None:
+        """What is left of a constant operand; None where it is computed."""
+        array = shapes.constant(value)
+        if array is None:
+            return None
+        for axis in range(array.ndim):
+            mask = self.operand_mask(node, index, axis)
+            array = array if mask is None else np.compress(mask, array, axis=axis)
+        return array
 
     def _constant(self, name: str, array: npt.NDArray[Any]) -> ir.Value:
         name = self._name(name)
@@ -357,6 +405,13 @@ class Removal:
                 copy = self._constant(name, array)
                 for use in uses:
                     self._nodes[use.node].replace_input_with(use.index, copy)
+            if value.is_initializer() and not value.uses() and not value.is_graph_output():
+                self._forget(value)
+
+    def _forget(self, value: ir.Value) -> None:
+        """Take out an initializer that only had copies made of it; one that is listed as an input stays an input."""
+        if not value.is_graph_input():
+            del self.model.graph.initializers[value.name or ""]
 
     def shorten_annotations(self) -> None:
         """Bring the recorded shapes of activations up to date."""
@@ -369,4 +424,5 @@ class Removal:
                 mask = self._mask(factors)
                 if mask is not None:
                     sizes[axis] = int(mask.sum())
-            value.shape = ir.Shape(sizes)
+            for same in (value, *self._raw.get(name, ())):
+                same.shape = ir.Shape(sizes)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
@@ -30,6 +31,7 @@ Floats = npt.NDArray[np.float64]
 Role = Literal["producer", "consumer", "follower"]
 """producer: zeroing the slice makes the unit's output zero (a filter, its bias). consumer: the slice reads the unit.
 follower: the slice only keeps the unit company (a running variance, a scale that multiplies)."""
+Accepts = Literal["anything", "constant", "zero", "none"]
 
 
 def where(node: ir.Node) -> str:
@@ -67,15 +69,18 @@ class Sink:
         value: the tensor whose axis ends.
         axis: that axis.
         node: the operator.
-        accepts: which dead values leave the result unchanged: "constant" (folded into a bias), "zero", or "none".
+        accepts: which dead values leave the result unchanged: "anything" (the units go on in the result, where they are
+            judged again), "constant" (folded into a bias), "zero", or "none".
         reason: why nothing else is exact, for the report.
+        index: which operand of the node it is; a parameter has labels by use.
     """
 
     value: str
     axis: int
     node: str
-    accepts: Literal["constant", "zero", "none"]
+    accepts: Accepts
     reason: str
+    index: int = 0
 
 
 @dataclass(frozen=True)
@@ -223,12 +228,14 @@ class Labeller:
                 factors = tied.setdefault(axis, (self.table.fresh(size),))
                 self.table.freeze(factors, reason)
 
-    def sink(
-        self, value: ir.Value, axis: int, node: ir.Node, accepts: Literal["constant", "zero", "none"], reason: str
-    ) -> None:
-        """Record that positions of this axis end here."""
-        if value.name:
-            self.sinks.append(Sink(value.name, axis, node_key(node), accepts, reason))
+    def sink(self, node: ir.Node, index: int, axis: int, accepts: Accepts, reason: str) -> None:
+        """Record that positions of an operand's axis end here."""
+        value = node.inputs[index]
+        if value is None or not value.name:
+            return
+        if accepts == "constant" and shapes.constant_tensor(value) is not None:
+            accepts = "zero"  # only what activations bring is folded into biases
+        self.sinks.append(Sink(value.name, axis, node_key(node), accepts, reason, index))
 
 
 def captured(node: ir.Node) -> list[ir.Value]:
@@ -243,16 +250,16 @@ def captured(node: ir.Node) -> list[ir.Value]:
             else []
         )
         for graph in graphs:
-            inside = {*graph.inputs, *graph.initializers.values()}
+            inside: set[ir.Value] = set()
+            nested = [graph, *graph.subgraphs()]
+            for each in nested:
+                inside.update(each.inputs, each.initializers.values())
             for inner in graph.all_nodes():
                 inside.update(inner.outputs)
-                for attr in inner.attributes.values():
-                    if attr.type == ir.AttributeType.GRAPH:
-                        inside.update(attr.as_graph().inputs)
-                        inside.update(attr.as_graph().initializers.values())
             for inner in graph.all_nodes():
                 outer.update((v, None) for v in inner.inputs if v is not None and v not in inside)
-            outer.update((v, None) for v in graph.outputs if v not in inside)
+            for each in nested:
+                outer.update((v, None) for v in each.outputs if v not in inside)
     return list(outer)
 
 
@@ -288,8 +295,9 @@ class DeadValues:
         return self.values.get((value.name or "", axis))
 
     def set(self, value: ir.Value, axis: int, dead: Floats) -> None:
-        """Record dead values of an output."""
-        self.values[value.name or "", axis] = dead
+        """Record dead values of an output; what its type cannot hold is infinite there and counts as unknown."""
+        largest = _LARGEST_HALF if value.dtype == ir.DataType.FLOAT16 else _LARGEST
+        self.values[value.name or "", axis] = np.where(np.abs(dead) <= largest, dead, np.nan)
 
     def operand(self, node: ir.Node, index: int, axis: int) -> Floats | None:
         """Dead values of an operand along an axis, parameters included: 0 for a producer, else the slice's constant."""
@@ -300,15 +308,35 @@ class DeadValues:
         if sizes is None:
             return self.of(value, axis)
         use = self.uses.get((node_key(node), index))
-        if self.hypothetical and use is not None and use.roles.get(axis) == "producer":
+        if self.hypothetical and use is not None and self._zeroed(use, value, axis):
             return np.zeros(sizes[axis])
         array = shapes.constant(value)
         assert array is not None
-        if array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16":
+        if not _numeric(array) or not array.size:
             return None
         rows = np.moveaxis(array, axis, 0).reshape(array.shape[axis], -1).astype(np.float64)
         uniform = (rows == rows[:, :1]).all(axis=1)
         return np.where(uniform, rows[:, 0], np.nan)
+
+    def _zeroed(self, use: Use, value: ir.Value, axis: int) -> bool:
+        """Whether zeroing a unit zeroes this slice: a tied parameter that is a producer anywhere is zero everywhere."""
+        if use.roles.get(axis) == "producer":
+            return True
+        return (use.parameter, axis) in self._tied_producers and shapes.is_tied(value)
+
+    @cached_property
+    def _tied_producers(self) -> frozenset[tuple[str, int]]:
+        return frozenset(
+            (u.parameter, axis) for u in self.uses.values() for axis, role in u.roles.items() if role == "producer"
+        )
+
+
+_LARGEST = float(np.finfo(np.float32).max)
+_LARGEST_HALF = float(np.finfo(np.float16).max)
+
+
+def _numeric(array: npt.NDArray[np.generic]) -> bool:
+    return array.dtype.kind in "fiub" or array.dtype.name == "bfloat16"
 
 
 def elementwise_value(node: ir.Node, index: int, output: ir.Value, axis: int, d: DeadValues) -> Floats:
@@ -325,7 +353,7 @@ def elementwise_value(node: ir.Node, index: int, output: ir.Value, axis: int, d:
         found = d.operand(node, index, own)
         return unknown if found is None or len(found) != size else found
     array = shapes.constant(value)
-    if array is None or array.size == 0 or not (array == array.ravel()[0]).all():
+    if array is None or array.size == 0 or not _numeric(array) or not (array == array.ravel()[0]).all():
         return unknown
     return np.full(size, float(array.ravel()[0]))
 

@@ -80,6 +80,11 @@ def scalar(value: ir.Value | None) -> float | None:
     return float(array.ravel()[0]) if array is not None and array.size == 1 and array.dtype.kind in "fiub" else None
 
 
+def is_tied(value: ir.Value) -> bool:
+    """True for a constant with several axes longer than 1, which is labelled once for all its uses (see `Use`)."""
+    return sum(size > 1 for size in sizes(value) or ()) > 1
+
+
 def set_constant(value: ir.Value, array: npt.NDArray[np.generic]) -> None:
     """Replace the array of an initializer or Constant node, keeping its name."""
     tensor = ir.Tensor(array, name=value.name)
@@ -92,15 +97,18 @@ def set_constant(value: ir.Value, array: npt.NDArray[np.generic]) -> None:
     value.shape = ir.Shape(array.shape)
 
 
-def _prefixes(shape: Sequence[Dim]) -> list[tuple[object, ...]]:
-    """Product of the first k dimensions for every k, as a comparable key; unknown dimensions equal nothing."""
+def _prefixes(shape: Sequence[Dim], side: str) -> list[tuple[object, ...]]:
+    """Product of the first k dimensions for every k, as a comparable key; unknown dimensions equal nothing.
+
+    `side` tells the two shapes of a comparison apart, so that their unknown dimensions differ too.
+    """
     number, symbols = 1, []
     keys: list[tuple[object, ...]] = [(1,)]
     for position, dim in enumerate(shape):
         if isinstance(dim, int):
             number *= dim
         else:
-            symbols.append(dim if dim is not None else f"?{id(shape)}.{position}")
+            symbols.append(dim if dim is not None else f"?{side}{position}")
         keys.append((number, *sorted(symbols)))
     return keys
 
@@ -112,8 +120,8 @@ def reshape_blocks(source: Sequence[Dim], result: Sequence[Dim]) -> list[tuple[r
         Pairs (axes of the source, axes of the result), in order, covering both. Blocks are matched from the front and,
         for what an unknown size hides, from the back.
     """
-    front = _common(_prefixes(source), _prefixes(result))
-    back = _common(_prefixes(source[::-1]), _prefixes(result[::-1]))
+    front = _common(_prefixes(source, "before"), _prefixes(result, "after"))
+    back = _common(_prefixes(source[::-1], "before"), _prefixes(result[::-1], "after"))
     cuts = sorted({*front, *((len(source) - i, len(result) - j) for i, j in back), (len(source), len(result))})
     chain: list[tuple[int, int]] = []
     for cut in cuts:  # keep only cuts that advance on both sides: a chain, never a crossing

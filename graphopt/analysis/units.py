@@ -141,9 +141,12 @@ class Coupling:
     def unsafe(self, values: DeadValues) -> dict[int, str]:
         """Units that some consumer cannot do without, given what their positions hold; with the first reason."""
         reasons: dict[int, str] = {}
+        nodes = {node_key(node): node for node in self.model.graph}
         for sink in self.sinks:
-            for vector in self.axis_units(sink.value, sink.axis):
-                held = values.values.get((sink.value, sink.axis))
+            if sink.accepts == "anything":
+                continue
+            held = values.operand(nodes[sink.node], sink.index, sink.axis)
+            for vector in self.operand_units(nodes[sink.node], sink.index, sink.axis):
                 if held is None or sink.accepts == "none":
                     bad = np.ones(len(vector), dtype=bool)
                 else:

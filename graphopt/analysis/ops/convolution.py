@@ -19,7 +19,7 @@ import onnx_ir as ir
 from graphopt.analysis import shapes
 from graphopt.analysis.labels import Axes, Factors
 from graphopt.analysis.remove import Removal
-from graphopt.analysis.rules import CostView, DeadValues, Labeller, OpRule, Product, rule, where
+from graphopt.analysis.rules import Accepts, CostView, DeadValues, Labeller, OpRule, Product, rule, where
 
 
 def padded(node: ir.Node) -> bool:
@@ -40,6 +40,11 @@ def weight_shape(node: ir.Node) -> list[int] | None:
     found = shapes.dims(node.inputs[1]) if node.inputs[1] is not None else None
     sizes = [d for d in found or () if isinstance(d, int)]
     return sizes if found and len(sizes) == len(found) else None
+
+
+def _by_position(size: list[int], count: int) -> bool:
+    """Which mode a grouped convolution has: the one with more units."""
+    return sum(n for n in (size[0] // count, size[1]) if n > 1) > count
 
 
 class _Convolution(OpRule):
@@ -77,7 +82,10 @@ class _Convolution(OpRule):
             plain = count == 1 and self.reads == 1 and shapes.constant_tensor(node.inputs[1]) is not None
             exact_constant = plain and not padded(node)
             reason = "reads an unknown value" if exact_constant else "reads a value that is not zero next to padding"
-            g.sink(source, 1, node, "constant" if exact_constant else "zero", f"{name}: {reason}")
+            accepts: Accepts = "constant" if exact_constant else "zero"
+            # A whole group reads only what dies with it.
+            accepts = "anything" if count > 1 and not _by_position(size, count) else accepts
+            g.sink(node, 0, 1, accepts, f"{name}: {reason}")
 
     @staticmethod
     def _grouped(name: str, g: Labeller, w: Axes, size: list[int], count: int) -> tuple[Factors, Factors]:
@@ -87,8 +95,7 @@ class _Convolution(OpRule):
         rows = w[0][0].reshape(count, -1)
         positions, inner = rows.shape[1], size[1]
         tie = f"{name}: shares a slice of its {count} groups with a channel that is never removed"
-        by_position = sum(n for n in (positions, inner) if n > 1) > count
-        if by_position:
+        if _by_position(size, count):
             g.table.equate(rows, rows[:1], tie)
             if positions == 1:
                 g.freeze(w, f"{name}: a group has one channel on this side", only=(0,))

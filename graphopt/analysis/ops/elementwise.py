@@ -53,17 +53,39 @@ def _cast(x: Floats, node: ir.Node) -> Floats:
     )
 
 
+def _dropout(x: Floats, node: ir.Node) -> Floats:
+    """The input, except in training (opset 12), where only zeros are known to stay."""
+    training = node.inputs[2] if len(node.inputs) > 2 else None
+    return x if training is None or shapes.scalar(training) == 0 else np.where(x == 0, 0.0, np.nan)
+
+
+def _with_steps(function: Unary) -> Unary:
+    """A function with jumps: unknown where rounding of its argument could carry it over one."""
+
+    def apply(x: Floats, node: ir.Node) -> Floats:
+        near = [function(x * (1 + side * _ROUNDING), node) for side in (-1, 1)]
+        result = function(x, node)
+        agree = [np.isclose(value, result, rtol=10 * _ROUNDING, atol=0) for value in near]
+        return np.where(agree[0] & agree[1], result, np.nan)
+
+    return apply
+
+
+_ROUNDING = 1e-5
+"""Relative error that a float32 constant may have gathered."""
+
+
 UNARY: dict[str, Unary] = {
     "Identity": lambda x, n: x,
-    "Dropout": lambda x, n: x,
+    "Dropout": _dropout,
     "Cast": _cast,
     "Relu": lambda x, n: np.maximum(x, 0),
     "LeakyRelu": lambda x, n: np.where(x < 0, _alpha_leaky(n) * x, x),
     "Elu": lambda x, n: np.where(x < 0, _alpha_elu(n) * np.expm1(x), x),
     "Celu": lambda x, n: np.maximum(x, 0) + np.minimum(0, _alpha_elu(n) * np.expm1(x / _alpha_elu(n))),
     "Selu": lambda x, n: _selu_gamma(n) * np.where(x < 0, _selu_alpha(n) * np.expm1(x), x),
-    "ThresholdedRelu": lambda x, n: np.where(x > _threshold(n), x, 0.0 * x),
-    "Shrink": _shrink,
+    "ThresholdedRelu": _with_steps(lambda x, n: np.where(x > _threshold(n), x, 0.0 * x)),
+    "Shrink": _with_steps(_shrink),
     "Gelu": _gelu,
     "Mish": lambda x, n: x * np.tanh(np.logaddexp(0, x)),
     "Swish": lambda x, n: x * special.expit(_alpha_elu(n) * x),
@@ -80,10 +102,10 @@ UNARY: dict[str, Unary] = {
     "Reciprocal": lambda x, n: 1 / x,
     "Neg": lambda x, n: -x,
     "Abs": lambda x, n: np.abs(x),
-    "Ceil": lambda x, n: np.ceil(x),
-    "Floor": lambda x, n: np.floor(x),
-    "Round": lambda x, n: np.round(x),
-    "Sign": lambda x, n: np.sign(x),
+    "Ceil": _with_steps(lambda x, n: np.ceil(x)),
+    "Floor": _with_steps(lambda x, n: np.floor(x)),
+    "Round": _with_steps(lambda x, n: np.round(x)),
+    "Sign": _with_steps(lambda x, n: np.sign(x)),
     "Sin": lambda x, n: np.sin(x),
     "Cos": lambda x, n: np.cos(x),
     "Tan": lambda x, n: np.tan(x),
@@ -160,8 +182,15 @@ class ElementwiseUnary(OpRule):
 
     ops = tuple(UNARY)
 
+    def apply(self, x: Floats, node: ir.Node) -> Floats:
+        """f(x); NaN where it is not known."""
+        return UNARY[node.op_type](x, node)
+
     def label(self, node: ir.Node, g: Labeller) -> None:
-        axes = g.operand(node, 0)
+        with np.errstate(all="ignore"):
+            kept = bool(self.apply(np.zeros(1), node)[0] == 0)
+        # A parameter that passes before its use: zeroing its slices zeroes the unit where f(0) = 0.
+        axes = g.operand(node, 0, role="producer" if kept else "follower")
         for output in node.outputs:  # Dropout's mask has the shape of its input
             g.set(output, axes)
 
@@ -170,7 +199,7 @@ class ElementwiseUnary(OpRule):
             values = d.operand(node, 0, axis)
             if values is not None:
                 with np.errstate(all="ignore"):
-                    d.set(node.outputs[0], axis, UNARY[node.op_type](values, node))
+                    d.set(node.outputs[0], axis, self.apply(values, node))
 
 
 @rule
@@ -179,12 +208,9 @@ class Clip(ElementwiseUnary):
 
     ops = ("Clip",)
 
-    def dead(self, node: ir.Node, d: DeadValues) -> None:
+    def apply(self, x: Floats, node: ir.Node) -> Floats:
         low, high = _bound(node, 1, "min", -math.inf), _bound(node, 2, "max", math.inf)
-        for axis in d.axes(node.outputs[0]):
-            values = d.operand(node, 0, axis)
-            if values is not None and low is not None and high is not None:
-                d.set(node.outputs[0], axis, np.clip(values, low, high))
+        return x * np.nan if low is None or high is None else np.clip(x, low, high)
 
 
 def _bound(node: ir.Node, index: int, name: str, default: float) -> float | None:

@@ -124,12 +124,10 @@ class Split(Movement):
 
     def rewrite(self, node: ir.Node, r: Removal) -> None:
         found = split_sizes(node)
-        source = node.inputs[0]
-        if found is None or source is None or not r.shortened(source, found[0]):
+        mask = None if found is None else r.operand_mask(node, 0, found[0])
+        if found is None or mask is None:
             return
-        axis, sizes = found
-        mask = r.mask(source, axis)
-        assert mask is not None
+        _, sizes = found
         edges = np.cumsum([0, *sizes])
         left = [int(mask[a:b].sum()) for a, b in pairwise(edges)]
         if shapes.opset(node) < 13:

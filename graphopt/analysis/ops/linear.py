@@ -39,6 +39,16 @@ def _constant_result(weight: Floats, inputs: Floats | None) -> Floats:
     return np.where(known, np.where(usable, inputs, 0.0) @ weight, np.nan)
 
 
+def _contracted(node: ir.Node, g: Labeller, a_k: int | None, b_k: int | None, *, foldable: bool) -> None:
+    """Record where the inner axis ends: a product is zero where one side is, so a constant side need not be asked."""
+    reason = f"{where(node)}: reads an unknown value"
+    a_constant, b_constant = (shapes.constant_tensor(node.inputs[k]) is not None for k in (0, 1))
+    if a_k is not None and (not a_constant or b_constant):
+        g.sink(node, 0, a_k, "constant" if foldable and b_constant else "zero", reason)
+    if b_k is not None and not b_constant:
+        g.sink(node, 1, b_k, "zero", reason)
+
+
 @rule
 class Gemm(OpRule):
     """Gemm: alpha A' B' + beta C, A' [M, K], B' [K, N], C broadcastable to [M, N]."""
@@ -64,10 +74,7 @@ class Gemm(OpRule):
                         out[axis], c.get(own, ()), f"{name}: its result meets '{bias.name}', which is never shortened"
                     )
         g.set(node.outputs[0], out)
-        source = node.inputs[0]
-        if source is not None and a_k in a:
-            foldable = shapes.constant_tensor(node.inputs[1]) is not None and not ta
-            g.sink(source, a_k, node, "constant" if foldable else "zero", f"{name}: reads an unknown value")
+        _contracted(node, g, a_k if a_k in a else None, b_k if b_k in b else None, foldable=not ta)
 
     def dead(self, node: ir.Node, d: DeadValues) -> None:
         output, source = node.outputs[0], node.inputs[0]
@@ -103,7 +110,13 @@ class Gemm(OpRule):
         if not ta and source is not None and shapes.constant_tensor(node.inputs[1]) is not None:
             alpha = float(node.attributes.get_float("alpha", 1.0) or 0.0)
             beta = float(node.attributes.get_float("beta", 1.0) or 0.0)
-            r.fold_constants(node, source, 1, weight=1, bias=2, transposed=not tb, scale=alpha / beta if beta else 0.0)
+            r.fold_constants(node, source, 1, weight=1, bias=2, transposed=not tb, alpha=alpha, beta=beta)
+
+
+def _batch(axis: int, rank: int, a_rank: int, b_rank: int) -> dict[int, int]:
+    """Operand -> its axis for a leading axis of a matrix product; negative where an operand does not have it."""
+    leading = rank - (a_rank > 1) - (b_rank > 1)
+    return {k: axis - leading + own - 2 for k, own in enumerate((a_rank, b_rank)) if own > 2}
 
 
 @rule
@@ -146,11 +159,7 @@ class MatMul(OpRule):
         if rb > 1:
             out[rank - 1] = b.get(rb - 1, ())
         g.set(node.outputs[0], out)
-        constant = shapes.constant_tensor(right) is not None
-        if a_k in a and shapes.constant_tensor(left) is None:
-            g.sink(left, a_k, node, "constant" if constant and rb == 2 else "zero", f"{name}: reads an unknown value")
-        if b_k in b and not constant:
-            g.sink(right, b_k, node, "zero", f"{name}: reads an unknown value")
+        _contracted(node, g, a_k if a_k in a else None, b_k if b_k in b else None, foldable=rb == 2)
 
     def dead(self, node: ir.Node, d: DeadValues) -> None:
         output, left, right = node.outputs[0], node.inputs[0], node.inputs[1]
@@ -169,11 +178,15 @@ class MatMul(OpRule):
                 elif b_rank == 2:
                     d.set(output, axis, _constant_result(weight.astype(np.float64), d.of(left, a_rank - 1)))
                 continue
-            # A row or column of zeros in either operand gives zeros; any other constant is multiplied by the unknown.
-            operand, own = (1, b_rank - 1) if from_b else (0, axis - rank + a_rank + (b_rank == 1))
-            values = d.operand(node, operand, own) if own >= 0 else None
-            if values is not None and len(values) == size:
-                d.set(output, axis, np.where(values == 0, 0.0, np.nan))
+            # A row, column or matrix of zeros in either operand gives zeros; other constants meet the unknown.
+            row = a_rank > 1 and axis == rank - 1 - (b_rank > 1)
+            places = {0: a_rank - 2} if row else {1: b_rank - 1} if from_b else _batch(axis, rank, a_rank, b_rank)
+            quiet = np.zeros(size, dtype=bool)
+            for operand, own in places.items():
+                values = d.operand(node, operand, own) if own >= 0 else None
+                if values is not None and len(values) == size:
+                    quiet |= values == 0
+            d.set(output, axis, np.where(quiet, 0.0, np.nan))
 
     def cost(self, node: ir.Node, c: CostView) -> list[Product]:
         left, out = node.inputs[0], shapes.static_dims(node.outputs[0])

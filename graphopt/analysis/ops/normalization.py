@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis import shapes
+from graphopt.analysis.labels import Factors
 from graphopt.analysis.rules import DeadValues, Labeller, OpRule, Role, rule, where
 
 
@@ -23,10 +24,17 @@ class _ChannelNorm(OpRule):
         x = g.operand(node, 0)
         channels = x.get(1, ())
         for index, role in enumerate(self.roles, start=1):
-            own = g.operand(node, index, role=role).get(0, ())
+            own = self._vector(node, g, index, role)
             if own or channels:
                 channels = g.equate(channels, own, f"{name}: its channels are never removed")
         g.set(node.outputs[0], {**x, 1: channels})
+
+    @staticmethod
+    def _vector(node: ir.Node, g: Labeller, index: int, role: Role) -> Factors:
+        """Labels of a parameter by channel; what BatchNormalization before opset 9 has by position stays whole."""
+        axes = g.operand(node, index, role=role)
+        g.freeze(axes, f"{where(node)}: normalises each position by itself", but=(0,))
+        return axes.get(0, ())
 
 
 @rule
@@ -37,7 +45,8 @@ class BatchNormalization(_ChannelNorm):
     roles = ("producer", "producer", "follower", "follower")
 
     def label(self, node: ir.Node, g: Labeller) -> None:
-        if node.attributes.get_int("training_mode", 0):
+        # Before opset 14 more than one output meant training.
+        if node.attributes.get_int("training_mode", 0) or len(node.outputs) > 1:
             g.freeze_node(node, f"{where(node)}: in training mode its statistics come from the batch")
             return
         super().label(node, g)
@@ -97,6 +106,14 @@ class AxisTogether(OpRule):
             together = list(range(first, rank)) if old else [first]
         g.freeze(x, f"{where(node)}: all positions of the axis are judged together", only=together)
         g.set(node.outputs[0], {a: f for a, f in x.items() if a not in together})
+
+    def dead(self, node: ir.Node, d: DeadValues) -> None:
+        if node.op_type != "CumSum":
+            return
+        for axis in d.axes(node.outputs[0]):
+            values = d.operand(node, 0, axis)
+            if values is not None:
+                d.set(node.outputs[0], axis, np.where(values == 0, 0.0, np.nan))
 
 
 @rule

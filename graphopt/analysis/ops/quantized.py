@@ -1,8 +1,8 @@
 """QuantizeLinear and DequantizeLinear: the labels of real tensors pass; scales and zero points follow their axis.
 
-y = saturate(round(x / s) + z), x = (q - z) s. A dead position of real value 0 is exactly representable (q = z), so
-zeros pass; other constants are rounded and count as unknown. Zeroing a quantised weight writes q = 0, which is the real
-value 0 only where its zero point is 0.
+y = saturate(round(x / s) + z), x = (q - z) s. A dead position of real value 0 is exactly representable (q = z), so it
+becomes z and comes back as 0; other constants are rounded and count as unknown. Zeroing a quantised weight writes
+q = 0, which is the real value -z s.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from graphopt.analysis import shapes
 from graphopt.analysis.labels import Axes
-from graphopt.analysis.rules import DeadValues, Labeller, OpRule, rule, where
+from graphopt.analysis.rules import DeadValues, Floats, Labeller, OpRule, rule, where
 
 
 @rule
@@ -29,7 +29,7 @@ class QuantizeLinear(OpRule):
         if shape is None or scale is None:
             g.freeze_node(node, f"{name}: a rank is unknown")
             return
-        x: Axes = g.operand(node, 0, role="producer")
+        x: Axes = dict(g.operand(node, 0, role="producer"))
         axis = int(node.attributes.get_int("axis", 1) or 0) % max(len(shape), 1)
         if len(scale) > 1:
             g.freeze(x, f"{name}: the axis is quantised in blocks", only=(axis,))
@@ -43,10 +43,30 @@ class QuantizeLinear(OpRule):
         g.set(node.outputs[0], x)
 
     def dead(self, node: ir.Node, d: DeadValues) -> None:
-        constant = shapes.constant_tensor(node.inputs[0]) is not None and node.op_type == "DequantizeLinear"
-        zero_points = shapes.constant(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else None
-        centred = len(node.inputs) < 3 or node.inputs[2] is None or (zero_points is not None and not zero_points.any())
         for axis in d.axes(node.outputs[0]):
             values = d.operand(node, 0, axis)
-            if values is not None and (centred or not constant):
-                d.set(node.outputs[0], axis, np.where(values == 0, 0.0, np.nan))
+            if values is None:
+                continue
+            zero = _per_position(node, 2, axis, len(values), d)
+            if node.op_type == "QuantizeLinear":
+                d.set(node.outputs[0], axis, np.where(values == 0, zero, np.nan))
+            else:
+                scale = _per_position(node, 1, axis, len(values), d)
+                d.set(node.outputs[0], axis, np.where(values == zero, 0.0, (values - zero) * scale))
+
+
+def _per_position(node: ir.Node, index: int, axis: int, size: int, d: DeadValues) -> Floats:
+    """A scale or zero point at each position of an axis; NaN where it is unknown or belongs to another axis."""
+    value = node.inputs[index] if index < len(node.inputs) else None
+    if value is None:
+        return np.zeros(size)
+    shape = shapes.dims(value)
+    source = node.inputs[0]
+    rank = len(shapes.dims(source) or ()) if source is not None else 0
+    own = axis == int(node.attributes.get_int("axis", 1) or 0) % max(rank, 1)
+    if own and shape and len(shape) == 1 and shape[0] != 1:
+        found = d.operand(node, index, 0)
+        return np.full(size, np.nan) if found is None else found
+    array = shapes.constant(value)
+    uniform = array is not None and array.size and (array == array.ravel()[0]).all()
+    return np.full(size, float(array.ravel()[0]) if array is not None and uniform else np.nan)

@@ -69,8 +69,8 @@ class Recurrent(OpRule):
                 g.equate(hidden, given.get(2, ()), f"{name}: its initial state is never shortened")
         for output, axis in zip(node.outputs, (3, 2, 2), strict=False):
             g.set(output, {axis: hidden})
-        if 2 in x and node.inputs[0] is not None:
-            g.sink(node.inputs[0], 2, node, "zero", f"{name}: reads a value that is not zero")
+        if 2 in x:
+            g.sink(node, 0, 2, "zero", f"{name}: reads a value that is not zero")
 
     def dead(self, node: ir.Node, d: DeadValues) -> None:
         if not _zero_preserving(node):
@@ -108,6 +108,6 @@ class Recurrent(OpRule):
         return products
 
     def rewrite(self, node: ir.Node, r: Removal) -> None:
-        left = r.operand_count(node, 2, 2)
-        if node.attributes.get_int("hidden_size", left) != left:
-            node.attributes.add(ir.AttrInt64("hidden_size", left))
+        mask = r.operand_mask(node, 2, 2)
+        if mask is not None and "hidden_size" in node.attributes:
+            node.attributes.add(ir.AttrInt64("hidden_size", int(mask.sum())))

@@ -25,7 +25,7 @@ def reduced_axes(node: ir.Node) -> tuple[list[int], bool] | None:
         return None
     keep = bool(node.attributes.get_int("keepdims", 1))
     if node.op_type in {"ArgMax", "ArgMin"}:
-        return [int(node.attributes.get_int("axis", 0) or 0) % len(shape)], keep
+        return [int(node.attributes.get_int("axis", 0) or 0) % max(len(shape), 1)], keep
     given = node.attributes.get_ints("axes", None)
     if given is None and len(node.inputs) > 1 and node.inputs[1] is not None:
         given = shapes.ints(node.inputs[1])
@@ -33,7 +33,7 @@ def reduced_axes(node: ir.Node) -> tuple[list[int], bool] | None:
             return None
     if not given:
         return ([] if node.attributes.get_int("noop_with_empty_axes", 0) else list(range(len(shape)))), keep
-    return sorted({axis % len(shape) for axis in given}), keep
+    return sorted({axis % max(len(shape), 1) for axis in given}), keep
 
 
 @rule
@@ -54,7 +54,7 @@ class Reduce(OpRule):
         if node.op_type in _SUMS:
             for axis in axes:
                 if axis in x:
-                    g.sink(source, axis, node, "zero", f"{name}: sums a value that is not zero")
+                    g.sink(node, 0, axis, "zero", f"{name}: sums a value that is not zero")
         else:
             g.freeze(x, f"{name}: all positions of the axis are compared", only=axes)
         left = [axis for axis in range(len(shapes.dims(source) or ())) if keep or axis not in axes]
@@ -85,7 +85,7 @@ class Reduce(OpRule):
         for axis in found[0]:
             size = r.size(source, axis)
             if size is not None:
-                before, after = before * size, after * r.count(source, axis, size)
+                before, after = before * size, after * r.operand_count(node, 0, axis)
         if after != before:
             r.multiply_output(node, after / before)
 

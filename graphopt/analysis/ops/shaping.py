@@ -21,8 +21,10 @@ class Shape(OpRule):
     ops = ("Shape",)
 
     def label(self, node: ir.Node, g: Labeller) -> None:
-        """A size carries no units, and reading one does not hold on to them."""
-        g.of(node.inputs[0])
+        """A size carries no units, and reading one does not hold on to them, unless the graph tells it."""
+        x = g.of(node.inputs[0])
+        if node.outputs[0].is_graph_output():
+            g.freeze(x, f"{where(node)}: its size is an output of the graph")
 
     def rewrite(self, node: ir.Node, r: Removal) -> None:
         source = node.inputs[0]

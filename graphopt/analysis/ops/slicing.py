@@ -64,21 +64,20 @@ class Slice(Movement):
         return [Move(axis, (axis,), taking(found[axis]) if axis in found else same) for axis in axes]
 
     def rewrite(self, node: ir.Node, r: Removal) -> None:
-        source, found = node.inputs[0], slices(node)
-        if source is None or found is None:
+        found = slices(node) or {}
+        masks = {axis: mask for axis in found if (mask := r.operand_mask(node, 0, axis)) is not None}
+        if not masks:
             return
-        changed = {axis: cut for axis, cut in found.items() if r.shortened(source, axis)}
-        if not changed:
-            return
-        for axis, cut in changed.items():
-            places = r.places(source, axis, np.arange(r.size(source, axis) or 0)[cut])
+        gathers: dict[int, Array] = {}
+        for axis, mask in masks.items():
+            places = r.operand_places(node, 0, axis, np.arange(len(mask))[found[axis]])
             step = int(places[1] - places[0]) if len(places) > 1 else 1
             if len(places) and step and (np.diff(places) == step).all():
                 stop = int(places[-1]) + (1 if step > 0 else -1)
                 found[axis] = slice(int(places[0]), stop if stop >= 0 else -_END, step)
             else:
                 del found[axis]
-                source = r.insert_gather(node, source, axis, places)
+                gathers[axis] = places
         ordered = sorted(found.items())
         columns = {
             "starts": [cut.start for _, cut in ordered],
@@ -92,6 +91,8 @@ class Slice(Movement):
         else:
             for index, name in enumerate(("starts", "ends", "axes", "steps"), start=1):
                 r.set_input(node, index, np.asarray(columns[name], dtype=np.int64))
+        for axis, places in gathers.items():
+            r.insert_gather(node, axis, places)
 
 
 @rule
@@ -121,12 +122,11 @@ class Gather(Movement):
         return moves
 
     def rewrite(self, node: ir.Node, r: Removal) -> None:
-        source, axis = node.inputs[0], self._axis(node)
-        indices = shapes.constant(node.inputs[1])
-        if source is not None and indices is not None and indices.ndim == 1 and r.shortened(source, axis):
-            size = r.size(source, axis) or 0
+        axis, indices = self._axis(node), shapes.constant(node.inputs[1])
+        mask = r.operand_mask(node, 0, axis)
+        if mask is not None and indices is not None and indices.ndim == 1:
             positions = indices.astype(np.int64)
-            places = r.places(source, axis, np.where(positions < 0, positions + size, positions))
+            places = r.operand_places(node, 0, axis, np.where(positions < 0, positions + len(mask), positions))
             r.set_input(node, 1, places.astype(indices.dtype))
 
 
@@ -198,13 +198,16 @@ class Pad(OpRule):
 
     def rewrite(self, node: ir.Node, r: Removal) -> None:
         found, output = pads(node), node.outputs[0]
-        if found is None or not any(r.shortened(output, axis) for axis in found):
+        if found is None:
             return
+        changed = False
         for axis, (before, after) in found.items():
-            mask = r.mask(output, axis)
-            if mask is not None and (before or after):
-                source_mask = r.mask(node.inputs[0], axis) if node.inputs[0] is not None else None
+            mask, source_mask = r.mask(output, axis), r.operand_mask(node, 0, axis)
+            if (before or after) and (mask is not None or source_mask is not None):
                 found[axis] = (_left(mask, source_mask, before, False), _left(mask, source_mask, after, True))
+                changed = True
+        if not changed:
+            return
         rank, ordered = _rank(node), sorted(found)
         flat = [found[axis][0] for axis in ordered] + [found[axis][1] for axis in ordered]
         if shapes.opset(node) < 11:
@@ -220,10 +223,10 @@ def _crop(vector: Array, before: int, after: int) -> Array:
     return vector[max(-before, 0) : len(vector) - max(-after, 0)]
 
 
-def _left(mask: Array, source: Array | None, pad: int, back: bool) -> int:
+def _left(mask: Array | None, source: Array | None, pad: int, back: bool) -> int:
     """What a pad becomes: added positions that stay alive, or minus the cut positions that were still there."""
     if pad >= 0:
-        return int((mask[len(mask) - pad :] if back else mask[:pad]).sum())
+        return pad if mask is None else int((mask[len(mask) - pad :] if back else mask[:pad]).sum())
     if source is None:
         return pad
     return -int((source[pad:] if back else source[:-pad]).sum())
