@@ -158,6 +158,7 @@ class _State:
                 owner[unit] = number
         self.alive = np.ones(top + 1, dtype=bool)
         self.level = [0] * len(families)
+        self._units = [np.asarray(f.units, dtype=np.int64) for f in families]
         self._counters: dict[bytes, _Counter] = {}
         self._terms = [(t.coefficient, [self._counter(a) for a in t.axes]) for t in terms]
         checked = {id(c): c for c in (self._counter(a) for a in axes)}
@@ -210,7 +211,7 @@ class _State:
             self._steps.pop(near, None)
 
     def _set(self, family: int, level: int) -> None:
-        units = np.asarray(self.families[family].units, dtype=np.int64)
+        units = self._units[family]
         self.alive[units[:level]] = False
         self.alive[units[level:]] = True
 

@@ -63,7 +63,7 @@ class Elimination:
         self.weight = xp.astype(weight, xp.float64) + 0.0
         self.signal = float(xp.sum(self.weight * (self.weight @ covariance)))
         self._groups = [np.asarray(g) for g in groups]
-        self._own = None if own is None else [np.asarray(o) for o in own]
+        self._own = None if own is None or not any(map(len, own)) else [np.asarray(o) for o in own]
         self._alive = np.ones(len(groups), dtype=bool)
 
     def costs(self, groups: Sequence[int]) -> npt.NDArray[np.float64]:
@@ -111,7 +111,12 @@ class Elimination:
                 self.weight[self._own[group], :] = 0.0
 
     def _by_output(self, index: Indices) -> Any:
+        """Costs of groups of equal size k, by output: index (groups, k) -> (groups, e)."""
         xp = self._xp
+        if index.shape[1] == 1:
+            single = index[:, 0]
+            weight = self.weight[:, single]
+            return xp.permute_dims(weight * weight / self._inverse[single, single][None, :], (1, 0))
         blocks = self._inverse[index[:, :, None], index[:, None, :]]  # (groups, k, k)
         columns = xp.permute_dims(self.weight[:, index], (1, 2, 0))  # (groups, k, e)
         return xp.sum(columns * xp.linalg.solve(blocks, columns), axis=1)
