@@ -142,7 +142,7 @@ def close_box(table: LabelTable, labels: npt.NDArray[np.int64], where: str, keep
         table: where the equalities go.
         labels: labels by position, any rank.
         where: the node, for the reason of a freeze.
-        keep: the axis that keeps its variety; None: the one with most positions, the earliest of equals.
+        keep: the axis that keeps its variety, if it has any; None: the one with most positions, the earliest of equals.
 
     Returns:
         Labels per axis; at most one axis.
@@ -154,8 +154,10 @@ def close_box(table: LabelTable, labels: npt.NDArray[np.int64], where: str, keep
         # All positions carry one label: they live and die together, so none can go without emptying the axis.
         table.freeze((labels.ravel()[:1],), f"{where}: removing it would empty the axis")
         return {}
-    axis = keep if keep in varying else max(varying, key=lambda a: (labels.shape[a], -a))
-    assert axis is not None
+    axis = max(varying, key=lambda a: (labels.shape[a], -a)) if keep is None else keep
     rows = np.moveaxis(labels, axis, 0).reshape(labels.shape[axis], -1)
     table.equate(rows, rows[:, :1], f"{where}: shares a slice with positions that are never removed")
+    if axis not in varying:  # what the other axes held is one label now
+        table.freeze((rows[:1, 0],), f"{where}: removing it would empty the axis")
+        return {}
     return {axis: (np.ascontiguousarray(rows[:, 0]),)}

@@ -307,14 +307,15 @@ class Removal:
             return
         values = self.values.of(source, axis)
         dead = np.flatnonzero(~mask)
-        held = np.zeros(len(dead)) if values is None else values[dead]
-        if values is None or np.isnan(held).any():
+        held = np.full(len(dead), np.nan) if values is None else values[dead]
+        array = shapes.constant(node.inputs[weight])
+        if array is None:  # nothing but zeros can be folded where the weight is computed
+            held = np.where(held == 0, 0.0, np.nan)
+        if np.isnan(held).any():
             self.report.assumed_zero.append(node.name or node_key(node))
         held = np.nan_to_num(held, nan=0.0)
-        if not held.any():
+        if array is None or not held.any():
             return
-        array = shapes.constant(node.inputs[weight])
-        assert array is not None
         rows = np.take(array, dead, axis=0 if transposed else 1).astype(np.float64)
         rows = rows if transposed else rows.reshape(*rows.shape[:2], -1).sum(axis=2).T
         delta = alpha * (held @ rows)

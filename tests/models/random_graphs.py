@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
+from random_steps import MoreSteps
 
 from graphopt.model import infer_shapes
 
@@ -28,7 +29,7 @@ _UNARY = [
 ]
 
 
-class GraphBuilder:
+class GraphBuilder(MoreSteps):
     """Grows one graph."""
 
     def __init__(self, seed: int, opset: int = 17) -> None:
@@ -62,7 +63,7 @@ class GraphBuilder:
         return node.outputs[0] if outputs == 1 else list(node.outputs)
 
     def shape(self, value: ir.Value) -> tuple[int, ...]:
-        return self.shapes[value.name]
+        return self.shapes[value.name] if value.const_value is None else tuple(value.const_value.shape)
 
     def conv(self, x: ir.Value, out: int, kernel: int = 3, group: int = 1, pad: int | None = None) -> ir.Value:
         n, c, h, w = self.shape(x)
@@ -116,6 +117,7 @@ class GraphBuilder:
             self._resize,
             self._gather,
             self._computed_reshape,
+            *self.more(),
         ]
         while True:
             found = moves[int(self.random.integers(len(moves)))](x, pool)

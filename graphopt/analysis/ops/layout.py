@@ -1,7 +1,9 @@
 """Reshape, Flatten, Squeeze, Unsqueeze, Transpose, DepthToSpace, SpaceToDepth, Expand and Tile.
 
 A reshape is cut into blocks of axes with equal products; only blocks that carry labels need known sizes, so symbolic
-batch and sequence axes stay symbolic.
+batch and sequence axes stay symbolic. Of a block with unknown sizes the leading axis can be followed: with C = q G,
+row-major order puts position i of (C, ...) in row i // q of (G, ...), and row j of (G, ...) in positions q j up to
+q j + q - 1 of (C, ...), whatever the other sizes are.
 """
 
 from __future__ import annotations
@@ -36,6 +38,18 @@ def _complete(sizes: Sequence[shapes.Dim], elements: int) -> list[int] | None:
     return [d if isinstance(d, int) else rest for d in sizes]
 
 
+def _leading(axis: int, sources: range, results: range, size: shapes.Dim, outer: Sequence[shapes.Dim]) -> list[Move]:
+    """The move of the leading axis of a block with unknown sizes; none where its sizes do not divide."""
+    to = outer[0] if outer else None
+    if axis != sources.start or not isinstance(size, int) or not isinstance(to, int) or not size or not to:
+        return []
+    if to % size == 0:
+        return [Move(axis, (results.start,), lambda vector: np.repeat(vector, to // size))]
+    if size % to == 0 and len(results) > 1:
+        return [Move(axis, (results.start, results.start + 1), lambda v: v.reshape(to, -1), keep=results.start)]
+    return []
+
+
 @rule
 class Reshape(Movement):
     """Reshape and Flatten: the same elements in row-major order under other axes."""
@@ -61,6 +75,7 @@ class Reshape(Movement):
                 full = [d for d in inner if isinstance(d, int)]
                 target = _complete(outer, math.prod(full))
                 if len(full) != len(inner) or target is None:
+                    moves += _leading(axis, sources, results, inner[0], outer)
                     continue
 
                 def spread(vector: Array, place: int = place, full: list[int] = full, to: list[int] = target) -> Array:
