@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from graphopt.errors import ModelError, UsageError
+from graphopt.files.reshape_targets import open_reshapes, reshape_dims
 from graphopt.files.weights import all_graphs, reference, with_placeholders
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 SMALL = 4096
 """Tensors up to this many bytes take part in shape inference by value."""
+ROUNDS = 5
+"""Inferences after the first: what one Reshape tells the next one follows in the next round."""
 
 
 def infer_shapes(model: ir.Model) -> None:
@@ -31,12 +34,37 @@ def infer_shapes(model: ir.Model) -> None:
     Raises:
         ModelError: the graph contradicts itself.
     """
-    import onnx
-
     light = with_placeholders(model, _without_data, _without_data)
     for value in _intermediate_values(light):
         value.shape = None
         value.type = None
+    _infer(model, light)
+    left = {value.name for value in open_reshapes(model)}
+    for _ in range(ROUNDS):
+        if not left or not _tell_reshapes(model, light, left):
+            return
+        _infer(model, light)
+
+
+def _tell_reshapes(model: ir.Model, light: ir.Model, left: set[str | None]) -> bool:
+    """Give Reshape results that inference left open what is known of their shapes; False if that is nothing new."""
+    told = {node.outputs[0].name: node for node in model.graph if node.outputs[0].name in left}
+    changed = False
+    for value in _produced(light.graph):
+        node = told.get(value.name)
+        dims = None if node is None else reshape_dims(node)
+        if node is None or dims is None or node.outputs[0].type is None:
+            continue
+        shape = ir.Shape(dims)
+        if value.shape != shape:
+            value.type, value.shape, changed = node.outputs[0].type, shape, True
+    return changed
+
+
+def _infer(model: ir.Model, light: ir.Model) -> None:
+    """Run onnx's inference on a model without weights and bring what it finds into the model."""
+    import onnx
+
     try:
         inferred = onnx.shape_inference.infer_shapes(
             ir.to_proto(light), check_type=False, strict_mode=False, data_prop=True

@@ -1,0 +1,55 @@
+"""Reshapes to targets that exporters compute from sizes have shapes, before opset 14 too."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import pytest
+
+from graphopt.model import infer_shapes
+
+CONSTANTS = "<int64[1] rest = {-1}, int64[1] zero = {0}, int64[1] one = {1}, int64 first = {0}, int64[2] hw = {2, 2}>"
+
+
+def shapes(body: str, opset: int) -> dict[str, list]:
+    text = f"""<ir_version: 7, opset_import: ["" : {opset}]>
+    agraph (float[n, 6, 2, 2] x) => (y) {CONSTANTS} {{ {body} y = Identity (r) }}"""
+    model = ir.from_onnx_text(text)
+    infer_shapes(model)
+    values = {v.name: v for node in model.graph for v in node.outputs}
+    return {
+        k: [d if isinstance(d, int) else d.value for d in v.shape] for k, v in values.items() if v.shape is not None
+    }
+
+
+@pytest.mark.parametrize("opset", [9, 11, 13, 17])
+@pytest.mark.parametrize("how", ["scalar", "vector", "slice"])
+def test_flatten_keeps_the_batch(opset: int, how: str) -> None:
+    unsqueeze = "Unsqueeze <axes = [0]> (k)" if opset < 13 else "Unsqueeze (k, zero)"
+    cut = "Slice <starts = [0], ends = [1]> (s)" if opset < 10 else "Slice (s, zero, one)"
+    batch = {
+        "scalar": f"k = Gather (s, first) b = {unsqueeze}",
+        "vector": "b = Gather (s, zero)",
+        "slice": f"b = {cut}",
+    }[how]
+    found = shapes(f"s = Shape (x) {batch} t = Concat <axis = 0> (b, rest) f = Reshape (x, t) r = Relu (f)", opset)
+    assert found["f"][0] == found["r"][0] == "n"
+    if opset < 14:
+        assert found["f"] == found["r"] == ["n", 24]
+
+
+def test_chains_of_reshapes_are_told_from_the_first_on() -> None:
+    body = """s = Shape (x) b = Gather (s, zero) c = Gather (s, one) t = Concat <axis = 0> (b, rest)
+              f = Reshape (x, t) g = Relu (f) s2 = Shape (g) b2 = Gather (s2, zero)
+              t2 = Concat <axis = 0> (b2, c, hw) r = Reshape (g, t2)"""
+    assert shapes(body, 11)["r"] == ["n", 6, 2, 2]
+
+
+def test_what_is_computed_by_arithmetic_is_unknown_but_its_rank_is_not() -> None:
+    body = (
+        """s = Shape (x) b = Gather (s, zero) k = Mul (b, b) t = Concat <axis = 0> (k, rest, one) r = Reshape (x, t)"""
+    )
+    assert shapes(body, 11)["r"] == [None, None, 1]
+
+
+def test_a_target_of_unknown_length_is_left_alone() -> None:
+    assert "r" not in shapes("s = Shape (x) k = NonZero (s) t = Squeeze <axes = [0]> (k) r = Reshape (x, t)", 11)
