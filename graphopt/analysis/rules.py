@@ -295,9 +295,12 @@ class DeadValues:
         return self.values.get((value.name or "", axis))
 
     def set(self, value: ir.Value, axis: int, dead: Floats) -> None:
-        """Record dead values of an output; what its type cannot hold is infinite there and counts as unknown."""
+        """Record dead values of an output; what its type cannot hold (infinity, fractions) counts as unknown."""
         largest = _LARGEST_HALF if value.dtype == ir.DataType.FLOAT16 else _LARGEST
-        self.values[value.name or "", axis] = np.where(np.abs(dead) <= largest, dead, np.nan)
+        holds = np.abs(dead) <= largest
+        if value.dtype is not None and value.dtype.is_integer():
+            holds &= dead == np.rint(dead)
+        self.values[value.name or "", axis] = np.where(holds, dead, np.nan)
 
     def operand(self, node: ir.Node, index: int, axis: int) -> Floats | None:
         """Dead values of an operand along an axis, parameters included: 0 for a producer, else the slice's constant."""

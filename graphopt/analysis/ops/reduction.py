@@ -51,7 +51,10 @@ class Reduce(OpRule):
             return
         axes, keep = found
         x = g.operand(node, 0)
-        if node.op_type in _SUMS:
+        whole = source.dtype is not None and source.dtype.is_integer()
+        if node.op_type == "ReduceMean" and whole:
+            g.freeze(x, f"{name}: a mean of integers is rounded", only=axes)
+        elif node.op_type in _SUMS:
             for axis in axes:
                 if axis in x:
                     g.sink(node, 0, axis, "zero", f"{name}: sums a value that is not zero")

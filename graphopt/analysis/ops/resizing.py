@@ -9,6 +9,21 @@ from graphopt.analysis.remove import Removal
 from graphopt.analysis.rules import DeadValues, Labeller, OpRule, rule, where
 
 
+def _sized(node: ir.Node, rank: int) -> list[int]:
+    """The axes that scales and sizes belong to, in their order (`axes` since opset 18)."""
+    given = node.attributes.get_ints("axes", None)
+    return list(range(rank)) if given is None else [axis % rank for axis in given]
+
+
+def _scales(node: ir.Node, rank: int) -> dict[int, float]:
+    """Axis -> scale, where scales are given and constant."""
+    listed = node.attributes.get_floats("scales", None)
+    place = 1 if node.op_type == "Upsample" or len(node.inputs) == 2 else 2
+    array = shapes.constant(node.inputs[place]) if place < len(node.inputs) else None
+    scales = listed if listed is not None else [] if array is None else [float(scale) for scale in array.ravel()]
+    return dict(zip(_sized(node, rank), scales, strict=False))
+
+
 @rule
 class Resize(OpRule):
     """Axes of scale 1 pass. Interpolating a constant gives that constant, except where it extrapolates."""
@@ -21,10 +36,11 @@ class Resize(OpRule):
             shapes.dims(node.inputs[0]) if node.inputs[0] is not None else None,
             shapes.dims(node.outputs[0]),
         )
-        passing = [a for a in x if before is not None and after is not None and before[a] == after[a]]
-        extrapolates = node.attributes.get_string("coordinate_transformation_mode", "") == "tf_crop_and_resize"
-        if extrapolates:
-            passing = []
+        passing = []
+        # Cropping may move an axis that keeps its size.
+        if before is not None and node.attributes.get_string("coordinate_transformation_mode") != "tf_crop_and_resize":
+            scales = _scales(node, len(before))
+            passing = [a for a in x if after is not None and before[a] == after[a] and scales.get(a, 1.0) == 1.0]
         g.freeze(x, f"{where(node)}: the axis is interpolated", but=passing)
         g.set(node.outputs[0], {a: x[a] for a in passing})
 
@@ -35,8 +51,9 @@ class Resize(OpRule):
                 d.set(node.outputs[0], axis, values)
 
     def rewrite(self, node: ir.Node, r: Removal) -> None:
-        if node.op_type == "Resize" and node.attributes.get_ints("axes", None) is None:
-            r.set_sizes(node, 3)
+        rank = len(shapes.dims(node.outputs[0]) or ())
+        if node.op_type == "Resize" and rank:
+            r.set_sizes(node, 3, _sized(node, rank))
 
 
 @rule
