@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from graphopt.analysis.units import Coupling
-    from graphopt.families import Candidates
-    from graphopt.layers import Layer
-    from graphopt.selection import Choice, Family, Term
+    from graphopt.pruning.families import Candidates
+    from graphopt.pruning.layers import Layer
+    from graphopt.pruning.selection import Choice, Family, Term
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Prune(Pass):
 
     Algebra: a reader y = W x of units K that stay becomes W' = (C_yx,K + lam W_K)(S_KK + lam I)^-1,
     b' = mean_y - W' mean_x,K, with moments of the calibration data (no labels, no training). See
-    `graphopt.importance`, `graphopt.selection` and `graphopt.reconstruct`.
+    `graphopt.pruning.importance`, `graphopt.pruning.selection` and `graphopt.pruning.reconstruct`.
 
     Does not fire on: units that a graph input, output or an unknown operator freezes (`graphopt inspect --units` tells
     which and why), units whose removal is not exact for a reader that cannot be refitted, and what `exclude` names.
@@ -89,10 +89,10 @@ class Prune(Pass):
 
         from graphopt.analysis.remove import remove_units
         from graphopt.analysis.units import analyse
-        from graphopt.families import candidates
-        from graphopt.layers import layers_of
+        from graphopt.pruning.families import candidates
+        from graphopt.pruning.layers import layers_of
+        from graphopt.pruning.selection import choose
         from graphopt.rewriting.edit import allow_private_initializers, freeze_overridable
-        from graphopt.selection import choose
 
         if self.macs is None and self.params is None:
             raise UsageError("no budget", where="prune", hint="give macs= or params=, for example prune{macs=0.7}")
@@ -169,7 +169,7 @@ class Prune(Pass):
         score: str,
         result: PassResult,
     ) -> list[Family]:
-        from graphopt.importance import Setting, at_random, by_reconstruction, by_weight
+        from graphopt.pruning.importance import Setting, at_random, by_reconstruction, by_weight
 
         if score == "random":
             return at_random(families, ctx.seed)
@@ -191,9 +191,9 @@ class Prune(Pass):
         mode: str,
         result: PassResult,
     ) -> set[int]:
-        from graphopt.importance import silence
         from graphopt.pipeline.clone import private_clone
-        from graphopt.reconstruct import Plan, reconstruct
+        from graphopt.pruning.importance import silence
+        from graphopt.pruning.reconstruct import Plan, reconstruct
 
         if mode == "none" or ctx.calibration is None:
             return set(choice.dead)

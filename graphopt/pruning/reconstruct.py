@@ -30,14 +30,14 @@ import onnx_ir as ir
 
 from graphopt.analysis.units import Coupling
 from graphopt.calibration import Calibration
-from graphopt.families import Candidates, alive_channels, columns_of, rows_of
-from graphopt.layers import Layer, layers_of
 from graphopt.numerics.least_squares import Sample, fit, solve
 from graphopt.numerics.moments import Moments
 from graphopt.numerics.obs import Elimination
 from graphopt.progress import Progress
+from graphopt.pruning.families import Candidates, alive_channels, columns_of, rows_of
+from graphopt.pruning.layers import Layer, layers_of
+from graphopt.pruning.walk import Walk
 from graphopt.rewriting.edit import is_onnx
-from graphopt.walk import Walk
 
 Array = npt.NDArray[Any]
 

@@ -4,8 +4,8 @@ import numpy as np
 from redundant_net import redundant
 
 from graphopt.analysis.units import analyse
-from graphopt.families import alive_channels, candidates, columns_of, rows_of
-from graphopt.layers import layers_of
+from graphopt.pruning.families import alive_channels, candidates, columns_of, rows_of
+from graphopt.pruning.layers import layers_of
 
 
 def setup(exclude=(), refitted=True):

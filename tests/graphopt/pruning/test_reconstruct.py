@@ -7,11 +7,11 @@ from redundant_net import images, redundant
 from graphopt.analysis.remove import remove_units
 from graphopt.analysis.units import analyse
 from graphopt.executor import Session
-from graphopt.families import candidates
-from graphopt.layers import layers_of
 from graphopt.pipeline.clone import private_clone
 from graphopt.progress import Silent
-from graphopt.reconstruct import Plan, Target, _target, reconstruct
+from graphopt.pruning.families import candidates
+from graphopt.pruning.layers import layers_of
+from graphopt.pruning.reconstruct import Plan, Target, _target, reconstruct
 
 X = np.random.default_rng(5).normal(size=(32, 3, 8, 8)).astype(np.float32)
 

@@ -8,7 +8,7 @@ from text_graph import graph
 from graphopt.calibration import load
 from graphopt.data.activations import activations
 from graphopt.errors import ModelError
-from graphopt.walk import Walk
+from graphopt.pruning.walk import Walk
 
 
 def net():

@@ -6,10 +6,10 @@ from redundant_net import images, redundant
 
 from graphopt.analysis.units import analyse
 from graphopt.executor import Session
-from graphopt.families import candidates
-from graphopt.importance import Setting, at_random, by_reconstruction, by_weight, silence
-from graphopt.layers import layers_of
 from graphopt.progress import Silent
+from graphopt.pruning.families import candidates
+from graphopt.pruning.importance import Setting, at_random, by_reconstruction, by_weight, silence
+from graphopt.pruning.layers import layers_of
 
 
 @pytest.fixture(scope="module")

@@ -26,12 +26,12 @@ import onnx_ir as ir
 
 from graphopt.analysis.units import Coupling
 from graphopt.calibration import Calibration, activations
-from graphopt.families import Candidates, columns_of, rows_of
-from graphopt.layers import Layer, layers_of
 from graphopt.numerics.moments import Moments
 from graphopt.numerics.obs import Elimination
 from graphopt.progress import Progress
-from graphopt.selection import Family
+from graphopt.pruning.families import Candidates, columns_of, rows_of
+from graphopt.pruning.layers import Layer, layers_of
+from graphopt.pruning.selection import Family
 
 Floats = npt.NDArray[np.float64]
 

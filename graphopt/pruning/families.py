@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from graphopt.analysis.rules import Sink
 from graphopt.analysis.units import Coupling, Unit
-from graphopt.layers import Layer
+from graphopt.pruning.layers import Layer
 
 Indices = npt.NDArray[np.intp]
 

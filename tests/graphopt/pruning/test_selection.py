@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphopt.selection import Family, choose
+from graphopt.pruning.selection import Family, choose
 
 
 @dataclass(frozen=True)

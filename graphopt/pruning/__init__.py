@@ -1,0 +1,1 @@
+"""What structured pruning stands on: layers as matrix products, importance, selection, reconstruction."""
