@@ -103,7 +103,7 @@ def zero_units(model: ir.Model, coupling: Coupling, dead: set[int]) -> None:
         array = array.copy()
         for axis, mask in slices.items():
             np.moveaxis(array, axis, 0)[mask] = 0
-        if len(value.uses()) == 1 or shapes.is_tied(value):
+        if (len(value.uses()) == 1 and not value.is_graph_output()) or shapes.is_tied(value):
             shapes.set_constant(value, array)
         else:
             name = f"{value.name}_of_{use.node}_{use.index}"

@@ -1,4 +1,4 @@
-"""Shapes of Reshape results that onnx's inference leaves open: exporters compute the target from sizes of tensors.
+"""Shapes of results that onnx's inference leaves open, above all of Reshape to targets computed from sizes of tensors.
 
 The target is followed entry by entry through Shape, Gather, Slice, Concat, Unsqueeze, Squeeze, Cast and Identity. An
 entry is a number, the name of a symbolic dimension, or unknown; 0 copies the dimension of the input, and -1 is what
@@ -16,18 +16,23 @@ import onnx_ir as ir
 Entry = int | str | None
 LONGEST = 64
 """Vectors with more entries than a rank can have are no targets."""
+_AS_INPUT = {"GroupNormalization"}
+"""Operators without inference in onnx whose result is shaped as their first input."""
 
 
-def open_reshapes(model: ir.Model) -> Iterator[ir.Value]:
-    """Results of Reshape nodes of the main graph that have no shape."""
+def open_results(model: ir.Model) -> Iterator[ir.Value]:
+    """Results in the main graph that have no shape and that `result_dims` may know more of."""
     for node in model.graph:
-        if node.op_type == "Reshape" and node.domain in {"", "ai.onnx"} and node.outputs[0].shape is None:
+        known = node.op_type in {"Reshape", *_AS_INPUT} and node.domain in {"", "ai.onnx"}
+        if known and node.outputs[0].shape is None:
             yield node.outputs[0]
 
 
-def reshape_dims(node: ir.Node) -> list[Entry] | None:
-    """Dimensions of a Reshape's result as far as its operands tell; None where not even the rank is known."""
+def result_dims(node: ir.Node) -> list[Entry] | None:
+    """Dimensions of an open result as far as its operands tell; None where not even the rank is known."""
     source, target = (node.inputs[k] if k < len(node.inputs) else None for k in (0, 1))
+    if node.op_type in _AS_INPUT:
+        return None if source is None else _dims(source)
     entries = _entries(target)
     if source is None or entries is None:
         return None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from graphopt.errors import ModelError, UsageError
-from graphopt.files.reshape_targets import open_reshapes, reshape_dims
+from graphopt.files.reshape_targets import open_results, result_dims
 from graphopt.files.weights import all_graphs, reference, with_placeholders
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 SMALL = 4096
 """Tensors up to this many bytes take part in shape inference by value."""
 ROUNDS = 5
-"""Inferences after the first: what one Reshape tells the next one follows in the next round."""
+"""Inferences after the first: what one result tells the next one follows in the next round."""
 
 
 def infer_shapes(model: ir.Model) -> None:
@@ -39,25 +39,26 @@ def infer_shapes(model: ir.Model) -> None:
         value.shape = None
         value.type = None
     _infer(model, light)
-    left = {value.name for value in open_reshapes(model)}
+    left = {value.name for value in open_results(model)}
     for _ in range(ROUNDS):
-        if not left or not _tell_reshapes(model, light, left):
+        if not left or not _tell(model, light, left):
             return
         _infer(model, light)
 
 
-def _tell_reshapes(model: ir.Model, light: ir.Model, left: set[str | None]) -> bool:
-    """Give Reshape results that inference left open what is known of their shapes; False if that is nothing new."""
+def _tell(model: ir.Model, light: ir.Model, left: set[str | None]) -> bool:
+    """Give results that inference left open what is known of their shapes; False if that is nothing new."""
     told = {node.outputs[0].name: node for node in model.graph if node.outputs[0].name in left}
     changed = False
     for value in _produced(light.graph):
         node = told.get(value.name)
-        dims = None if node is None else reshape_dims(node)
-        if node is None or dims is None or node.outputs[0].type is None:
+        dims = None if node is None else result_dims(node)
+        source = node.inputs[0] if node is not None else None
+        if dims is None or source is None or source.type is None:
             continue
         shape = ir.Shape(dims)
         if value.shape != shape:
-            value.type, value.shape, changed = node.outputs[0].type, shape, True
+            value.type, value.shape, changed = source.type, shape, True
     return changed
 
 

@@ -44,6 +44,8 @@ def _type(value: Any) -> str:
         "int64": "int64",
         "float32": "float",
         "float64": "double",
+        "float16": "float16",
+        "bfloat16": "bfloat16",
         "bool": "bool",
         "int32": "int32",
         "int8": "int8",

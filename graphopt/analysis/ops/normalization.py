@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from graphopt.analysis import shapes
 from graphopt.analysis.labels import Factors
+from graphopt.analysis.remove import Removal
 from graphopt.analysis.rules import DeadValues, Labeller, OpRule, Role, rule, where
 
 
@@ -134,10 +135,60 @@ class LayerNormalization(OpRule):
 
 
 @rule
-class AcrossChannels(OpRule):
-    """LRN and GroupNormalization mix neighbouring channels: the channel axis keeps its length."""
+class GroupNormalization(OpRule):
+    """Each group of channels of each sample normalised together: whole groups go, and `num_groups` shrinks.
 
-    ops = ("LRN", "GroupNormalization", "MeanVarianceNormalization")
+    Scale and bias are per channel, before opset 21 per group. A group that holds one constant becomes its bias.
+    """
+
+    ops = ("GroupNormalization",)
+
+    def label(self, node: ir.Node, g: Labeller) -> None:
+        name = where(node)
+        x = g.operand(node, 0)
+        g.freeze(x, f"{name}: the axis is normalised over", but=(0, 1))
+        if 1 not in x:
+            for index in (1, 2):
+                g.freeze(g.operand(node, index), f"{name}: its channels are never removed")
+            g.set(node.outputs[0], {0: x.get(0, ())})
+            return
+        channels = g.table.merge(x[1], name)
+        count = int(node.attributes.get_int("num_groups", 1) or 1)
+        rows = channels.reshape(count, -1)
+        g.table.equate(rows, rows[:, :1], f"{name}: shares a group with a channel that is never removed")
+        if count == 1:
+            g.freeze(x, f"{name}: all channels are normalised together", only=(1,))
+        for index in (1, 2):
+            own = g.operand(node, index, role="producer").get(0, ())
+            wide = rows[:, 0] if own and len(own[0]) == count else channels
+            g.equate((wide,), own, f"{name}: its scales are never shortened")
+        g.set(node.outputs[0], {0: x.get(0, ()), 1: (channels,)})
+
+    def dead(self, node: ir.Node, d: DeadValues) -> None:
+        output = node.outputs[0]
+        scale, bias = d.operand(node, 1, 0), d.operand(node, 2, 0)
+        if 1 not in d.axes(output) or scale is None or bias is None:
+            return
+        size = d.size(output, 1)
+        x = d.operand(node, 0, 1)
+        rows = np.full(size, np.nan) if x is None else x
+        rows = rows.reshape(int(node.attributes.get_int("num_groups", 1) or 1), -1)
+        uniform = np.repeat((rows == rows[:, :1]).all(axis=1), rows.shape[1])
+        scale, bias = (np.repeat(v, size // len(v)) for v in (scale, bias))
+        d.set(output, 1, np.where(uniform | (scale == 0), bias, np.nan))
+
+    def rewrite(self, node: ir.Node, r: Removal) -> None:
+        mask = r.mask(node.outputs[0], 1)
+        if mask is not None:
+            count = int(node.attributes.get_int("num_groups", 1) or 1)
+            node.attributes.add(ir.AttrInt64("num_groups", int(mask.reshape(count, -1).any(axis=1).sum())))
+
+
+@rule
+class AcrossChannels(OpRule):
+    """LRN and MeanVarianceNormalization mix neighbouring channels: the channel axis keeps its length."""
+
+    ops = ("LRN", "MeanVarianceNormalization")
 
     def label(self, node: ir.Node, g: Labeller) -> None:
         g.freeze_node(node, f"{where(node)}: channels are normalised together")

@@ -298,6 +298,27 @@ CASES = {
         w2=(2, 5, 1, 1),
         by=np.array([1, 1.1, 2, 2], np.float32),
     ),
+    "groups of channels with a scale by channel": case(
+        4,
+        IMAGE,
+        """h = Conv(x, w1)  i = GroupNormalization<num_groups=4>(h, g, e)  r = Sigmoid(i)  y = Conv(r, w2)""",
+        21,
+        w1=(8, 3, 1, 1),
+        g=(8,),
+        e=(8,),
+        w2=(2, 8, 1, 1),
+    ),
+    "groups of channels with a scale by group": case(
+        4,
+        IMAGE,
+        """h = Conv(x, w1)  i = GroupNormalization<num_groups=4>(h, g, e)  r = Relu(i)
+           y = Conv<pads=[1,1,1,1]>(r, w2)""",
+        18,
+        w1=(8, 3, 1, 1),
+        g=(4,),
+        e=(4,),
+        w2=(2, 8, 3, 3),
+    ),
     "quantised values that are read as integers": case(
         5,
         VECTOR,
@@ -332,6 +353,14 @@ def test_exact_units_are_exact_and_all_units_can_go(name: str, seed: int) -> Non
     shrunk = zeroed.clone()
     if Shrink().run(shrunk, Context(Target("cpu", "ort"), None, None, 0, 1, Silent())).changed:
         assert compare(zeroed, shrunk, random_feeds(zeroed, seed)).worst_relative < 1e-4
+
+
+def test_a_parameter_that_is_an_output_stays_what_it_is() -> None:
+    model = graph(VECTOR, "h = MatMul(x, w1)  a = Add(h, b)  y = MatMul(a, w2)", w1=(6, 5), b=(5,), w2=(5, 2))
+    model.graph.outputs.append(model.graph.initializers["b"])
+    coupling = analyse(model)
+    assert len(coupling.units) == 5
+    assert certify(model, coupling, {2, 3}).holds
 
 
 def test_copies_of_a_shared_vector_replace_it() -> None:
