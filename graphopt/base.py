@@ -9,7 +9,7 @@ check or a gate refuses it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -70,6 +70,13 @@ class PassResult:
     details: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
 
+def _registered(name: str) -> type[Pass]:
+    """The pass class of a name, by the registry."""
+    from graphopt.registry import pass_class
+
+    return pass_class(name)
+
+
 @dataclass(frozen=True)
 class Context:
     """Everything a pass may know besides the model.
@@ -90,7 +97,7 @@ class Context:
     seed: int
     jobs: int
     progress: Progress
-    resolve: Any = None
+    resolve: Callable[[str], type[Pass]] = _registered
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ class Fold(Pass):
         return result
 
     def _member(self, name: str, ctx: Context) -> Pass:
-        found: type[Pass] = ctx.resolve(name)
+        found = ctx.resolve(name)
         takes = {f.name for f in fields(found)} & {f.name for f in fields(self)}
         return found(**{option_name: getattr(self, option_name) for option_name in sorted(takes)})
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from graphopt.base import Context, Effect, Pass, PassResult, Skip
+from graphopt.base import Context, Effect, Pass, PassResult, Skip, option
 from graphopt.errors import UsageError
 
 if TYPE_CHECKING:
@@ -41,29 +41,21 @@ class Prune(Pass):
 
     Source: OBS: Hassibi & Stork, 1992; in groups with refitting: Frantar & Alistarh, arXiv:2208.11580; families of
     coupled units: Fang et al., DepGraph, arXiv:2301.12900, here solved on labels.
-
-    Options:
-        macs: fraction of the multiply-accumulates to keep, in (0, 1). Give exactly one of macs and params.
-        params: fraction of the parameters to keep, in (0, 1).
-        score: obs (needs calibration data; l2 is taken without), l2 or random.
-        reconstruct: ls refits weights and biases, mean only biases, none just cuts. ls and mean need calibration data.
-        multiple: widths are multiples of this, or full; default: the target's channel multiple.
-        min_keep: channels that every axis keeps at least.
-        exclude: globs over node and parameter names that must stay as they are.
-        samples: calibration samples to use at most; default: all.
     """
 
     name: ClassVar[str] = "prune"
     effect: ClassVar[Effect] = Effect.LOSSY
 
-    macs: float | None = None
-    params: float | None = None
-    score: Literal["obs", "l2", "random"] = "obs"
-    reconstruct: Literal["ls", "mean", "none"] = "ls"
-    multiple: int | None = None
-    min_keep: int = 1
-    exclude: tuple[str, ...] = ()
-    samples: int | None = None
+    macs: float | None = option(None, "fraction of the multiply-accumulates to keep (or params=)", low=0, high=1)
+    params: float | None = option(None, "fraction of the parameters to keep (or macs=)", low=0, high=1)
+    score: Literal["obs", "l2", "random"] = option("obs", "how units are ranked; obs needs data, l2 is taken without")
+    reconstruct: Literal["ls", "mean", "none"] = option(
+        "ls", "ls refits weights and biases, mean only biases, none just cuts; ls and mean need data"
+    )
+    multiple: int | None = option(None, "widths are multiples of this, or full; default: the target's", low=1)
+    min_keep: int = option(1, "channels that every axis keeps at least", low=1)
+    exclude: tuple[str, ...] = option((), "globs over node and parameter names that must stay as they are")
+    samples: int | None = option(None, "calibration samples to use at most; default: all", low=1)
 
     def __post_init__(self) -> None:
         """Check the options.
@@ -71,17 +63,15 @@ class Prune(Pass):
         Raises:
             UsageError: out of range, or not exactly one budget.
         """
+        super().__post_init__()
         given = [(n, v) for n, v in (("macs", self.macs), ("params", self.params)) if v is not None]
-        if len(given) > 1:
-            raise UsageError("two budgets", where="prune", hint="give one of macs= and params=")
-        for option, value in given:
-            if not 0 < value < 1:
-                raise UsageError(
-                    f"{option}={value} is not a fraction", where="prune", hint="give what to keep, in (0, 1)"
-                )
-        for option, count in (("multiple", self.multiple), ("min_keep", self.min_keep), ("samples", self.samples)):
-            if count is not None and count < 1:
-                raise UsageError(f"{option}={count} is not positive", where="prune", hint="give 1 or more")
+        if len(given) != 1:
+            what = "two budgets" if given else "no budget"
+            raise UsageError(what, where="prune", hint="give one of macs= and params=, for example prune{macs=0.7}")
+        if given[0][1] in (0.0, 1.0):
+            raise UsageError(
+                f"{given[0][0]}={given[0][1]:g} keeps nothing or all", where="prune", hint="give a fraction between"
+            )
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         """See the class."""
@@ -94,8 +84,6 @@ class Prune(Pass):
         from graphopt.pruning.selection import choose
         from graphopt.rewriting.edit import allow_private_initializers, freeze_overridable
 
-        if self.macs is None and self.params is None:
-            raise UsageError("no budget", where="prune", hint="give macs= or params=, for example prune{macs=0.7}")
         result = PassResult(changed=True)
         frozen, note = freeze_overridable(model), allow_private_initializers(model)
         if frozen:

@@ -154,9 +154,10 @@ def test_names_stay():
     [
         ({}, "no budget"),
         ({"macs": 0.5, "params": 0.5}, "two budgets"),
-        ({"macs": 1.5}, "not a fraction"),
+        ({"macs": 1.5}, "outside"),
+        ({"macs": 1.0}, "keeps nothing or all"),
         ({"macs": 0.01}, "cannot be met"),
-        ({"macs": 0.5, "multiple": 0}, "not positive"),
+        ({"macs": 0.5, "multiple": 0}, "outside"),
     ],
 )
 def test_wrong_options(options, message):
