@@ -300,8 +300,8 @@ class GraphBuilder(MoreSteps):
         while len(pool) < steps:
             pool.append(self.step(pool))
         outputs = []
-        # Heads on the last tensors, so that little of the graph is dead code.
-        for value in pool[-2:]:
+        # Heads on the last tensors and on all that nothing reads, so that no branch of the graph is dead code.
+        for value in [v for v in pool if not v.uses() or v in pool[-2:]]:
             n, c, h, w = self.shape(value)
             if self.random.random() < 0.5:
                 if self.opset < 18:
