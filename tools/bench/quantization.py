@@ -121,8 +121,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--models", default="resnet20_cifar10,resnet56_cifar10")
     parser.add_argument("--nncf-python", type=Path)
-    parser.add_argument("--work", type=Path, default=Path("quantization-bench"), help="folder for the models made")
-    parser.add_argument("--out", type=Path, default=Path("quantization.md"))
+    parser.add_argument("--work", type=Path, default=Path("out/quantization"), help="folder for the models made")
+    parser.add_argument("--out", type=Path, help="file for the table; it is printed in any case")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--test-images", type=int, default=10000)
     args = parser.parse_args()
@@ -155,7 +155,8 @@ def main() -> None:
             top1 = 100 * accuracy(path, x, labels)
             lines.append(f"| {model} | {name} | {top1:.2f} | {path.stat().st_size} | {ms:.3f} | {r:.3f} | {r32:.3f} |")
             print(lines[-1], flush=True)
-    args.out.write_text("\n".join(lines) + "\n")
+    if args.out:
+        args.out.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
