@@ -80,7 +80,7 @@ class Prune(Pass):
         from graphopt.analysis.remove import remove_units
         from graphopt.analysis.units import analyse
         from graphopt.pruning.families import candidates
-        from graphopt.pruning.layers import layers_of
+        from graphopt.pruning.layers import drop_zero_biases, give_biases, layers_of
         from graphopt.pruning.selection import choose
         from graphopt.rewriting.edit import allow_private_initializers, freeze_overridable
 
@@ -90,9 +90,10 @@ class Prune(Pass):
             result.notes.append(f"{len(frozen)} initializers that callers could override are constants now")
         result.notes += [note] if note else []
         LiftConstantsToInitializersPass(lift_all_constants=False, size_limit=1)(model)
+        score, reconstruct = self._fallbacks(ctx, result)
+        bare = give_biases(model) if reconstruct != "none" else []
         coupling = analyse(model)
         layers, _ = layers_of(model)
-        score, reconstruct = self._fallbacks(ctx, result)
         families, notes = candidates(coupling, layers, self.exclude, refitted=reconstruct != "none")
         result.notes += notes
         result.skipped += [Skip(f"{f.tensor}, axis {f.axis}", f.reason) for f in coupling.frozen]
@@ -116,9 +117,11 @@ class Prune(Pass):
         if not choice.dead:
             result.notes.append("nothing had to go: the budget is met already")
             result.changed = bool(frozen or note)
+            drop_zero_biases(bare)
             return result
         dead = self._reconstruct(model, ctx, coupling, families, ranked, choice, reconstruct, result)
         report = remove_units(model, coupling, dead)
+        drop_zero_biases(bare)
         result.notes += self._summary(choice, ranked, dead, ctx)
         result.notes += [f"{name}: a removed input held an unknown value, taken as 0" for name in report.assumed_zero
                          if reconstruct == "none"]  # fmt: skip

@@ -80,6 +80,12 @@ class Layer:
         """False for a MatMul that no Add follows; the other operators can take a bias at no cost."""
         return self.linear.add is not None or not is_onnx(self.linear.node, "MatMul")
 
+    @property
+    def bias_operand(self) -> ir.Value | None:
+        """What the bias is read from; None where there is none."""
+        holder, index = self.linear.add or self.linear.node, self.linear.bias_index
+        return holder.inputs[index] if index < len(holder.inputs) else None
+
     def channel_axis(self, rank: int) -> int:
         """Channel axis of x or y."""
         return self.linear.channel_axis(rank)
@@ -105,9 +111,7 @@ class Layer:
 
     def bias(self) -> Float64:
         """(outputs,), float64."""
-        holder = self.linear.add or self.linear.node
-        index = self.linear.bias_index
-        value = holder.inputs[index] if index < len(holder.inputs) else None
+        holder, value = self.linear.add or self.linear.node, self.bias_operand
         if value is None:
             return np.zeros(self.linear.outputs)
         beta = holder.attributes.get_float("beta", 1.0) if is_onnx(holder, "Gemm") else 1.0
@@ -131,17 +135,17 @@ class Layer:
             blocks = weight.reshape(n.groups, n.outputs // n.groups, n.inputs // n.groups, *rest)
             data = _mirrored(blocks, len(rest)).swapaxes(1, 2).reshape(old.shape)
         _replace(n.node.inputs[1], data)
-        holder, index = n.add or n.node, n.bias_index
-        value = holder.inputs[index] if index < len(holder.inputs) else None
+        holder, value = n.add or n.node, self.bias_operand
         if value is not None:
             if is_onnx(holder, "Gemm"):
                 holder.attributes.pop("beta", None)
             shape = _array(value).shape
             _replace(value, bias.reshape((*(1,) * (len(shape) - 1), -1)) if shape else bias)
         elif bias.any() and self.has_bias:
-            self._add_bias(bias)
+            self.add_bias(bias)
 
-    def _add_bias(self, bias: Float64) -> None:
+    def add_bias(self, bias: Float64) -> None:
+        """Give a Conv or Gemm without a bias one, (outputs,), of the weight's type."""
         from graphopt.rewriting.edit import Names, new_initializer
 
         node = self.linear.node
@@ -232,6 +236,29 @@ def layers_of(model: ir.Model) -> tuple[dict[str, Layer], dict[str, str]]:
             else:
                 layers[key] = found
     return layers, refused
+
+
+def give_biases(model: ir.Model) -> list[Layer]:
+    """Give every layer that can have a bias one, of zeros where it had none; returns the layers that got theirs now.
+
+    Done before the coupling analysis, so that a bias that a refit needs is sliced with the units of its layer.
+    """
+    layers, _ = layers_of(model)
+    bare = [layer for layer in layers.values() if layer.has_bias and layer.bias_operand is None]
+    for layer in bare:
+        layer.add_bias(np.zeros(layer.linear.outputs))
+    return bare
+
+
+def drop_zero_biases(layers: list[Layer]) -> None:
+    """Take the biases away again that are still zero."""
+    for layer in layers:
+        node, value = layer.linear.node, layer.bias_operand
+        if value is not None and not _array(value).any():
+            node.replace_input_with(layer.linear.bias_index, None)
+            node.resize_inputs(layer.linear.bias_index)
+            if node.graph is not None and value.name and not value.uses():
+                node.graph.initializers.pop(value.name)
 
 
 def _window(node: ir.Node) -> Window | str:

@@ -15,6 +15,7 @@ from graphopt.errors import UsageError
 from graphopt.executor import Session
 from graphopt.passes.prune import Prune
 from graphopt.progress import Silent
+from graphopt.pruning.layers import drop_zero_biases, give_biases
 from graphopt.target import Target
 
 TARGET = Target("test", "ort", channel_multiple=1)
@@ -140,6 +141,36 @@ def test_without_data_it_says_so():
     small, result = pruned(model, macs=0.5)
     assert any(n.startswith("warning: ") and "accuracy will suffer" in n for n in result.notes)
     assert model_stats(small).macs <= 0.5 * model_stats(model).macs
+
+
+@pytest.mark.parametrize(
+    ("body", "weights"),
+    [
+        ("a = Conv(x, w0, b)  r = Relu(a)  c = Conv(r, w1)  s = Relu(c)  y = Conv(s, w2)",
+         {"w0": (8, 3, 1, 1), "w1": (8, 8, 1, 1), "w2": (4, 8, 1, 1)}),
+        ("a = Conv(x, w0, b)  r = Relu(a)  c = Conv<group=2>(r, w1)  s = Relu(c)  y = Conv(s, w2)",
+         {"w0": (8, 3, 1, 1), "w1": (8, 4, 1, 1), "w2": (4, 8, 1, 1)}),
+        ("a = Conv(x, w0, b)  p = GlobalAveragePool(a)  f = Flatten(p)  r = Relu(f)  c = Gemm(r, w1)  s = Relu(c)  "
+         "g = Gemm(s, w2)  y = Reshape(g, to)",
+         {"w0": (8, 3, 1, 1), "w1": (8, 8), "w2": (8, 4), "to": np.array([0, 4, 1, 1])}),
+    ],
+    ids=["conv", "grouped conv", "gemm"],
+)  # fmt: skip
+def test_layers_without_a_bias_get_one_that_is_cut_with_them(body, weights):
+    signature = "(float[n,3,8,8] x) => (float[n,4,h,w] y)"
+    model = graph(signature, body, b=(8,), **weights)
+    small, _ = pruned(model, images(model), macs=0.6)
+    assert difference(model, small, TEST) < 0.9
+
+
+def test_biases_that_nothing_needed_go_again():
+    model = graph("(float[n,3,8,8] x) => (float[n,4,8,8] y)", "y = Conv(x, w)", w=(4, 3, 1, 1))
+    given = give_biases(model)
+    assert len(given) == 1
+    assert len(model.graph.node(0).inputs) == 3
+    drop_zero_biases(given)
+    assert len(model.graph.node(0).inputs) == 2
+    assert list(model.graph.initializers) == ["w"]
 
 
 def test_names_stay():
