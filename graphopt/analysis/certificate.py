@@ -46,7 +46,7 @@ class Certificate:
         return self.difference <= TOLERANCE
 
 
-class _Runs:
+class Distances:
     """Distances between models, relative to the size of the dense model's outputs.
 
     Zeroing can make an output tiny (a saturated sigmoid); measured against itself, rounding would look like an error.
@@ -175,7 +175,7 @@ def certify(
     zeroed, pruned = base.clone(), base.clone()
     zero_units(zeroed, coupling, dead)
     remove_units(pruned, coupling, dead)
-    results = _Runs(base, samples)
+    results = Distances(base, samples)
     difference = results.distance(zeroed, pruned)
     effect = results.distance(zeroed, base)
     others = [u.id for u in coupling.units if u.exact and u.id not in dead]

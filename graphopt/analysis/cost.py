@@ -21,8 +21,10 @@ class ModelStats:
         parameters: elements of all floating-point and quantised weights.
         bytes: of all constant tensors.
         macs: multiply-accumulates of the main graph's convolutions and matrix products at the recorded shapes, a named
-            symbolic dimension counted as 1 (so per sample for a symbolic batch); None where a shape is unknown.
+            symbolic dimension counted as 1 (so per sample for a symbolic batch); None where a shape is unknown, or where
+            bodies of If, Loop or Scan hold such nodes: how often these run is not known before they do.
         ops: nodes by operator.
+        macs_unknown: why `macs` is None, and what to try.
     """
 
     nodes: int
@@ -30,6 +32,7 @@ class ModelStats:
     bytes: int
     macs: int | None
     ops: dict[str, int]
+    macs_unknown: str | None = None
 
 
 def model_stats(model: ir.Model) -> ModelStats:
@@ -52,18 +55,44 @@ def model_stats(model: ir.Model) -> ModelStats:
         size += tensor.nbytes
         if tensor.dtype.is_floating_point() or tensor.dtype.bitwidth <= 8:
             parameters += tensor.size
-    return ModelStats(sum(ops.values()), parameters, size, _macs(model), dict(sorted(ops.items())))
+    macs, unknown = _macs(model)
+    return ModelStats(sum(ops.values()), parameters, size, macs, dict(sorted(ops.items())), unknown)
 
 
-def _macs(model: ir.Model) -> int | None:
+def _macs(model: ir.Model) -> tuple[int | None, str | None]:
+    """MACs, or None and the reason."""
     view = CostView(lambda node, index, axis: (), lambda value, axis: ())
     total = 0.0
     for node in model.graph:
-        handler = rule_for(node)
-        if handler is None or type(handler).cost is OpRule.cost:
+        handler = _costed(node)
+        if handler is None:
             continue
         products = handler.cost(node, view)
         if not products and any(shapes.static_dims(v) is None for v in (*node.inputs, *node.outputs) if v is not None):
-            return None
+            return None, _unknown_shape(model, node)
         total += sum(coefficient for coefficient, _ in products)
-    return int(np.rint(total))
+    for graph in model.graph.subgraphs():
+        for node in graph:
+            if _costed(node) is not None:
+                return None, (
+                    f"{node.op_type} {node.name or '(unnamed)'} stands in the body of an If, Loop or Scan, "
+                    "and how often that runs depends on the data"
+                )
+    return int(np.rint(total)), None
+
+
+def _costed(node: ir.Node) -> OpRule | None:
+    """The rule of a node that multiplies and accumulates; None for any other."""
+    handler = rule_for(node)
+    return None if handler is None or type(handler).cost is OpRule.cost else handler
+
+
+def _unknown_shape(model: ir.Model, node: ir.Node) -> str:
+    value = next(v for v in (*node.inputs, *node.outputs) if v is not None and shapes.static_dims(v) is None)
+    known = shapes.dims(value)
+    what = "the number of dimensions" if known is None else f"the size of dimension {known.index(None)}"
+    text = f"{what} of tensor {value.name} at {node.op_type} {node.name or '(unnamed)'} is not known"
+    free = dict.fromkeys(d for v in model.graph.inputs for d in shapes.dims(v) or () if isinstance(d, str))
+    if not free:
+        return text
+    return f"{text}; give the sizes of the free input dimensions ({', '.join(free)}), such as --dim {next(iter(free))}=1"
