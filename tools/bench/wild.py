@@ -5,7 +5,8 @@
 Prints, per model: nodes before and after `fold`; the largest relative difference of its outputs on its own inputs (the
 samples that come with it, else random ones); units, how many are exact, and the share of the parameters they reach; the
 certificate (zeroed against pruned model, half of the units); planted units, those that `shrink` removed, and the
-difference that made, relative to the outputs of the dense model as in a certificate. Exit code 1 if anything differs by more than its bound (fold 1e-4, the others 1e-5).
+difference that made, relative to the outputs of the dense model as in a certificate. Exit code 1 if anything differs by
+more than its bound (fold 1e-4, the others 1e-5).
 GRAPHOPT_DATA names the folder of the data.
 """
 
