@@ -198,6 +198,7 @@ def stats(model: ir.Model) -> Stats:
         parameters=found.parameters,
         bytes=found.bytes,
         macs=found.macs,
+        macs_unknown=found.macs_unknown,
         ops=dict(sorted(found.ops.items())),
         opset={domain or "ai.onnx": number for domain, number in sorted(model.opset_imports.items())},
         ir_version=model.ir_version or 0,

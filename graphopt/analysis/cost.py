@@ -21,8 +21,8 @@ class ModelStats:
         parameters: elements of all floating-point and quantised weights.
         bytes: of all constant tensors.
         macs: multiply-accumulates of the main graph's convolutions and matrix products at the recorded shapes, a named
-            symbolic dimension counted as 1 (so per sample for a symbolic batch); None where a shape is unknown, or where
-            bodies of If, Loop or Scan hold such nodes: how often these run is not known before they do.
+            symbolic dimension counted as 1 (so per sample for a symbolic batch); None where a shape is unknown, or
+            where bodies of If, Loop or Scan hold such nodes: how often these run is not known before they do.
         ops: nodes by operator.
         macs_unknown: why `macs` is None, and what to try.
     """
@@ -95,4 +95,4 @@ def _unknown_shape(model: ir.Model, node: ir.Node) -> str:
     free = dict.fromkeys(d for v in model.graph.inputs for d in shapes.dims(v) or () if isinstance(d, str))
     if not free:
         return text
-    return f"{text}; give the sizes of the free input dimensions ({', '.join(free)}), such as --dim {next(iter(free))}=1"
+    return f"{text}; fix the free input dimensions: {' '.join(f'--dim {name}=SIZE' for name in free)}"

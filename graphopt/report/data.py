@@ -31,6 +31,7 @@ class Stats:
         macs: multiply-accumulates of one forward pass; None where shapes do not decide them.
         ops: how often each operator occurs.
         opset, ir_version: what a runtime must understand.
+        macs_unknown: why `macs` is None, and what to try.
     """
 
     nodes: int
@@ -40,6 +41,7 @@ class Stats:
     ops: dict[str, int]
     opset: dict[str, int] = field(default_factory=dict)
     ir_version: int = 0
+    macs_unknown: str | None = None
 
 
 @dataclass

@@ -36,9 +36,10 @@ def render(report: Report) -> str:
     return environment.get_template("report.html.j2").render(
         report=report,
         css=Markup(files("graphopt.report").joinpath("report.css").read_text(encoding="utf-8")),
-        verdict="planned, nothing was run" if report.dry_run else summary.verdict(report),
+        verdict=summary.verdict(report),
         rows=summary.rows(report),
         warnings=summary.warnings(report),
+        notes=summary.notes(report),
         skips=[(r.name, summary.group_skips(r.skipped)) for r in report.passes if r.skipped],
         ops=ops,
         most_ops=max((max(before, after) for _, before, after in ops), default=1) or 1,

@@ -84,7 +84,8 @@ def rows(report: Report) -> list[Row]:
             found.append(Row("fidelity", "", "not measured", text.clean(fidelity.reason or "")))
         else:
             # The reference is compared with itself, so its cosine is 1 by definition.
-            found.append(Row("fidelity", "1", f"{fidelity.cosine:.6f}", f"cosine, {text.clean(fidelity.data)} data"))
+            how = text.clean(fidelity.reason) if fidelity.reason else f"cosine, {text.clean(fidelity.data)} data"
+            found.append(Row("fidelity", "1", f"{fidelity.cosine:.6f}", how))
     if accuracy is not None:
         tone: Tone = "neutral" if accuracy.drop == 0 else "bad" if accuracy.drop > 0 else "good"
         before, after = (text.score(accuracy.metric, value) for value in (accuracy.before, accuracy.after))
@@ -95,12 +96,24 @@ def rows(report: Report) -> list[Row]:
     return found
 
 
+def notes(report: Report) -> list[str]:
+    """What the rows cannot say: why the multiply-accumulates are not known."""
+    found = (stats.macs_unknown for stats in (report.input, report.output) if stats.macs is None)
+    return [f"MACs are unknown: {text.clean(why, 1000)}" for why in dict.fromkeys(found) if why]
+
+
 def verdict(report: Report) -> str:
-    """One line: how much smaller, how much faster, at what price."""
+    """One line: how much smaller, how much faster, at what price; or that the model is as it was."""
+    if report.dry_run:
+        return "planned, nothing was run"
+    if not any(record.changed for record in report.passes):
+        idle = all(record.status == "unchanged" for record in report.passes)
+        return "nothing to do, the model is unchanged" if idle else "the model is unchanged"
     parts = []
-    if report.input.bytes and report.output.bytes != report.input.bytes:
+    if report.input.bytes and text.moved(report.input.bytes, report.output.bytes):
         share = report.output.bytes / report.input.bytes
-        parts.append(f"{1 - share:.0%} smaller" if share < 1 else f"{share - 1:.0%} larger")
+        digits = 0 if abs(1 - share) >= 0.01 else 1
+        parts.append(f"{1 - share:.{digits}%} smaller" if share < 1 else f"{share - 1:.{digits}%} larger")
     if report.latency is not None and report.latency.ratio is not None:
         parts.append(_speed(report.latency.ratio, report.latency.low, report.latency.high))
     if report.accuracy is not None:

@@ -42,7 +42,10 @@ def console(stream: IO[str]) -> Console:
 
 
 def print_report(out: Console, report: Report) -> None:
-    """The whole report of a run: before and after, per pass, operators, what was skipped and why."""
+    """The whole report of a run: before and after, per pass, operators, what was skipped and why.
+
+    `report.notes` are not printed: whoever ran the pipeline was told them as it began (`say` of `optimize`).
+    """
     heading(out, f"{text.clean(report.model)} -> {text.clean(report.target)}: {summary.verdict(report)}")
     if report.dry_run:
         _print_plan(out, report)
@@ -51,8 +54,8 @@ def print_report(out: Console, report: Report) -> None:
     print_passes(out, report.passes)
     print_ops(out, report)
     print_skips(out, report.passes)
-    for note in report.notes:
-        out.print(Text(text.clean(note, 1000)))
+    for note in summary.notes(report):
+        out.print(Text(note))
     out.print(Text(f"took {text.duration(report.seconds)}", style="dim"))
 
 
@@ -153,6 +156,8 @@ def print_inspection(out: Console, name: str, found: Inspection, *, units: bool)
         counts.add_row(row.label, row.after)
     counts.add_row("opset", ", ".join(f"{text.clean(d)} {v}" for d, v in sorted(found.stats.opset.items())))
     out.print(counts)
+    if found.stats.macs_unknown is not None:
+        out.print(Text(f"MACs are unknown: {text.clean(found.stats.macs_unknown, 1000)}"))
     print_mappings(
         out,
         [
@@ -271,9 +276,8 @@ def _why(record: PassRecord) -> str:
 
 
 def _moved(before: int | None, after: int | None, show: Any) -> str:
-    if before == after:
-        return str(show(after))
-    return f"{show(after)} ({text.change(before, after)})"
+    change = text.change(before, after)
+    return f"{show(after)} ({change})" if change else str(show(after))
 
 
 def _print_plan(out: Console, report: Report) -> None:

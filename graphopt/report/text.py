@@ -58,12 +58,19 @@ def ratio(value: float) -> str:
     return f"{value:.3g}x" if value < 10 else f"{value:.1f}x"
 
 
+def moved(before: float, after: float) -> bool:
+    """Whether a quantity changed by as much as one shows: 0.1 per cent."""
+    return abs(after - before) >= 1e-3 * abs(before) and after != before
+
+
 def change(before: float | None, after: float | None) -> str:
     """The relative change: (200, 100) -> '-50.0%'; empty where it says nothing."""
     if before is None or after is None or before == after:
         return ""
     if before == 0:
         return f"+{short(after)}"
+    if not moved(before, after):
+        return "<0.1%"
     percent = 100 * (after - before) / before
     return f"{percent:+.1f}%" if abs(percent) < 1000 else f"{after / before:.3g}x"
 

@@ -43,6 +43,36 @@ def test_verdict(report: Report) -> None:
     assert summary.verdict(noise) == "61% smaller, no faster"
 
 
+def test_a_headline_makes_nothing_of_nothing(report: Report) -> None:
+    bytes_ = report.input.bytes
+    tiny = replace(report, output=replace(report.input, bytes=bytes_ - 64), latency=None, accuracy=None, fidelity=None)
+    assert summary.verdict(tiny) == "nothing changed"
+    small = replace(tiny, output=replace(report.input, bytes=round(bytes_ * 0.996)))
+    assert summary.verdict(small) == "0.4% smaller"
+
+
+def test_an_unchanged_model_is_said_to_be_one(report: Report) -> None:
+    fidelity = Fidelity(1.0, "none", reason="the model is unchanged")
+    idle = replace(report, passes=[replace(report.passes[0], status="unchanged")], fidelity=fidelity)
+    assert summary.verdict(idle) == "nothing to do, the model is unchanged"
+    assert next(row.change for row in summary.rows(idle) if row.label == "fidelity") == "the model is unchanged"
+    undone = replace(idle, passes=[replace(report.passes[0], status="undone")])
+    assert summary.verdict(undone) == "the model is unchanged"
+    assert summary.verdict(replace(idle, dry_run=True)) == "planned, nothing was run"
+
+
+def test_unknown_macs_say_why(report: Report) -> None:
+    unknown = replace(report.input, macs=None, macs_unknown="the size of dimension 2 of tensor t is not known")
+    record = replace(report.passes[0], before=replace(unknown, parameters=400), after=unknown)
+    shown = printed(replace(report, input=unknown, output=unknown, passes=[record]))
+    assert shown.count("MACs are unknown: the size of dimension 2 of tensor t is not known") == 1
+    assert "()" not in shown
+
+
+def test_notes_are_told_when_a_run_begins_and_not_again(report: Report) -> None:
+    assert "-O1 is" not in printed(replace(report, notes=["-O1 is --passes 'fold'"]))
+
+
 @pytest.mark.parametrize(
     ("accuracy", "change", "tone"),
     [
@@ -107,6 +137,7 @@ def test_numbers() -> None:
         "",
         "",
     )
+    assert (text.change(1_000_000, 999_990), text.change(1000, 1010)) == ("<0.1%", "+1.0%")
     assert (text.duration(0.0123), text.duration(83.2), text.duration(130)) == ("12.3 ms", "83.2 s", "2 min 10 s")
 
 
