@@ -144,7 +144,8 @@ def optimize(
         evaluate: labelled data or a function: whatever `graphopt.evaluation.load` takes.
         metric: for evaluation data.
         max_drop: gate on accuracy (or on fidelity without `evaluate`); 0.01, "1%", inf; None: off, except for presets.
-        max_latency: gate on the latency ratio to the input model; None: off, except for presets.
+        max_latency: gate on the latency ratio to the input model; None: off, except for presets. Refuses what is slower
+            beyond the noise measured; for a bound of 1, up to 1.02 counts as equal.
         dim: fixed sizes of symbolic input dimensions.
         seed: of every random choice; default 0.
         jobs: threads that passes may use.
@@ -222,6 +223,10 @@ def optimize(
         report.passes = [PassRecord(p.name, to_spec([p]), p.effect.value, "planned") for p in plan.passes]
         result = loaded
     else:
+        manager.check(ctx)
+        if ctx.evaluation is not None:
+            # First of all: labels or a function that do not fit are found before the work, and are no pass's fault.
+            measures.baseline()
         result = manager.run(loaded, ctx)
         report.passes = manager.records
         report.output = stats(result)
@@ -349,10 +354,12 @@ def _refuse(report: Report, plan: Plan, gates: Sequence[Instrument]) -> None:
     if undone and not applied:
         problem = "; ".join(f"{r.name}: {r.reason}" for r in undone)
     elif plan.max_latency is not None and plan.max_latency < 1 and not report.dry_run:
-        ratio = 1.0 if not applied else report.latency.ratio if report.latency is not None else None
+        found = report.latency if applied else Latency(1.0)
         gate = next(g for g in gates if isinstance(g, LatencyGate))
-        if ratio is not None and not gate.meets(ratio):
-            problem = f"max-latency: the result takes {ratio:.3f}x the time of the input model, not {gate.limit:g}x"
+        if found is not None and gate.exceeds(found):
+            problem = (
+                f"max-latency: the result takes {found.ratio:.3f}x the time of the input model, not {gate.limit:g}x"
+            )
     if problem is not None:
         error = GateRefused(
             f"no result passed the gates, so the input model stands ({problem})",

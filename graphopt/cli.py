@@ -52,7 +52,7 @@ def common(command: F) -> F:
     command = click.option(
         "--debug", is_flag=True, expose_value=False, callback=_debug, help="Show the traceback of an error."
     )(command)
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")(command)
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables, errors too.")(command)
 
 
 dim_option = click.option(
@@ -72,14 +72,22 @@ force_option = click.option("--force", is_flag=True, help="Write into a folder t
 @click.option("--passes", metavar="SPEC", help="Pipeline, such as 'fold,prune{macs=0.5},quantize'.")
 @click.option("--recipe", type=click.Path(), metavar="FILE", help="Pipeline and options from a file (--save-recipe).")
 @click.option(
-    "-O", "preset", type=click.Choice(["0", "1", "2", "3"]), help="Preset: -O0 .. -O3, both gates on.  [default: 1]"
+    "-O",
+    "preset",
+    type=click.Choice(["0", "1", "2", "3"]),
+    help="Preset: -O0 .. -O3, with --max-drop 1% --max-latency 1 unless said.  [default: 1]",
 )
 @target_option
 @click.option("--calib", metavar="DATA", help=f"Unlabelled inputs. {DATA}")
 @click.option("--eval", "evaluate", metavar="DATA", help="Labelled .npz (inputs and 'labels'), or MODULE:FUNCTION.")
 @click.option("--metric", metavar="NAME", help="For --eval DATA.npz: top1, top5, mse, cosine.")
 @click.option("--max-drop", metavar="X", help="Undo a pass that costs more accuracy: 0.01, 1%, inf.")
-@click.option("--max-latency", metavar="R", help="Undo a pass that makes it slower than R times the input model.")
+@click.option(
+    "--max-latency",
+    metavar="R",
+    help="Undo a pass that makes it slower than R times the input model, beyond the noise measured; "
+    "for R = 1, up to 1.02 counts as equal.",
+)
 @dim_option
 @seed_option
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Threads that passes may use.")
@@ -108,14 +116,18 @@ def optimize(
 ) -> None:
     """Make MODEL smaller and faster.
 
-    Without --passes, --recipe and -O it is -O1. The input model is never changed.
+    Without --passes, --recipe and -O it is -O1. --passes has no gates but those you ask for. The input model is never
+    changed. Where the gates refuse everything, the exit code is 5 and no model is written.
     """
     _limit_threads(options["jobs"])
     from graphopt.api import optimize as run_pipeline
-    from graphopt.errors import GateRefused
+    from graphopt.errors import GateRefused, UsageError
     from graphopt.pipeline.destination import check_file, check_output
     from graphopt.report.live import LiveProgress
 
+    if options["passes"] is not None and not options["passes"].strip():
+        # In Python that is a pipeline as any other; in a script it is a variable that was not set.
+        raise UsageError("names no pass", where="--passes", hint="name one, such as fold; -O0 copies the model")
     if out is not None:
         check_output(out, [model], force=force)
     for file in (page, save_recipe):
@@ -162,14 +174,14 @@ def _show(report: Any, page: str | None, as_json: bool) -> None:
     """Print a report, write its page, and put its warnings where they are seen."""
     from graphopt.report import summary, tables
 
+    if page is not None:
+        from graphopt.report.html import write
+
+        write(report, page)  # before anything is on stdout, where an error would have to follow it
     if as_json:
         click.echo(report.to_json())
     else:
         tables.print_report(tables.console(sys.stdout), report)
-    if page is not None:
-        from graphopt.report.html import write
-
-        write(report, page)
     sys.stdout.flush()
     tables.print_warnings(tables.console(sys.stderr), summary.warnings(report))
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from graphopt.analysis.units import Coupling
     from graphopt.backend import BenchResult
+    from graphopt.data.feeds import InputSpec
     from graphopt.report.units import UnitGroup
     from graphopt.target import Target
     from graphopt.verify import Comparison
@@ -113,11 +114,12 @@ def compare(
 
     Raises:
         VerificationError: the second model lacks an output, or one has another shape or type.
-        ModelError, DataError: a model or the data is not valid.
+        ModelError, DataError: a model or the data is not valid, or the models have different inputs.
     """
     from graphopt import calibration, verify
 
     first, second = _model(a, dim), _model(b, dim)
+    _check_same_inputs([first, second], [_name(a, "A"), _name(b, "B")])
     if calib is None:
         feeds = verify.random_feeds(first, seed, samples=samples)
         return verify.compare(first, second, feeds)
@@ -154,6 +156,7 @@ def bench(
         raise UsageError("no model was given", hint="give one or more ONNX files")
     chosen = as_target(target)
     loaded = [_model(model, dim) for model in models]
+    _check_same_inputs(loaded, [_name(model, f"model {number}") for number, model in enumerate(models, 1)])
     feeds = None if calib is None else _one_batch(calib, loaded[0], batch)
     return registry.backend(chosen.backend).bench(loaded, chosen, feeds, threads=threads, seconds=seconds)
 
@@ -305,6 +308,41 @@ def _model(model: ir.Model | str | os.PathLike[str], dim: Mapping[str, int] | No
         loaded = private_clone(loaded)
         fix_dims(loaded, dim)
     return loaded
+
+
+def _name(model: ir.Model | str | os.PathLike[str], otherwise: str) -> str:
+    return os.fspath(model) if isinstance(model, (str, os.PathLike)) else otherwise
+
+
+def _check_same_inputs(models: Sequence[ir.Model], names: Sequence[str]) -> None:
+    """Models that shall run on the same data must take the same.
+
+    A dimension that one of them leaves open fits any size; whether it does is seen when they run.
+
+    Raises:
+        DataError: the inputs that have no default differ in name, type or fixed size.
+    """
+    from graphopt.data.feeds import input_specs
+
+    first, *others = ({s.name: s for s in input_specs(model) if s.required} for model in models)
+    for name, other in zip(names[1:], others, strict=True):
+        if first.keys() == other.keys() and all(_fit(first[key], other[key]) for key in first):
+            continue
+        takes = [
+            f"{model} takes {', '.join(f'{s.name} {s}' for s in specs.values()) or 'nothing'}"
+            for model, specs in ((names[0], first), (name, other))
+        ]
+        raise DataError(f"the inputs differ: {', '.join(takes)}", hint="give models that take the same inputs")
+
+
+def _fit(a: InputSpec, b: InputSpec) -> bool:
+    if a.dtype != b.dtype:
+        return False
+    if a.shape is None or b.shape is None:
+        return True
+    return len(a.shape) == len(b.shape) and all(
+        x == y or not (isinstance(x, int) and isinstance(y, int)) for x, y in zip(a.shape, b.shape, strict=True)
+    )
 
 
 def _one_batch(calib: Any, model: ir.Model, batch: int) -> dict[str, Array]:

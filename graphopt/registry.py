@@ -102,7 +102,8 @@ def target(name: str) -> Target:
     """
     found = _target_tables()
     if name not in found:
-        raise UsageError(f"unknown target {name!r}", hint=suggest(name, found, "graphopt targets"))
+        listed = f"the targets are {', '.join(found)}; {suggest(name, found, 'graphopt targets')}"
+        raise UsageError(f"unknown target {name!r}", hint=listed)
     return found[name]
 
 

@@ -87,6 +87,67 @@ def test_json_alone_is_on_stdout() -> None:
     assert "pass fold" in done.stderr, "progress goes to stderr"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["inspect", "nowhere.onnx"], 3, "nowhere.onnx"),
+        (["inspect", MODEL, "--nonsense"], 2, "--nonsense"),
+        (["optimize", MODEL, "--passes", "fld"], 2, "unknown pass"),
+    ],
+)
+def test_an_error_is_json_too(arguments: list[str], code: int, says: str) -> None:
+    done = call(*arguments, "--json", code=code)
+    found = json.loads(done.stdout)["error"]
+    assert found["exit_code"] == code
+    assert says in f"{found['where']}: {found['what']}"
+    assert says in last_line(done)
+
+
+def test_the_report_of_refused_results_is_the_one_json_document() -> None:
+    done = call("optimize", MODEL, "--passes", "fold", "--max-latency", "0.001", "--json", code=5)
+    assert Report.from_json(done.stdout).passes[0].name == "fold"
+
+
+@pytest.mark.parametrize("out", ["nowhere/x.onnx", "/proc/x.onnx", "/proc/x"])
+def test_a_destination_that_takes_no_files_is_seen_before_the_work(tmp_path: Path, out: str) -> None:
+    if out.startswith("/proc") and not Path("/proc/self").exists():
+        pytest.skip("this system has no /proc, the folder that takes no files of anybody")
+    done = call("optimize", "no_model_is_read.onnx", "--passes", "fold", "-o", tmp_path / out, code=2)
+    assert out in last_line(done)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_labels_are_seen_before_the_work(tmp_path: Path) -> None:
+    with np.load(EVAL) as data:
+        np.savez(tmp_path / "eval.npz", **{**data, "labels": data["labels"] + 50})
+    done = call("optimize", MODEL, "--passes", "fold", "--eval", tmp_path / "eval.npz", code=3)
+    assert last_line(done).startswith(f"error: {tmp_path / 'eval.npz'}: label 59 for 10 classes")
+    assert "pass fold" not in done.stderr
+
+
+def test_a_preset_is_spelled_out_once() -> None:
+    done = call("optimize", MODEL, "-O1", "--max-drop", "inf")
+    assert (done.stdout + done.stderr).count("-O1 is --passes") == 1
+
+
+def test_models_with_other_inputs_are_not_compared(tmp_path: Path) -> None:
+    import onnx
+    from onnx import TensorProto, helper
+
+    inputs = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 7])
+    graph = helper.make_graph(
+        [helper.make_node("Relu", ["x"], ["logits"])],
+        "g",
+        [inputs],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", 7])],
+    )
+    other = tmp_path / "other.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), other)
+    for command in ("compare", "bench"):
+        says = last_line(call(command, MODEL, other, code=3))
+        assert "the inputs differ" in says and f"{other} takes x float32 [N,7]" in says and "images" in says
+
+
 def test_without_a_destination_it_says_that_nothing_was_written() -> None:
     done = call("optimize", MODEL, "--passes", "fold")
     assert "nothing was written: -o OUT writes the model" in done.stdout
@@ -111,6 +172,9 @@ def test_presets_print_what_they_expand_to() -> None:
         (["optimize", MODEL, "--passes", "fld"], "did you mean 'fold'"),
         (["optimize", MODEL, "--passes", "fold{x=1}"], "no option"),
         (["optimize", MODEL, "--passes", "fold", "-O2"], "given together"),
+        (["optimize", MODEL, "--passes", " "], "-O0 copies"),
+        (["optimize", MODEL, "--max-latency", "0"], "max-latency"),
+        (["lower", MODEL, "--target", "nope", "-o", "out"], "cpu-arm64"),
         (["optimize", MODEL, "-O7"], "'7' is not one of"),
         (["optimize", MODEL, "--pases", "fold"], "--passes"),
         (["optimize", MODEL, "--target", "cpuu"], "did you mean 'cpu'"),

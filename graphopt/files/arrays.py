@@ -78,8 +78,12 @@ def _mapped_members(path: Path) -> dict[str, Array]:
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:
+    reason = str(error)
+    if "pickle" in reason:
+        # numpy takes every file it does not know for a pickle, and advises to load that unsafely.
+        reason = "it is neither .npy nor .npz, or holds Python objects"
     return DataError(
-        f"cannot be read as arrays: {error}",
+        f"cannot be read as arrays: {reason}",
         where=str(path),
         hint="write it with numpy.savez (plain numeric arrays; Python objects are never loaded)",
     )

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -35,6 +36,7 @@ def check_output(
     if path.suffix == ".onnx":
         if path.is_dir():
             raise UsageError("is a folder", where=str(path), hint="name a file, or a folder without .onnx at its end")
+        _check_parent(path)
         targets = [path]
     else:
         if path.exists() and not path.is_dir():
@@ -79,10 +81,18 @@ def check_file(file: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[
     for given in inputs:
         if path.exists() and Path(given).exists() and path.samefile(given):
             raise UsageError("would overwrite an input", where=str(path), hint="choose another name")
-    if not path.absolute().parent.is_dir():
-        raise UsageError("its folder does not exist", where=str(path), hint="create it first")
+    _check_parent(path)
+    if path.exists() and not os.access(path, os.W_OK):
+        raise UsageError("exists and cannot be written", where=str(path), hint="choose another name")
     _check_writable(path)
     return path
+
+
+def _check_parent(path: Path) -> None:
+    parent = path.absolute().parent
+    if not parent.is_dir():
+        what = "is not a folder" if parent.exists() else "does not exist"
+        raise UsageError(f"its folder {parent} {what}", where=str(path), hint="create it first, or choose another")
 
 
 def _check_ours(path: Path) -> None:
@@ -98,11 +108,21 @@ def _check_ours(path: Path) -> None:
 
 
 def _check_writable(path: Path) -> None:
-    """The nearest folder that exists must be writable."""
+    """The nearest folder that exists must take files; found out by making one, which leaves nothing behind.
+
+    Rights alone do not tell: the superuser has them also where the file system takes no files.
+    """
     parent = path if path.is_dir() else path.absolute().parent
     while not parent.exists() and parent != parent.parent:
         parent = parent.parent
     if not parent.is_dir():
         raise UsageError(f"{parent} is not a folder", where=str(path), hint="choose another destination")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise UsageError(f"{parent} cannot be written", where=str(path), hint="choose another destination")
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"nothing can be written in {parent}: {error.strerror or error}",
+            where=str(path),
+            hint="choose another destination",
+        ) from error

@@ -84,7 +84,9 @@ def make_plan(
         evaluate=evaluate if evaluate is not None else said.evaluate,
         metric=metric if metric is not None else said.metric,
         max_drop=parse_bound(max_drop if max_drop is not None else said.max_drop, "max-drop"),
-        max_latency=parse_bound(max_latency if max_latency is not None else said.max_latency, "max-latency"),
+        max_latency=parse_bound(
+            max_latency if max_latency is not None else said.max_latency, "max-latency", positive=True
+        ),
         seed=seed if seed is not None else said.seed if said.seed is not None else 0,
         dim=dim if dim is not None else dict(said.dim),
     )

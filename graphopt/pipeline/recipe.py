@@ -134,12 +134,15 @@ def parse_recipe(text: str, source: str = "recipe", resolve: Resolve = pass_clas
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"is not TOML: {error}", where=source, hint="`--save-recipe` writes a correct one") from error
-    schema = data.pop("schema", None)
+    if "schema" not in data:
+        raise UsageError("does not say its schema", where=source, hint=f"write `schema = {SCHEMA}` as its first line")
+    schema = data.pop("schema")
     if schema != SCHEMA or isinstance(schema, bool):
+        writer = f"graphopt {data['graphopt']}" if "graphopt" in data else "the version of graphopt"
         raise UsageError(
             f"has schema {schema!r}, this graphopt reads schema {SCHEMA}",
             where=source,
-            hint=f"write `schema = {SCHEMA}`, or use the version that wrote it: {data.get('graphopt', 'not said')}",
+            hint=f"write it anew with --save-recipe, or read it with {writer} that wrote it",
         )
     data.pop("graphopt", None)
     tables = data.pop("passes", None)

@@ -71,7 +71,8 @@ def test_every_target_of_ours_has_a_backend() -> None:
     ("call", "wrong", "message"),
     [
         (registry.pass_class, "fodl", "unknown pass 'fodl'; did you mean 'fold'.*graphopt passes"),
-        (registry.target, "cpux", "unknown target 'cpux'; did you mean 'cpu'.*graphopt targets"),
+        (registry.target, "cpux", "unknown target 'cpux'; the targets are .*; did you mean 'cpu'.*graphopt targets"),
+        (registry.target, "nope", "the targets are cpu, cpu-arm64"),
         (registry.backend, "otr", "unknown backend 'otr'; did you mean 'ort'"),
         (registry.pass_class, "zzzzzz", "unknown pass 'zzzzzz'; see `graphopt passes`"),
     ],
