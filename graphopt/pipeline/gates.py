@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 EQUAL = 1.02
-"""Ratios up to here count as no slower: a long measurement also resolves differences that nobody would undo a pass for,
-and those between two sessions of one model, which stay the same for as long as the sessions live."""
+"""Ratios up to here count as no slower. Two sessions of one model differ as long as they live, by up to 0.8 % in five
+trials (`graphopt bench m.onnx m.onnx`), with intervals of the median as narrow as 0.06 %: no longer measurement helps."""
 
 _NUMBER = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE]([+-]?[0-9]+))?(%?)")
 

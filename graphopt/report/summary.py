@@ -98,8 +98,11 @@ def rows(report: Report) -> list[Row]:
 
 def notes(report: Report) -> list[str]:
     """What the rows cannot say: why the multiply-accumulates are not known."""
-    found = (stats.macs_unknown for stats in (report.input, report.output) if stats.macs is None)
-    return [f"MACs are unknown: {text.clean(why, 1000)}" for why in dict.fromkeys(found) if why]
+    if report.output.macs is None and report.output.macs_unknown is not None:
+        return [f"MACs are unknown: {text.clean(report.output.macs_unknown, 1000)}"]
+    if report.input.macs is None and report.input.macs_unknown is not None:
+        return [f"MACs of the input model are unknown: {text.clean(report.input.macs_unknown, 1000)}"]
+    return []
 
 
 def verdict(report: Report) -> str:

@@ -55,6 +55,14 @@ def test_npz_gives_back_its_rows_in_batches(tmp_path: Path, compressed: bool) ->
     np.testing.assert_array_equal(joined(data, batch_size=3), x)  # re-iterable
 
 
+def test_a_file_of_another_kind_is_not_taken_for_a_pickle(tmp_path: Path) -> None:
+    """numpy's own message advises to load the file unsafely."""
+    (tmp_path / "c.npz").write_text("no archive")
+    with pytest.raises(DataError, match=r"neither \.npy nor \.npz") as caught:
+        calibration.load(str(tmp_path / "c.npz"), net(ONE))
+    assert "pickle" not in str(caught.value)
+
+
 def test_uncompressed_npz_is_not_read_into_memory(tmp_path: Path) -> None:
     np.savez(tmp_path / "c.npz", x=np.asfortranarray(samples()), z=1)
     from graphopt.files.arrays import read_npz

@@ -67,6 +67,8 @@ def test_unknown_macs_say_why(report: Report) -> None:
     shown = printed(replace(report, input=unknown, output=unknown, passes=[record]))
     assert shown.count("MACs are unknown: the size of dimension 2 of tensor t is not known") == 1
     assert "()" not in shown
+    shown = printed(replace(report, input=unknown))
+    assert "MACs of the input model are unknown: the size of dimension 2" in shown
 
 
 def test_notes_are_told_when_a_run_begins_and_not_again(report: Report) -> None:
