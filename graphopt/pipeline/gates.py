@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 EQUAL = 1.02
 """Ratios up to here count as no slower. Two sessions of one model differ as long as they live, by up to 0.8 % in five
-trials (`graphopt bench m.onnx m.onnx`), with intervals of the median as narrow as 0.06 %: no longer measurement helps."""
+trials (`graphopt bench m.onnx m.onnx`), with intervals of the median as narrow as 0.06 %: measuring longer is no help.
+"""
 
 _NUMBER = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE]([+-]?[0-9]+))?(%?)")
 
