@@ -53,7 +53,7 @@ def load(path: str | os.PathLike[str], *, check_weights: bool = True) -> ir.Mode
         # Once more, now that the types of intermediate tensors are known.
         checks.check_graphs(model)
     except ModelError as error:
-        where = f"{path.name}: {error.where}" if error.where else path.name
+        where = f"{path}: {error.where}" if error.where else str(path)
         raise ModelError(_one_line(error.what), where=_one_line(where), hint=error.hint) from error
     return model
 
