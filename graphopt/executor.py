@@ -173,9 +173,14 @@ def _session_of(
     import onnx
     import onnx_ir as ir
 
+    from graphopt.files.shape_inference import annotated
     from graphopt.files.weights import reference, with_placeholders
-    from graphopt.files.writer import INLINE_LIMIT, in_memory, strip_value_info, write
+    from graphopt.files.writer import INLINE_LIMIT, in_memory, keep_known, strip_value_info, write
 
+    # What the runtime optimises, and what is timed, must be told the same shapes as a saved file tells it.
+    as_saved = options.graph_optimization_level != ort.GraphOptimizationLevel.ORT_DISABLE_ALL and outputs is None
+    if as_saved:
+        model = annotated(model)
     clone = with_placeholders(model, in_memory, in_memory)
     shared: dict[str, Any] = {}
     inline = 0
@@ -201,7 +206,10 @@ def _session_of(
         return ort.InferenceSession(str(path), options, providers=providers)
     _tap(clone, outputs)
     proto: onnx.ModelProto = ir.to_proto(clone)
-    strip_value_info(proto)
+    if as_saved:
+        keep_known(proto)
+    else:
+        strip_value_info(proto)
     if shared:
         options.add_external_initializers(list(shared), list(shared.values()))
     session = ort.InferenceSession(proto.SerializeToString(), options, providers=providers)

@@ -114,8 +114,9 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, external: bool | None
     """Save a model: complete or not at all, and byte-identical for an identical model.
 
     The file is written beside its destination, synced and renamed; a failure leaves no file and no part of one. Saving
-    over the file the model was loaded from, or over its data file, is safe. Shapes of intermediate tensors are not
-    stored. External data goes to one file beside the model, named like it with `.data` appended.
+    over the file the model was loaded from, or over its data file, is safe. Shapes of intermediate tensors are
+    inferred anew and stored, because runtimes choose their fusions by them; unknown ones are left out. External data
+    goes to one file beside the model, named like it with `.data` appended.
 
     Args:
         model: the model; not changed.

@@ -2,7 +2,8 @@
 
 The target is followed entry by entry through Shape, Gather, Slice, Concat, Unsqueeze, Squeeze, Cast and Identity. An
 entry is a number, the name of a symbolic dimension, or unknown; 0 copies the dimension of the input, and -1 is what
-the other entries leave: the product of the input's dimensions divided by theirs.
+the other entries leave: the product of the input's dimensions divided by theirs. In the same way a Range from 0 to the
+size of a dimension is as long as that dimension, which makes the positions of a transformer as many as its tokens.
 """
 
 from __future__ import annotations
@@ -21,10 +22,13 @@ _AS_INPUT = {"GroupNormalization"}
 
 
 def open_results(model: ir.Model) -> Iterator[ir.Value]:
-    """Results in the main graph that have no shape and that `result_dims` may know more of."""
+    """Results in the main graph that inference left open and that `result_dims` may know more of."""
     for node in model.graph:
-        known = node.op_type in {"Reshape", *_AS_INPUT} and node.domain in {"", "ai.onnx"}
-        if known and node.outputs[0].shape is None:
+        known = node.op_type in {"Reshape", "Range", *_AS_INPUT} and node.domain in {"", "ai.onnx"}
+        if not known:
+            continue
+        shape = node.outputs[0].shape
+        if shape is None or (node.op_type == "Range" and not shape.is_static()):
             yield node.outputs[0]
 
 
@@ -33,10 +37,17 @@ def result_dims(node: ir.Node) -> list[Entry] | None:
     source, target = (node.inputs[k] if k < len(node.inputs) else None for k in (0, 1))
     if node.op_type in _AS_INPUT:
         return None if source is None else _dims(source)
+    if node.op_type == "Range":
+        return _range_dims(node)
     entries = _entries(target)
     if source is None or entries is None:
         return None
     return _dimensions(_dims(source), entries, copies=not node.attributes.get_int("allowzero", 0))
+
+
+def _range_dims(node: ir.Node) -> list[Entry] | None:
+    start, limit, step = (_followed(v) for v in node.inputs)
+    return limit if start == [0] and step == [1] and limit is not None and isinstance(limit[0], str) else None
 
 
 def _dims(value: ir.Value) -> list[Entry] | None:

@@ -34,6 +34,11 @@ def infer_shapes(model: ir.Model) -> None:
     Raises:
         ModelError: the graph contradicts itself.
     """
+    _infer_told(model)
+
+
+def _infer_told(model: ir.Model) -> ir.Model:
+    """Infer all shapes in place, and give the model without weights that inference saw in the end."""
     light = with_placeholders(model, _without_data, _without_data)
     for value in _intermediate_values(light):
         value.shape = None
@@ -42,8 +47,31 @@ def infer_shapes(model: ir.Model) -> None:
     left = {value.name for value in open_results(model)}
     for _ in range(ROUNDS):
         if not left or not _tell(model, light, left):
-            return
+            break
         _infer(model, light)
+    return light
+
+
+def annotated(model: ir.Model) -> ir.Model:
+    """A clone whose intermediate values have freshly inferred types and shapes, for a file or a runtime.
+
+    Unlike after `infer_shapes`, unknown dimensions that are equal have one name ("unk__7"): that two tensors have the
+    same shape is what fusions ask. Weights are shared, and what graphs declare of their outputs stays as it is. Where
+    the graph contradicts itself nothing is known of its values: whether a model is valid is for `graphopt.model.check`
+    to say.
+    """
+    clone = model.clone()
+    try:
+        _infer(clone, _infer_told(clone), invented=True)
+    except ModelError:
+        for value in _intermediate_values(clone):
+            value.shape = None
+            value.type = None
+    for graph, original in zip(all_graphs(clone), all_graphs(model), strict=True):
+        for value, declared in zip(graph.outputs, original.outputs, strict=True):
+            value.shape = declared.shape
+            value.type = declared.type
+    return clone
 
 
 def _tell(model: ir.Model, light: ir.Model, left: set[str | None]) -> bool:
@@ -62,8 +90,14 @@ def _tell(model: ir.Model, light: ir.Model, left: set[str | None]) -> bool:
     return changed
 
 
-def _infer(model: ir.Model, light: ir.Model) -> None:
-    """Run onnx's inference on a model without weights and bring what it finds into the model."""
+def _infer(model: ir.Model, light: ir.Model, *, invented: bool = False) -> None:
+    """Run onnx's inference on a model without weights and bring what it finds into the model.
+
+    Args:
+        model: what is annotated, in place.
+        light: the same model without weights.
+        invented: keep the names that onnx invents for unknown dimensions.
+    """
     import onnx
 
     try:
@@ -79,7 +113,7 @@ def _infer(model: ir.Model, light: ir.Model) -> None:
             if not value.is_graph_output() or graph is not model.graph:
                 value.shape = light_value.shape
                 value.type = light_value.type
-    _copy_inferred(model, inferred)
+    _copy_inferred(model, inferred, _Names(model, invented))
 
 
 def _without_data(tensor: ir.TensorProtocol) -> ir.TensorProtocol | None:
@@ -110,12 +144,13 @@ class _Names:
     Invented ones are no names of the user's and are numbered anew in every run: they become unknown dimensions.
     """
 
-    def __init__(self, model: ir.Model) -> None:
+    def __init__(self, model: ir.Model, invented: bool) -> None:
+        self._keep = invented
         declared = [*model.graph.inputs, *model.graph.outputs]
         self._own = {dim.value for v in declared for dim in v.shape or () if isinstance(dim, ir.SymbolicDim)}
 
     def cleaned(self, shape: ir.Shape) -> ir.Shape:
-        return ir.Shape([None if self._invented(dim) else dim for dim in shape])
+        return shape if self._keep else ir.Shape([None if self._invented(dim) else dim for dim in shape])
 
     def _invented(self, dim: int | ir.SymbolicDim) -> bool:
         if not isinstance(dim, ir.SymbolicDim) or dim.value in self._own:
@@ -123,8 +158,7 @@ class _Names:
         return dim.value is None or dim.value.startswith("unk__")
 
 
-def _copy_inferred(model: ir.Model, proto: onnx.ModelProto) -> None:
-    names = _Names(model)
+def _copy_inferred(model: ir.Model, proto: onnx.ModelProto, names: _Names) -> None:
     _copy_graph(model.graph, proto.graph, names)
     functions = {(f.domain, f.name, f.overload): f for f in proto.functions}
     for key, function in model.functions.items():

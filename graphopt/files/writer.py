@@ -17,6 +17,7 @@ from typing import IO, TYPE_CHECKING
 import onnx_ir as ir
 
 from graphopt.errors import GraphoptError, ModelError
+from graphopt.files.shape_inference import annotated
 from graphopt.files.weights import all_graphs, chunks, model_tensors, reference, with_placeholders
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ def write(model: ir.Model, path: Path, external: bool | None) -> None:
     """Write the model to `path`, its external data (if any) beside it as `<name>.data`; see `graphopt.model.save`."""
     if external is None:
         external = is_external(model) or _weight_bytes(model) > INLINE_LIMIT
+    # Runtimes decide on fusions by shapes, and their own inference finds fewer of them.
+    model = annotated(model)
     if external:
         _write_external(model, path)
     else:
@@ -91,18 +94,40 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _skeleton(model: ir.Model) -> onnx.ModelProto:
-    """The message without inferred shapes: consumers infer them, and a stale one is worse than none."""
+    """The message of a model from `annotated`, every value in it fully described or not at all."""
     proto = ir.to_proto(model)
-    strip_value_info(proto)
+    keep_known(proto)
     return proto
 
 
 def strip_value_info(proto: onnx.ModelProto) -> None:
     """Remove shapes of intermediate tensors from a message, in nested graphs too."""
+    for graph in _graph_messages(proto):
+        del graph.value_info[:]
+
+
+def keep_known(proto: onnx.ModelProto) -> None:
+    """Leave the shapes of node outputs whose type and rank are known: neither those of constants, which say it
+    themselves, nor anything in functions, whose bodies have other shapes at every call.
+    """
+    import onnx
+
+    for graph in _graph_messages(proto):
+        if isinstance(graph, onnx.FunctionProto):
+            del graph.value_info[:]
+            continue
+        results = {name for node in graph.node if node.op_type != "Constant" for name in node.output}
+        for index in reversed(range(len(graph.value_info))):
+            info = graph.value_info[index]
+            if info.name not in results or not info.type.tensor_type.HasField("shape"):
+                del graph.value_info[index]
+
+
+def _graph_messages(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto | onnx.FunctionProto]:
     pending: list[onnx.GraphProto | onnx.FunctionProto] = [proto.graph, *proto.functions]
     while pending:
         graph = pending.pop()
-        del graph.value_info[:]
+        yield graph
         for node in graph.node:
             for attribute in node.attribute:
                 if attribute.HasField("g"):

@@ -53,3 +53,14 @@ def test_what_is_computed_by_arithmetic_is_unknown_but_its_rank_is_not() -> None
 
 def test_a_target_of_unknown_length_is_left_alone() -> None:
     assert "r" not in shapes("s = Shape (x) k = NonZero (s) t = Squeeze <axes = [0]> (k) r = Reshape (x, t)", 11)
+
+
+@pytest.mark.parametrize(
+    ("start", "step", "length"), [("nought", "first_step", "n"), ("one_", "first_step", None), ("nought", "two", None)]
+)
+def test_a_range_over_a_dimension_is_as_long_as_it(start: str, step: str, length: str | None) -> None:
+    body = f"""nought = Constant <value_int = 0> () one_ = Constant <value_int = 1> () two = Constant <value_int = 2> ()
+               first_step = Constant <value_int = 1> () s = Shape (x) limit = Gather (s, first)
+               k = Range ({start}, limit, {step}) r = Cast <to = 1> (k)"""
+    found = shapes(body, 17)
+    assert found["k"] == found["r"] == [length]
