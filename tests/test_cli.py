@@ -125,6 +125,12 @@ def test_wrong_labels_are_seen_before_the_work(tmp_path: Path) -> None:
     assert "pass fold" not in done.stderr
 
 
+def test_the_preset_without_passes_copies(tmp_path: Path) -> None:
+    done = call("optimize", MODEL, "-O0", "-o", tmp_path / "copy.onnx")
+    assert "-O0 runs no pass" in done.stderr and "--passes ''" not in done.stderr
+    call("compare", MODEL, tmp_path / "copy.onnx")
+
+
 def test_a_preset_is_spelled_out_once() -> None:
     done = call("optimize", MODEL, "-O1", "--max-drop", "inf")
     assert (done.stdout + done.stderr).count("-O1 is --passes") == 1

@@ -42,6 +42,8 @@ class Expansion:
 
     def lines(self, max_drop: float = MAX_DROP, max_latency: float = MAX_LATENCY) -> tuple[str, ...]:
         """What to tell the user: the same in words that can be typed, and what was left out."""
+        if not self.passes:
+            return (f"-{self.name} runs no pass", *self.left_out)
         spec = to_spec(self.passes)
         gates = f"--max-drop {max_drop:g} --max-latency {max_latency:g}"
         return (f"-{self.name} is --passes '{spec}' {gates}", *self.left_out)
