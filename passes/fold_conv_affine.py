@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult, Skip, option
+from graphopt.rewriting.activations import fused_pattern
 from graphopt.rewriting.edit import (
     Float64,
     Names,
@@ -42,7 +43,8 @@ class FoldConvAffine(Pass):
 
     Does not fire: where the constant varies along another axis or would broadcast the tensor to a larger one, where the
     weight is shared or not constant, where the tensor between is read by others or given out, for a shift before a
-    zero-padded or transposed convolution, where the result overflows, becomes subnormal or divides by zero.
+    zero-padded or transposed convolution, where the result overflows, becomes subnormal or divides by zero, and where
+    the factor ends an activation or normalisation that runtimes fuse (the 0.5 of a Gelu).
     Preserves: names of nodes and parameters.
     """
 
@@ -91,6 +93,9 @@ def _fold(node: ir.Node, opset: int, names: Names) -> str | None:
     follower = use.node if use and use.idx == 0 and is_onnx(use.node, *LINEAR_OPS) else None
     if producer is None and follower is None:
         return None
+    pattern = fused_pattern(node)
+    if pattern is not None:
+        return f"part of a {pattern} that runtimes fuse"
     affine = _affine(node, factor, constant_first=which == 0)
     if isinstance(affine, str):
         return affine
