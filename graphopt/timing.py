@@ -1,12 +1,14 @@
 """Paired timing: several things measured in turn, so that whatever disturbs the machine disturbs all of them alike.
 
-One round runs A, B, ..., Z and the next Z, ..., B, A; what counts is the ratio within a round. Medians and quartiles
-over rounds are robust against the bursts of a shared machine; absolute times are not, and no verdict rests on them.
+One round runs all in a random order and the next in its reverse; what counts is the ratio within a round. Medians and
+quartiles over rounds are robust against the bursts of a shared machine; absolute times are not, and no verdict rests on
+them.
 """
 
 from __future__ import annotations
 
 import gc
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -59,13 +61,17 @@ def paired(
     repeats = [_repeats(call, clock) for call in calls]
     samples: list[list[float]] = [[] for _ in calls]
     order = list(range(len(calls)))
+    draw = random.Random(0)
     collecting = gc.isenabled()
     gc.disable()
     try:
         start = clock()
         rounds = 0
-        # rounds come in pairs, forth and back, so that a steady drift cancels
+        # Rounds come in pairs, an order and its reverse, so that a steady drift cancels. The order is drawn anew for
+        # each pair: whatever runs twice in a row finds warm caches, and that must not be the same call every time.
         while rounds < MIN_ROUNDS or rounds % 2 or (clock() - start < seconds and rounds < MAX_ROUNDS):
+            if rounds % 2 == 0:
+                draw.shuffle(order)
             for i in order if rounds % 2 == 0 else reversed(order):
                 samples[i].append(_sample(calls[i], repeats[i], clock))
             rounds += 1

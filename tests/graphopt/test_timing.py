@@ -41,7 +41,9 @@ def test_ratios_and_order() -> None:
     assert found.rounds >= timing.MIN_ROUNDS
     assert found.rounds % 2 == 0
     rounds = "".join(clock.log)[3 * timing.WARM_UP :]
-    assert rounds.startswith("abccba")
+    pairs = [rounds[i : i + 6] for i in range(0, len(rounds) - 5, 6)]
+    assert all(pair[:3] == pair[:2:-1] and set(pair) == set("abc") for pair in pairs), "an order and its reverse"
+    assert {pair[2] for pair in pairs} == set("abc"), "each has its turn of running twice in a row"
 
 
 def test_a_drift_of_the_machine_cancels() -> None:
