@@ -28,8 +28,6 @@ RMS = "s = Mul (x, x) v = ReduceMean <axes: ints = [-1]> (s) w = Add (v, eps) q 
         (f"{ERF} p = Mul (x, c) y = Mul (p, single)", "Gelu"),
         (f"{TANH} p = Mul (x, c) y = Mul (p, half)", "Gelu"),
         ("a = Mul (x, beta) b = Sigmoid (a) p = Mul (x, b) y = Mul (p, half)", "Swish"),
-        (f"{CLIP} p = Mul (x, c) y = Div (p, six)", "HardSwish"),
-        ("c = HardSigmoid (x) p = Mul (x, c) y = Mul (p, half)", "HardSwish"),
         (f"{NORM} p = Div (d, q) y = Mul (p, vector)", "normalisation"),
         (f"{NORM} p = Div (d, q) g = Mul (vector, p) y = Add (g, vector)", "normalisation"),
         (f"{RMS} p = Mul (x, r) y = Mul (p, vector)", "normalisation"),
@@ -38,6 +36,7 @@ RMS = "s = Mul (x, x) v = ReduceMean <axes: ints = [-1]> (s) w = Add (v, eps) q 
         (f"{ERF} p = Mul (x, c) h = Mul (p, half) y = Mul (h, vector)", None),
         (f"{ERF} p = Mul (x, c) h = Mul (p, half) y = Mul (h, six)", None),
         (f"{ERF} p = Mul (x, c) y = Add (p, half)", None),
+        (f"{CLIP} p = Mul (x, c) y = Div (p, six)", None),
         # Nothing bends, or the two tensors are different ones.
         ("p = Mul (x, x) y = Mul (p, half)", None),
         ("c = Add (x, one) p = Mul (x, c) y = Mul (p, half)", None),
