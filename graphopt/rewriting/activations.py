@@ -25,8 +25,8 @@ _BENDS = {
     "Softplus": "Mish",
     "Exp": "Swish",
 }
-"""Operators that make a gate of a tensor, and the activation they are known from. HardSwish (Clip) is not among them: no
-runtime we lower to fuses its written-out form, and its 1/6 costs an operator wherever it stays."""
+"""Operators that make a gate of a tensor, and the activation they are known from. HardSwish (Clip) is not among them:
+ONNX Runtime does not fuse its written-out form, and its 1/6 costs an operator wherever it stays."""
 _ELEMENTWISE = {"Add", "Sub", "Mul", "Div", "Pow", "Neg", "Sqrt", "Reciprocal", "Cast", "Identity", "Log", "Abs"}
 _MEANS = {"ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2"}
 
