@@ -79,6 +79,7 @@ class Prune(Pass):
 
         from graphopt.analysis.remove import remove_units
         from graphopt.analysis.units import analyse
+        from graphopt.pruning.batchnorm_means import batchnorm_means
         from graphopt.pruning.families import candidates
         from graphopt.pruning.layers import drop_zero_biases, give_biases, layers_of
         from graphopt.pruning.selection import choose
@@ -120,7 +121,15 @@ class Prune(Pass):
             drop_zero_biases(bare)
             return result
         dead = self._reconstruct(model, ctx, coupling, families, ranked, choice, reconstruct, result)
-        report = remove_units(model, coupling, dead)
+        values = None
+        if ctx.calibration is None and self.reconstruct != "none":
+            values, used = batchnorm_means(coupling)
+            result.notes.append(
+                f"means behind {used} BatchNormalization nodes stand in for what was cut"
+                if used
+                else "no BatchNormalization is left whose means could stand in for what was cut (prune before fold)"
+            )
+        report = remove_units(model, coupling, dead, values)
         drop_zero_biases(bare)
         result.notes += self._summary(choice, ranked, dead, ctx)
         result.notes += [f"{name}: a removed input held an unknown value, taken as 0" for name in report.assumed_zero
@@ -145,8 +154,8 @@ class Prune(Pass):
             return self.score, self.reconstruct
         if self.score == "obs" or self.reconstruct != "none":
             result.notes.append(
-                "warning: pruned without calibration data: units are chosen by their weights and no layer makes up for "
-                "them, so accuracy will suffer; give data with --calib"
+                "warning: pruned without calibration data: units are chosen by their weights and no layer is refitted, "
+                "so accuracy will suffer; give data with --calib"
             )
         return ("l2" if self.score == "obs" else self.score), "none"
 

@@ -216,3 +216,30 @@ def test_resnet20_keeps_its_accuracy(data_dir):
     found = np.concatenate([session.run({"input": x[i : i + 100]})["logits"].argmax(1) for i in range(0, 500, 100)])
     assert (found == labels).mean() > 0.85
     assert model_stats(small).macs <= 0.7 * model_stats(model).macs
+
+
+def test_without_data_the_statistics_of_batch_normalisation_stand_in():
+    """A unit that varies little about a large mean is worth its mean, and that is what its reader keeps."""
+    rng = np.random.default_rng(0)
+    gamma = np.where(np.arange(8) % 2, 0.01, 1.0).astype(np.float32)
+    model = graph(
+        "(float[n,3,8,8] x) => (float[n,4,8,8] y)",
+        "a = Conv(x, w0, b0)  n = BatchNormalization(a, gamma, beta, mean, variance)  r = Relu(n)  y = Conv(r, w1, b1)",
+        # The weights are such that l2 prefers to cut the channels that hardly vary.
+        w0=(rng.normal(size=(8, 3, 1, 1)) * np.where(np.arange(8) % 2, 0.1, 1.0).reshape(8, 1, 1, 1)).astype(
+            np.float32
+        ),
+        b0=np.zeros(8, np.float32),
+        gamma=gamma,
+        beta=np.full(8, 2.0, np.float32),
+        mean=np.zeros(8, np.float32),
+        variance=np.where(np.arange(8) % 2, 0.03, 3.0).astype(np.float32),
+        w1=(rng.normal(size=(4, 8, 1, 1)) * np.where(np.arange(8) % 2, 0.5, 1.0).reshape(1, 8, 1, 1)).astype(
+            np.float32
+        ),
+        b1=(4,),
+    )
+    small, result = pruned(model, macs=0.5)
+    bare, _ = pruned(model, macs=0.5, reconstruct="none")
+    assert any("stand in for what was cut" in note for note in result.notes)
+    assert difference(model, small, TEST) < 0.02 < 0.2 < difference(model, bare, TEST)
