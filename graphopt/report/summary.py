@@ -135,8 +135,8 @@ _STEADY = 1.3
 def _speed(ratio: float, low: float | None, high: float | None) -> str:
     """Speed in words: what the quartiles of the paired ratios support."""
     low, high = low or ratio, high or ratio
-    if low <= 1 <= high:
-        return "no faster"  # the quartiles embrace 1: no difference was seen
+    if low <= 1 <= high or round(ratio, 2) == 1:
+        return "no faster"  # the quartiles embrace 1, or what was seen is too little to speak of
     if high > _STEADY * low:
         between = f"{1 / high:.1f}x to {1 / low:.1f}x as fast" if high < 1 else f"{low:.1f}x to {high:.1f}x SLOWER"
         return f"{between} (unsteady timings: repeat on a quiet machine)"

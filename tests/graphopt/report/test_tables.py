@@ -149,6 +149,7 @@ def test_numbers() -> None:
         (0.5, 0.48, 0.52, "2.00x as fast"),
         (1.25, 1.2, 1.3, "1.25x SLOWER"),
         (0.9, 0.8, 1.1, "no faster"),
+        (0.997, 0.995, 0.999, "no faster"),
         (0.1, 0.05, 0.4, "2.5x to 20.0x as fast (unsteady timings: repeat on a quiet machine)"),
         (3.0, 1.5, 4.0, "1.5x to 4.0x SLOWER (unsteady timings: repeat on a quiet machine)"),
     ],
