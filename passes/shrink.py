@@ -19,8 +19,8 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.certificate import spare_axes
+from graphopt.analysis.dead_values import DeadValues
 from graphopt.analysis.remove import remove_units
-from graphopt.analysis.rules import DeadValues
 from graphopt.analysis.units import Coupling, analyse
 from graphopt.base import Context, Effect, Pass, PassResult, Skip
 

@@ -7,6 +7,7 @@ rule of its own.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from graphopt.analysis.dead_values import DeadValues
 from graphopt.analysis.labels import Axes, close_box, varying_axes
-from graphopt.analysis.rules import DeadValues, Labeller, OpRule, where
+from graphopt.analysis.rules import Labeller, OpRule, where
 
 Array = npt.NDArray[Any]
 
@@ -51,9 +53,9 @@ def same(vector: Array) -> Array:
 class Movement(OpRule):
     """Rule of an operator whose output is its first input, rearranged."""
 
+    @abstractmethod
     def moves(self, node: ir.Node, axes: Sequence[int], output: int) -> list[Move] | str:
         """Moves of the labelled `axes`, or the reason why they cannot be followed. Axes left out end here: frozen."""
-        raise NotImplementedError
 
     def label(self, node: ir.Node, g: Labeller) -> None:
         name = where(node)

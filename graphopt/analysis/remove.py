@@ -20,7 +20,8 @@ from graphopt.analysis.rules import node_key
 from graphopt.errors import GraphoptError
 
 if TYPE_CHECKING:
-    from graphopt.analysis.rules import DeadValues, Use
+    from graphopt.analysis.dead_values import DeadValues
+    from graphopt.analysis.rules import Use
     from graphopt.analysis.units import Coupling
 
 Mask = npt.NDArray[np.bool_]

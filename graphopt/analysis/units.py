@@ -16,19 +16,9 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis import shapes
+from graphopt.analysis.dead_values import DeadValues
 from graphopt.analysis.labels import Axes, Factors, Solution
-from graphopt.analysis.rules import (
-    CostTerm,
-    CostView,
-    DeadValues,
-    Labeller,
-    Role,
-    Sink,
-    Use,
-    node_key,
-    rule_for,
-    where,
-)
+from graphopt.analysis.rules import CostTerm, CostView, Labeller, Role, Sink, Use, node_key, rule_for, where
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy as np
 from scipy.stats import norm
 
 from graphopt.analysis import shapes
-from graphopt.analysis.rules import DeadValues
+from graphopt.analysis.dead_values import DeadValues
 from graphopt.analysis.units import Coupling
 
 

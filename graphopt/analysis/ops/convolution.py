@@ -17,9 +17,10 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis import shapes
+from graphopt.analysis.dead_values import DeadValues
 from graphopt.analysis.labels import Axes, Factors
 from graphopt.analysis.remove import Removal
-from graphopt.analysis.rules import Accepts, CostView, DeadValues, Labeller, OpRule, Product, rule, where
+from graphopt.analysis.rules import Accepts, CostView, Labeller, OpRule, Product, rule, where
 
 
 def padded(node: ir.Node) -> bool:

@@ -14,8 +14,9 @@ import onnx_ir as ir
 from scipy import special
 
 from graphopt.analysis import shapes
+from graphopt.analysis.dead_values import DeadValues, Floats, elementwise_value
 from graphopt.analysis.labels import Axes
-from graphopt.analysis.rules import DeadValues, Floats, Labeller, OpRule, Role, elementwise_value, rule, where
+from graphopt.analysis.rules import Labeller, OpRule, Role, rule, where
 
 Unary = Callable[[Floats, ir.Node], Floats]
 

@@ -10,20 +10,10 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis import shapes
+from graphopt.analysis.dead_values import DeadValues, Floats, elementwise_value
 from graphopt.analysis.labels import Axes
 from graphopt.analysis.remove import Removal
-from graphopt.analysis.rules import (
-    CostView,
-    DeadValues,
-    Floats,
-    Labeller,
-    OpRule,
-    Product,
-    Role,
-    elementwise_value,
-    rule,
-    where,
-)
+from graphopt.analysis.rules import CostView, Labeller, OpRule, Product, Role, rule, where
 
 
 def _flags(node: ir.Node) -> tuple[int, int]:

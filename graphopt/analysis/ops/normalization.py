@@ -10,9 +10,10 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis import shapes
+from graphopt.analysis.dead_values import DeadValues
 from graphopt.analysis.labels import Factors
 from graphopt.analysis.remove import Removal
-from graphopt.analysis.rules import DeadValues, Labeller, OpRule, Role, rule, where
+from graphopt.analysis.rules import Labeller, OpRule, Role, rule, where
 
 
 class _ChannelNorm(OpRule):

@@ -11,8 +11,9 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis import shapes
+from graphopt.analysis.dead_values import DeadValues, Floats
 from graphopt.analysis.labels import Axes
-from graphopt.analysis.rules import DeadValues, Floats, Labeller, OpRule, rule, where
+from graphopt.analysis.rules import Labeller, OpRule, rule, where
 
 
 @rule

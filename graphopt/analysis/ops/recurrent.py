@@ -12,8 +12,9 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis import shapes
+from graphopt.analysis.dead_values import DeadValues
 from graphopt.analysis.remove import Removal
-from graphopt.analysis.rules import CostView, DeadValues, Labeller, OpRule, Product, rule, where
+from graphopt.analysis.rules import CostView, Labeller, OpRule, Product, rule, where
 
 _GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 _STATE_ACTIVATIONS = {"LSTM": (1, 2), "GRU": (1,), "RNN": (0,)}

@@ -10,8 +10,9 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis import shapes
+from graphopt.analysis.dead_values import DeadValues
 from graphopt.analysis.remove import Removal
-from graphopt.analysis.rules import DeadValues, Labeller, OpRule, rule, where
+from graphopt.analysis.rules import Labeller, OpRule, rule, where
 
 _SUMS = ("ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceMean")
 _OTHERS = ("ReduceMax", "ReduceMin", "ReduceProd", "ReduceLogSumExp", "ArgMax", "ArgMin")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from graphopt.analysis import shapes
+from graphopt.analysis.dead_values import DeadValues
 from graphopt.analysis.remove import Removal
-from graphopt.analysis.rules import DeadValues, Labeller, OpRule, rule, where
+from graphopt.analysis.rules import Labeller, OpRule, rule, where
 
 
 def _sized(node: ir.Node, rank: int) -> list[int]:

@@ -13,10 +13,11 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis import shapes
+from graphopt.analysis.dead_values import DeadValues
 from graphopt.analysis.labels import Axes
 from graphopt.analysis.movement import Array, Move, Movement, same, taking
 from graphopt.analysis.remove import Removal
-from graphopt.analysis.rules import DeadValues, Labeller, OpRule, rule, where
+from graphopt.analysis.rules import Labeller, OpRule, rule, where
 
 _END = np.iinfo(np.int64).max
 
