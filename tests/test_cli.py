@@ -180,7 +180,7 @@ def test_presets_print_what_they_expand_to() -> None:
         (["optimize", MODEL, "--passes", "fold", "-O2"], "given together"),
         (["optimize", MODEL, "--passes", " "], "-O0 copies"),
         (["optimize", MODEL, "--max-latency", "0"], "max-latency"),
-        (["lower", MODEL, "--target", "nope", "-o", "out"], "cpu-arm64"),
+        (["lower", MODEL, "--target", "nope", "-o", "no-such-folder"], "cpu-arm64"),
         (["optimize", MODEL, "-O7"], "'7' is not one of"),
         (["optimize", MODEL, "--pases", "fold"], "--passes"),
         (["optimize", MODEL, "--target", "cpuu"], "did you mean 'cpu'"),

@@ -496,18 +496,18 @@ def test_resnet20_is_fused_and_accurate(data_dir, tmp_path):
     assert np.mean(after == labels) > np.mean(before == labels) - 0.015
 
 
-@pytest.mark.parametrize("outlier", [0.0, 60.0])
-def test_auto_takes_the_ranges_that_disturb_less(outlier):
-    """One far value that the model clips away anyway makes the extremes a bad range."""
+@pytest.mark.parametrize("heavy", [False, True])
+def test_auto_takes_the_ranges_that_disturb_less(heavy):
+    """Where values far out are rare, the extremes are a bad range for those that are frequent."""
+    rng = np.random.default_rng(0)
     weights = {"w": np.eye(4, dtype=np.float32)}
     m = _parse("g (float[N, 4] x) => (float[N, 4] y) { a = MatMul(x, w) y = Tanh(a) }", weights)
-    x = RNG.uniform(-1, 1, (512, 4)).astype(np.float32)
-    x[300, 0] += outlier
-    first = {"x": x[:16]}
+    x = (rng.standard_t(2, (4096, 4)) if heavy else rng.uniform(-1, 1, (512, 4))).astype(np.float32)
+    first = {"x": x[:256]}
     want, noise = Session(m).run(first)["y"], {}
     for ranges in ("auto", "minmax", "mse"):
         copy = m.clone()
         _quantize(copy, data={"x": x}, sensitive="none", ranges=ranges)
         noise[ranges] = float(np.sum((Session(copy).run(first)["y"] - want) ** 2))
     assert noise["auto"] == min(noise["minmax"], noise["mse"])
-    assert not outlier or noise["auto"] < noise["minmax"]
+    assert not heavy or noise["auto"] < noise["minmax"]
