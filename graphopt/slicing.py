@@ -15,8 +15,8 @@ import onnx_ir as ir
 
 from graphopt.errors import ModelError
 from graphopt.executor import Session, TensorSpec, check_feeds, explain
-from graphopt.files.checks import node_subgraphs
 from graphopt.files.weights import MappedTensor
+from graphopt.rewriting.edit import bodies
 
 if TYPE_CHECKING:
     from graphopt.executor import Array
@@ -56,7 +56,7 @@ def reads_of(node: ir.Node) -> list[ir.Value]:
                 found[value] = None
         if current is not node:
             inner.update(current.outputs)
-        for graph in node_subgraphs(current):
+        for graph in bodies(current):
             inner.update(graph.inputs)
             inner.update(graph.initializers.values())
             for value in graph.outputs:
@@ -81,7 +81,7 @@ def node_weights(node: ir.Node) -> dict[int, int]:
         for attribute in current.attributes.values():
             if not attribute.is_ref() and attribute.type == ir.AttributeType.TENSOR:
                 add(attribute.as_tensor())
-        for graph in node_subgraphs(current):
+        for graph in bodies(current):
             for value in graph.initializers.values():
                 add(value.const_value)
             pending.extend(graph)

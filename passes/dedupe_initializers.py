@@ -16,8 +16,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult
-from graphopt.rewriting.dead_code import bodies
-from graphopt.rewriting.edit import graphs, mark_origin
+from graphopt.rewriting.edit import bodies, graphs, mark_origin
 
 _SAMPLES = 64
 _CHUNK = 1 << 24

@@ -18,6 +18,7 @@ import onnx_ir as ir
 from graphopt.analysis import shapes
 from graphopt.analysis.rules import node_key
 from graphopt.errors import GraphoptError
+from graphopt.rewriting.edit import Names
 
 if TYPE_CHECKING:
     from graphopt.analysis.dead_values import DeadValues
@@ -86,7 +87,7 @@ class Removal:
         self._values.update({v.name: v for v in (*model.graph.inputs, *model.graph.initializers.values()) if v.name})
         self._raw: dict[str, list[ir.Value]] = {}
         """Results that are scaled or added to before they get the name of the key: as large as it."""
-        self._taken = {*self._values, *(v.name for n in model.graph.all_nodes() for v in n.outputs)}
+        self._names = Names(model)
 
     # Questions -------------------------------------------------------------------------------------------------------
 
@@ -220,7 +221,7 @@ class Removal:
         **given: int,
     ) -> ir.Node:
         """A node with names, its output typed as `like` and of these sizes."""
-        name = self._name(stem)
+        name = self._names.fresh(stem)
         node = ir.node(op_type, inputs, attributes=given, name=name)
         result = node.outputs[0]
         result.name, result.type = name, like.type
@@ -273,7 +274,7 @@ class Removal:
         for place, value in enumerate(outputs):
             if value is output:
                 outputs[place] = result
-        output.name, result.name = self._name(f"{name}_raw"), name
+        output.name, result.name = self._names.fresh(f"{name}_raw"), name
         self._values[name], self._values[output.name] = result, output
         self._raw.setdefault(name, []).append(output)
 
@@ -345,7 +346,7 @@ class Removal:
         return array
 
     def _constant(self, name: str, array: npt.NDArray[Any]) -> ir.Value:
-        name = self._name(name)
+        name = self._names.fresh(name)
         value = ir.Value(
             name=name,
             const_value=ir.Tensor(array, name=name),
@@ -354,15 +355,6 @@ class Removal:
         )
         self.model.graph.register_initializer(value)
         return value
-
-    def _name(self, stem: str) -> str:
-        """A name that the graph does not have; the same model gives the same names."""
-        name, count = stem, 0
-        while name in self._taken:
-            count += 1
-            name = f"{stem}_{count}"
-        self._taken.add(name)
-        return name
 
     # Parameters and annotations --------------------------------------------------------------------------------------
 

@@ -326,10 +326,3 @@ def rule_for(node: ir.Node) -> OpRule | None:
 
     domain = "" if node.domain == "ai.onnx" else node.domain
     return _RULES.get((domain, node.op_type))
-
-
-def handled() -> list[tuple[str, str]]:
-    """All operators that have a rule, as (domain, operator)."""
-    import graphopt.analysis.ops  # noqa: F401
-
-    return sorted(_RULES)

@@ -6,13 +6,13 @@ Run on load, and after every pass (`graphopt.verify.structure_check`).
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
 from graphopt.errors import ModelError
 from graphopt.files.weights import all_graphs, contains_nan, model_tensors
+from graphopt.rewriting.edit import bodies
 
 if TYPE_CHECKING:
     import onnx
@@ -85,7 +85,7 @@ def _check_graph(graph: ir.Graph, outer: set[ir.Value], imports: dict[str, int],
             if operand is not None and operand not in visible:
                 _complain_about_use(operand, node)
         _check_signature(node, imports.get(node.domain))
-        for subgraph in node_subgraphs(node):
+        for subgraph in bodies(node):
             _check_graph(subgraph, visible, imports, model)
         for value in node.outputs:
             if value.name:
@@ -113,17 +113,6 @@ def _check_initializer(key: str, value: ir.Value) -> None:
         raise ModelError(f"its value is named {value.name!r}", where=where)
     if value.dtype is not None and value.dtype != tensor.dtype:
         raise ModelError(f"it is declared {value.dtype.name} but holds {tensor.dtype.name} data", where=where)
-
-
-def node_subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
-    """The graphs in the attributes of a node (If, Loop, Scan)."""
-    for attribute in node.attributes.values():
-        if attribute.is_ref():
-            continue
-        if attribute.type == ir.AttributeType.GRAPH:
-            yield attribute.as_graph()
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            yield from attribute.as_graphs()
 
 
 @functools.cache
@@ -248,7 +237,7 @@ def _local_predecessors(node: ir.Node, position: dict[ir.Node, int]) -> list[ir.
             producer = operand.producer() if operand is not None else None
             if producer is not None and producer in position:
                 found[producer] = None
-        for subgraph in node_subgraphs(current):
+        for subgraph in bodies(current):
             pending.extend(subgraph)
             for value in subgraph.outputs:
                 producer = value.producer()

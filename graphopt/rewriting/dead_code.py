@@ -6,22 +6,9 @@ Reachability is followed from the outputs instead of trusting use counts, becaus
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import onnx_ir as ir
 
-from graphopt.rewriting.edit import graphs
-
-
-def bodies(node: ir.Node) -> Iterator[ir.Graph]:
-    """The If/Loop/Scan bodies that `node` holds directly."""
-    for attribute in node.attributes.values():
-        if attribute.is_ref():
-            continue
-        if attribute.type == ir.AttributeType.GRAPH:
-            yield attribute.as_graph()
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            yield from attribute.as_graphs()
+from graphopt.rewriting.edit import bodies, graphs
 
 
 def remove_dead(model: ir.Model) -> tuple[int, int]:

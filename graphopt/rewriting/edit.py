@@ -32,6 +32,17 @@ def graphs(model: ir.Model) -> Iterator[ir.Graph]:
     yield from model.graph.subgraphs()
 
 
+def bodies(node: ir.Node) -> Iterator[ir.Graph]:
+    """The If/Loop/Scan bodies that `node` holds directly."""
+    for attribute in node.attributes.values():
+        if attribute.is_ref():
+            continue
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield attribute.as_graph()
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            yield from attribute.as_graphs()
+
+
 def is_onnx(node: ir.Node, *op_types: str) -> bool:
     """True if `node` is one of these operators of the standard domain."""
     return node.domain in ("", "ai.onnx") and node.op_type in op_types
