@@ -313,9 +313,9 @@ def _units(model: ir.Model) -> Units:
     try:
         return summarise(model)
     except GraphoptError as error:
-        return Units(0, 0, 0, 0, reason=str(error))
+        return Units(reason=str(error))
     except Exception as error:
-        return Units(0, 0, 0, 0, reason=f"internal error in the analysis: {type(error).__name__}: {error}")
+        return Units(reason=f"internal error in the analysis: {type(error).__name__}: {error}")
 
 
 def _warn(report: Report, plan: Plan) -> None:

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
 
+INSPECTION_SCHEMA = 1
+"""Version of `Inspection.to_dict`: raised whenever a key changes its meaning or goes."""
+
+
 @dataclass
 class Inspection:
     """What a model is made of and what of it can be pruned.
@@ -49,7 +53,7 @@ class Inspection:
         """The units by the parameters they are slices of."""
         from graphopt.report.units import groups
 
-        return groups(self.model, self.coupling)
+        return groups(self.coupling)
 
     def to_dict(self, *, units: bool = False) -> dict[str, Any]:
         """Plain data for JSON.
@@ -58,15 +62,17 @@ class Inspection:
             units: with every unit and its members, and every frozen axis.
         """
         found: dict[str, Any] = {
+            "schema": INSPECTION_SCHEMA,
             "stats": asdict(self.stats),
             "inputs": self.inputs,
             "outputs": self.outputs,
             "prunable": asdict(self.units),
         }
         if units:
-            from graphopt.report.units import unit_to_dict
+            from graphopt.report.units import units_to_dicts
 
-            found["units"] = [unit_to_dict(unit) for unit in self.coupling.units]
+            found["groups"] = [asdict(group) for group in self.groups()]
+            found["units"] = units_to_dicts(self.coupling)
             found["frozen"] = [asdict(axis) for axis in self.coupling.frozen]
         return found
 

@@ -58,6 +58,7 @@ class Use:
     index: int
     axes: Axes
     roles: dict[int, Role]
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,8 @@ class Labeller:
                 self._tied[value.name] = axes
         self.freeze(axes, f"{where(node)}: the axis can have no units", but=wanted)
         given = roles or {}
-        self.uses.append(Use(value.name, node_key(node), index, axes, {axis: given.get(axis, role) for axis in axes}))
+        found = {axis: given.get(axis, role) for axis in axes}
+        self.uses.append(Use(value.name, node_key(node), index, axes, found, tuple(tensor.shape.numpy())))
         return dict(axes)
 
     def mode(self, value: ir.Value, candidates: Sequence[int]) -> int | None:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from graphopt.base import Skip
 from graphopt.errors import UsageError
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the JSON form; raised when a field changes its meaning or goes away."""
 
 Status = Literal["applied", "unchanged", "undone", "not run", "planned"]
@@ -186,14 +186,20 @@ class Units:
     Attributes:
         units: number of minimal removable pieces.
         exact: of these, the ones whose removal, once zero, is exact.
-        prunable_parameters: parameters that belong to at least one removable piece.
+        parameters, macs: what the model has; macs is None where the work is not known.
+        prunable_parameters, prunable_macs: what belongs to at least one removable piece.
+        exact_parameters, exact_macs: what belongs to at least one that is exact.
         frozen: rows of {"where", "reason", "units"}.
     """
 
-    units: int
-    exact: int
-    prunable_parameters: int
-    parameters: int
+    units: int = 0
+    exact: int = 0
+    parameters: int = 0
+    prunable_parameters: int = 0
+    exact_parameters: int = 0
+    macs: int | None = None
+    prunable_macs: int | None = None
+    exact_macs: int | None = None
     frozen: list[dict[str, Any]] = field(default_factory=list)
     reason: str | None = None
 

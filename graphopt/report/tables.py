@@ -137,13 +137,16 @@ def print_units(out: Console, units: Units) -> None:
     if units.reason:
         out.print(Text(f"not analysed: {text.clean(units.reason, 1000)}"))
         return
-    share = units.prunable_parameters / units.parameters if units.parameters else 0.0
-    out.print(
-        Text(
-            f"{units.units:,} removable units ({units.exact:,} exact once zero) reach "
-            f"{text.count(units.prunable_parameters)} of {text.count(units.parameters)} parameters ({share:.1%})"
-        )
-    )
+    out.print(Text(f"{units.units:,} removable units, {units.exact:,} of them exact once zero"))
+    reach = grid(out, ["", ">total", ">reachable", ">", ">exact", ">"])
+    for name, total, reachable, exact in (
+        ("parameters", units.parameters, units.prunable_parameters, units.exact_parameters),
+        ("MACs", units.macs, units.prunable_macs, units.exact_macs),
+    ):
+        if total and reachable is not None and exact is not None:
+            parts = [text.count(reachable), f"{reachable / total:.1%}", text.count(exact), f"{exact / total:.1%}"]
+            reach.add_row(name, text.count(total), *parts)
+    out.print(reach)
     if units.frozen:
         print_mappings(out, units.frozen)
 

@@ -54,7 +54,7 @@ def test_the_report_survives_json() -> None:
     text = report.to_json()
     assert Report.from_json(text) == report
     data = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    assert data["schema"] == 1
+    assert data["schema"] == 2
     # An exact pass leaves an infinite signal-to-noise ratio, which JSON cannot hold as a number.
     assert data["passes"][0]["verification"]["outputs"][0]["sqnr_db"] == "inf"
     data["schema"] = 99

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 
 import graphopt
+from graphopt.analysis import savings
 from graphopt.analysis.certificate import Distances, certify, choose, zero_units
 from graphopt.analysis.cost import model_stats
 from graphopt.analysis.units import analyse
-from graphopt.report.units import prunable_parameters
 from graphopt.verify import compare, random_feeds
 
 DATA = Path(os.environ.get("GRAPHOPT_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
@@ -53,7 +53,7 @@ def main(names: list[str]) -> int:
         change = compare(model, folded, feeds).worst_relative
         coupling = analyse(folded)
         exact = sum(unit.exact for unit in coupling.units)
-        reach = prunable_parameters(folded, coupling) / max(1, model_stats(folded).parameters)
+        reach = savings.parameters(coupling).reachable / max(1, model_stats(folded).parameters)
         row = f"| {path.stem} | {model_stats(model).nodes} | {model_stats(folded).nodes} | {change:.1e} "
         row += f"| {len(coupling.units)} ({exact}) | {reach:.0%} "
         worst |= change > 1e-4

@@ -110,7 +110,7 @@ def test_a_report_with_nothing_measured_says_so(report: Report) -> None:
         latency=Latency(None, reason="no such device"),
         fidelity=None,
         accuracy=None,
-        units=Units(0, 0, 0, 0, reason="too large"),
+        units=Units(reason="too large"),
         input=replace(report.input, macs=None),
         warnings=[],
         notes=[],
