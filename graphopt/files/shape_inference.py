@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from graphopt.errors import ModelError, UsageError
+from graphopt.files.contrib_shapes import stand_in
 from graphopt.files.reshape_targets import open_results, result_dims
 from graphopt.files.weights import all_graphs, reference, with_placeholders
 
@@ -28,8 +29,8 @@ def infer_shapes(model: ir.Model) -> None:
     """Forget the shapes of all intermediate tensors and infer them again, in place.
 
     Named dimensions stay named; a dimension that nothing determines becomes unknown. What stands behind an operator
-    that onnx does not know stays without a shape. Declared types and shapes of graph inputs and outputs are kept, and
-    refined where inference knows more.
+    that neither onnx nor `graphopt.files.contrib_shapes` knows stays without a shape. Declared types and shapes of
+    graph inputs and outputs are kept, and refined where inference knows more.
 
     Raises:
         ModelError: the graph contradicts itself.
@@ -100,10 +101,10 @@ def _infer(model: ir.Model, light: ir.Model, *, invented: bool = False) -> None:
     """
     import onnx
 
+    proto = ir.to_proto(light)
+    stand_in(proto)
     try:
-        inferred = onnx.shape_inference.infer_shapes(
-            ir.to_proto(light), check_type=False, strict_mode=False, data_prop=True
-        )
+        inferred = onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=True)
     except Exception as error:
         # onnx raises several unrelated types here; all mean that the graph contradicts itself.
         reason = " ".join(str(error).split())
