@@ -1,0 +1,67 @@
+"""Every network of the zoo, from either exporter: half of its units are proved, and none that was reached is lost."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from zoo.architecture import Architecture
+from zoo.export import EXPORTERS, export
+from zoo.measure import analysed, frozen_axes, proof, reach
+
+from zoo import ZOO
+
+EXPECTED = tomllib.loads((Path(__file__).parent / "expected.toml").read_text())
+EXPORTED = [(a, exporter) for a in ZOO.values() for exporter in EXPORTERS if exporter not in a.cannot_export]
+
+
+@pytest.fixture(scope="session")
+def folder(request: pytest.FixtureRequest) -> Path:
+    """Exported files; kept between sessions, since they depend on nothing but the zoo and torch."""
+    assert request.config.cache is not None
+    return request.config.cache.mkdir("zoo")
+
+
+def every_network(check: str) -> Any:
+    """Parametrise a check over the networks, with its known failures marked."""
+    pending = EXPECTED["pending"][check]
+    cases = []
+    for architecture, exporter in EXPORTED:
+        name = f"{architecture.name}-{exporter}"
+        reason = pending.get(name, pending.get(architecture.name))
+        marks = [pytest.mark.xfail(reason=reason, strict=True)] if reason else []
+        cases.append(pytest.param(architecture, exporter, id=name, marks=marks))
+    return pytest.mark.parametrize(("architecture", "exporter"), cases)
+
+
+@every_network("reach")
+def test_reach(architecture: Architecture, exporter: str, folder: Path) -> None:
+    least = EXPECTED["reach"][architecture.name][exporter]
+    assert reach(analysed(architecture, exporter, folder)) >= least
+
+
+@every_network("certificate")
+def test_certificate(architecture: Architecture, exporter: str, folder: Path) -> None:
+    certificate = proof(architecture, analysed(architecture, exporter, folder))
+    assert certificate.units > 0
+    assert certificate.holds, certificate
+    assert certificate.effect > 1e-3, f"the zeroed units did not matter: {certificate}"
+    assert certificate.control is None or certificate.control > 1e-3, f"other units do as well: {certificate}"
+
+
+@every_network("axes")
+def test_axes(architecture: Architecture, exporter: str, folder: Path) -> None:
+    coupling = analysed(architecture, exporter, folder)
+    frozen = {name: found for name, n in architecture.axes.items() if (found := frozen_axes(coupling, n))}
+    assert not frozen
+
+
+@pytest.mark.parametrize(
+    ("architecture", "exporter"),
+    [pytest.param(a, e, id=f"{a.name}-{e}") for a in ZOO.values() for e in a.cannot_export],
+)
+def test_what_an_exporter_cannot_do(architecture: Architecture, exporter: str, tmp_path: Path) -> None:
+    with pytest.raises(Exception, match=architecture.cannot_export[exporter]):
+        export(architecture, exporter, tmp_path / "model.onnx")
