@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
-
-import numpy as np
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from graphopt.base import Context, Effect, Pass, PassResult, Skip, option
 from graphopt.errors import UsageError
@@ -18,6 +16,14 @@ if TYPE_CHECKING:
     from graphopt.pruning.families import Candidates
     from graphopt.pruning.layers import Layer
     from graphopt.pruning.selection import Choice, Family, Term
+
+BUDGETS = {
+    "macs": "multiply-accumulates",
+    "params": "parameters",
+    "bytes": "bytes of the weights",
+    "units": "units",
+}
+"""What each budget is a fraction of."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +52,10 @@ class Prune(Pass):
     name: ClassVar[str] = "prune"
     effect: ClassVar[Effect] = Effect.LOSSY
 
-    macs: float | None = option(None, "fraction of the multiply-accumulates to keep (or params=)", low=0, high=1)
-    params: float | None = option(None, "fraction of the parameters to keep (or macs=)", low=0, high=1)
+    macs: float | None = option(None, "budget: the fraction of the multiply-accumulates to keep", low=0, high=1)
+    params: float | None = option(None, "budget: the fraction of the parameters to keep", low=0, high=1)
+    bytes: float | None = option(None, "budget: the fraction of the weights' bytes to keep", low=0, high=1)
+    units: float | None = option(None, "budget: the fraction of the units to keep", low=0, high=1)
     score: Literal["obs", "l2", "random"] = option("obs", "how units are ranked; obs needs data, l2 is taken without")
     reconstruct: Literal["ls", "mean", "none"] = option(
         "ls", "ls refits weights and biases, mean only biases, none just cuts; ls and mean need data"
@@ -64,14 +72,20 @@ class Prune(Pass):
             UsageError: out of range, or not exactly one budget.
         """
         super().__post_init__()
-        given = [(n, v) for n, v in (("macs", self.macs), ("params", self.params)) if v is not None]
+        given = [(n, v) for n in BUDGETS if (v := getattr(self, n)) is not None]
         if len(given) != 1:
             what = "two budgets" if given else "no budget"
-            raise UsageError(what, where="prune", hint="give one of macs= and params=, for example prune{macs=0.7}")
+            hint = f"give one of {', '.join(f'{n}=' for n in BUDGETS)}, for example prune{{macs=0.7}}"
+            raise UsageError(what, where="prune", hint=hint)
         if given[0][1] in (0.0, 1.0):
             raise UsageError(
                 f"{given[0][0]}={given[0][1]:g} keeps nothing or all", where="prune", hint="give a fraction between"
             )
+
+    @property
+    def _budget(self) -> tuple[str, float]:
+        """Which budget was given, and the fraction."""
+        return next((n, v) for n in BUDGETS if (v := getattr(self, n)) is not None)
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         """See the class."""
@@ -83,6 +97,7 @@ class Prune(Pass):
         from graphopt.pruning.families import candidates
         from graphopt.pruning.layers import drop_zero_biases, give_biases, layers_of
         from graphopt.pruning.selection import choose
+        from graphopt.pruning.work import labelled_axes
         from graphopt.rewriting.edit import allow_private_initializers, freeze_overridable
 
         result = PassResult(changed=True)
@@ -109,8 +124,8 @@ class Prune(Pass):
         choice = choose(
             ranked,
             terms,
-            _axes(coupling),
-            keep=self.macs or self.params or 1.0,
+            labelled_axes(coupling),
+            keep=self._budget[1],
             multiple=self.multiple or ctx.target.channel_multiple,
             min_keep=self.min_keep,
         )
@@ -142,11 +157,15 @@ class Prune(Pass):
 
     def _work_terms(self, model: ir.Model, coupling: Coupling, ctx: Context) -> Sequence[Term]:
         """What the budget is about; sizes that the model leaves open are those of the first calibration sample."""
-        if self.params is not None:
-            return _parameter_terms(coupling)
-        if ctx.calibration is None or _all_counted(model, coupling):
-            return coupling.terms
-        return _terms_at(model, coupling, next(iter(ctx.calibration.batches(batch_size=1, limit=1)))) or coupling.terms
+        from graphopt.pruning.work import mac_terms, parameter_terms, unit_terms
+
+        budget, _ = self._budget
+        if budget == "units":
+            return unit_terms(coupling)
+        if budget in {"params", "bytes"}:
+            return parameter_terms(coupling, in_bytes=budget == "bytes")
+        sample = None if ctx.calibration is None else next(iter(ctx.calibration.batches(batch_size=1, limit=1)))
+        return mac_terms(model, coupling, sample)
 
     def _fallbacks(self, ctx: Context, result: PassResult) -> tuple[str, str]:
         """Score and reconstruction that are possible with the data at hand; says so where they are not those asked."""
@@ -230,79 +249,20 @@ class Prune(Pass):
         if not choice.least:
             return
         multiple = self.multiple or ctx.target.channel_multiple
-        budget = f"macs={self.macs}" if self.macs is not None else f"params={self.params}"
+        name, fraction = self._budget
         units = sum(len(f.units) for f in families)
         raise UsageError(
-            f"{budget} cannot be met: with all {units} candidate units gone that multiple={multiple} and "
+            f"{name}={fraction:g} cannot be met: with all {units} candidate units gone that multiple={multiple} and "
             f"min_keep={self.min_keep} let go, {choice.least:.3f} is left",
             where="prune",
             hint="raise the budget, set multiple=1, or see `graphopt inspect --units` for what is frozen",
         )
 
     def _summary(self, choice: Choice, families: list[Family], dead: set[int], ctx: Context) -> list[str]:
-        what = "multiply-accumulates" if self.macs is not None else "parameters"
+        what = BUDGETS[self._budget[0]]
         touched = sum(k > 0 for k in choice.removed)
         return [
             f"removed {len(dead)} of {sum(len(f.units) for f in families)} units in {touched} of {len(families)} "
             f"families; {choice.kept:.4f} of the {what} stay, widths in multiples of "
             f"{self.multiple or ctx.target.channel_multiple}"
         ]
-
-
-def _all_counted(model: ir.Model, coupling: Coupling) -> bool:
-    """True where the sizes that the model records tell the work of every linear node."""
-    counted = {term.node for term in coupling.terms}
-    linear = (n for n in model.graph if n.op_type in {"Conv", "ConvTranspose", "Gemm", "MatMul"})
-    return all(n.outputs[0].name in counted for n in linear)
-
-
-def _terms_at(model: ir.Model, coupling: Coupling, feeds: Mapping[str, Any]) -> list[Term]:
-    """Terms of work for inputs of these shapes; none where the units are not the same with known shapes."""
-    import onnx_ir as ir
-
-    from graphopt.analysis.units import analyse
-    from graphopt.model import infer_shapes
-    from graphopt.pipeline.clone import private_clone
-
-    copy = private_clone(model)
-    for value in copy.graph.inputs:
-        if value.name is not None and value.name in feeds:
-            value.shape = ir.Shape(np.shape(feeds[value.name]))
-    infer_shapes(copy)
-    found = analyse(copy)
-    same = [u.members for u in found.units] == [u.members for u in coupling.units]
-    return list(found.terms) if same else []
-
-
-@dataclass(frozen=True)
-class _ParameterTerm:
-    """Elements of one parameter: a product over its axes."""
-
-    coefficient: float
-    axes: tuple[Any, ...]
-
-
-def _parameter_terms(coupling: Coupling) -> list[Term]:
-    """Parameters as terms of work; constants that are no weights (integers) do not count."""
-    terms: list[Term] = []
-    seen: set[str] = set()
-    for name, value in coupling.model.graph.initializers.items():
-        tensor = value.const_value
-        if tensor is None or name in seen or not (tensor.dtype.is_floating_point() or tensor.dtype.bitwidth <= 8):
-            continue
-        seen.add(name)
-        axes = {a: np.stack(f) for a, f in coupling.parameter_axes(name).items() if f}
-        fixed = [int(d) for a, d in enumerate(tensor.shape.numpy()) if a not in axes]
-        terms.append(_ParameterTerm(float(np.prod(fixed)) if fixed else 1.0, tuple(axes.values())))
-    return terms
-
-
-def _axes(coupling: Coupling) -> list[Any]:
-    """All labelled axes, each pattern once."""
-    found: dict[bytes, Any] = {}
-    for _, axes in coupling.labelled():
-        for factors in axes.values():
-            if factors:
-                stacked = np.stack(factors)
-                found.setdefault(stacked.tobytes() + bytes(str(stacked.shape), "ascii"), stacked)
-    return list(found.values())

@@ -1,7 +1,6 @@
 """The budget solver: budgets, multiples, floors, optimality on small cases, determinism."""
 
 import itertools
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -9,12 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graphopt.pruning.selection import Family, choose
-
-
-@dataclass(frozen=True)
-class Term:
-    coefficient: float
-    axes: tuple
+from graphopt.pruning.work import Product as Term
 
 
 def chain(widths, seed=0, coefficients=None):

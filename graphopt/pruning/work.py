@@ -1,0 +1,124 @@
+"""What a budget is about, as terms of work for the solver: multiply-accumulates, parameters, bytes, units.
+
+A term is a function of the alive counts of some axes. Latency has terms of its own, `graphopt.latency.terms`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from graphopt.analysis.units import Coupling
+from graphopt.pruning.selection import Term, Vector
+
+
+@dataclass(frozen=True)
+class Product:
+    """coefficient * product over axes of the number of alive positions.
+
+    Attributes:
+        coefficient: what does not depend on units.
+        axes, nodes: see `graphopt.pruning.selection.Term`.
+    """
+
+    coefficient: float
+    axes: tuple[Vector, ...]
+    nodes: frozenset[str] = frozenset()
+
+    def work(self, counts: Sequence[int]) -> float:
+        """See `Term`."""
+        return self.coefficient * math.prod(counts)
+
+
+def mac_terms(model: ir.Model, coupling: Coupling, feeds: Mapping[str, npt.NDArray[Any]] | None) -> list[Term]:
+    """Multiply-accumulates by node.
+
+    Args:
+        model: with inferred shapes.
+        coupling: its analysis.
+        feeds: one sample; gives the sizes that the model leaves open. None: these count as 1.
+    """
+    terms = coupling.terms
+    if feeds is not None and not _all_counted(model, coupling):
+        terms = _analysed_at(model, coupling, feeds) or terms
+    return [Product(t.coefficient, t.axes, frozenset({t.node})) for t in terms]
+
+
+def parameter_terms(coupling: Coupling, *, in_bytes: bool = False) -> list[Term]:
+    """Elements, or bytes, of the weights; constants that are no weights (integers of a shape) do not count."""
+    readers = _readers(coupling.model)
+    terms: list[Term] = []
+    for name, value in coupling.model.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None or not (tensor.dtype.is_floating_point() or tensor.dtype.bitwidth <= 8):
+            continue
+        axes = {a: np.stack(f) for a, f in coupling.parameter_axes(name).items() if f}
+        fixed = [int(d) for a, d in enumerate(tensor.shape.numpy()) if a not in axes]
+        each = tensor.dtype.bitwidth / 8 if in_bytes else 1.0
+        terms.append(Product(each * math.prod(fixed), tuple(axes.values()), readers.get(name, frozenset())))
+    return terms
+
+
+def unit_terms(coupling: Coupling) -> list[Term]:
+    """One for each unit."""
+    readers = _readers(coupling.model)
+    groups: dict[frozenset[str], list[int]] = {}
+    for unit in coupling.units:
+        nodes = frozenset().union(*(readers.get(m.parameter, frozenset({""})) for m in unit.members))
+        groups.setdefault(nodes, []).append(unit.id)
+    return [Product(1.0, (np.array(ids, dtype=np.int64),), nodes) for nodes, ids in groups.items()]
+
+
+def labelled_axes(coupling: Coupling) -> list[Vector]:
+    """All labelled axes, each pattern once."""
+    found: dict[bytes, Vector] = {}
+    for _, axes in coupling.labelled():
+        for factors in axes.values():
+            if factors:
+                stacked = np.stack(factors)
+                found.setdefault(stacked.tobytes() + bytes(str(stacked.shape), "ascii"), stacked)
+    return list(found.values())
+
+
+def _readers(model: ir.Model) -> dict[str, frozenset[str]]:
+    """Keys of the nodes that read each initializer."""
+    from graphopt.analysis.rules import node_key
+
+    return {
+        name: frozenset(node_key(use.node) for use in value.uses()) for name, value in model.graph.initializers.items()
+    }
+
+
+def _all_counted(model: ir.Model, coupling: Coupling) -> bool:
+    """True where the sizes that the model records tell the work of every linear node."""
+    counted = {term.node for term in coupling.terms}
+    linear = (n for n in model.graph if n.op_type in {"Conv", "ConvTranspose", "Gemm", "MatMul"})
+    return all(n.outputs[0].name in counted for n in linear)
+
+
+def _analysed_at(model: ir.Model, coupling: Coupling, feeds: Mapping[str, npt.NDArray[Any]]) -> list[Any]:
+    """Cost terms for inputs of these shapes; none where the units are not the same with known shapes."""
+    from graphopt.analysis.units import analyse
+
+    found = analyse(sized(model, feeds))
+    same = [u.members for u in found.units] == [u.members for u in coupling.units]
+    return list(found.terms) if same else []
+
+
+def sized(model: ir.Model, feeds: Mapping[str, npt.NDArray[Any]]) -> ir.Model:
+    """A clone whose inputs have the shapes of these feeds, and whose other shapes follow from them."""
+    from graphopt.model import infer_shapes
+    from graphopt.pipeline.clone import private_clone
+
+    copy = private_clone(model)
+    for value in copy.graph.inputs:
+        if value.name is not None and value.name in feeds:
+            value.shape = ir.Shape(np.shape(feeds[value.name]))
+    infer_shapes(copy)
+    return copy
