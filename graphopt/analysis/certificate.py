@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from graphopt.analysis import shapes
 from graphopt.analysis.remove import remove_units
-from graphopt.analysis.rules import node_key
+from graphopt.analysis.scope import nodes_by_key
 from graphopt.analysis.units import Coupling
 
 TOLERANCE = 1e-5
@@ -87,7 +87,7 @@ def zero_units(model: ir.Model, coupling: Coupling, dead: set[int]) -> None:
     """Zero the producer slices of units in place; a vector that other units share through another use is copied."""
     chosen = np.zeros(len(coupling.units) + 1, dtype=bool)
     chosen[list(dead)] = True
-    nodes = {node_key(node): node for node in model.graph}
+    nodes = nodes_by_key(model)
     for use in coupling.uses:
         slices = {
             axis: np.logical_or.reduce([chosen[vector] for vector in coupling.solution.units(factors)])
@@ -119,7 +119,7 @@ def _positive(random: np.random.Generator) -> Callable[..., npt.NDArray[np.float
 def perturb_statistics(model: ir.Model, seed: int) -> None:
     """Give every batch normalisation random statistics and shifts, in place."""
     random = np.random.default_rng(seed)
-    for node in model.graph:
+    for node in model.graph.all_nodes():
         if node.op_type != "BatchNormalization":
             continue
         for index, draw in ((2, random.normal), (3, random.normal), (4, _positive(random))):

@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from graphopt.analysis import shapes
 from graphopt.analysis.labels import Axes
-from graphopt.analysis.rules import Use, node_key
+from graphopt.analysis.rules import Use, node_key, rule_for
 
 Floats = npt.NDArray[np.float64]
 
@@ -34,6 +34,16 @@ class DeadValues:
     hypothetical: bool
     uses: dict[tuple[str, int], Use]
     values: dict[tuple[str, int], Floats] = field(default_factory=dict)
+
+    def walk(self, graph: ir.Graph) -> None:
+        """Tell the dead values of all results in a graph, in its order; what was known of them is forgotten."""
+        for node in graph:
+            for value in node.outputs:
+                for axis in self.axes(value):
+                    self.values.pop((value.name or "", axis), None)
+            handler = rule_for(node)
+            if handler is not None:
+                handler.dead(node, self)
 
     def size(self, value: ir.Value, axis: int) -> int:
         """Number of positions of a labelled axis."""

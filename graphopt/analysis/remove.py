@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from graphopt.analysis import shapes
 from graphopt.analysis.rules import node_key
+from graphopt.analysis.scope import nodes_by_key, scopes, values_by_name
 from graphopt.errors import GraphoptError
 from graphopt.rewriting.edit import Names
 
@@ -61,7 +62,7 @@ def remove_units(
 
     removal = Removal(model, coupling, dead, values or coupling.dead_values(hypothetical=True))
     removal.check_no_axis_empties()
-    nodes = list(model.graph)
+    nodes = [node for graph in scopes(model) for node in graph]
     for node in nodes:
         handler = rule_for(node)
         if handler is not None:
@@ -82,9 +83,8 @@ class Removal:
         self._alive = np.ones(len(coupling.units) + 1, dtype=bool)
         self._alive[list(dead)] = False
         self._uses: dict[tuple[str, int], Use] = {(use.node, use.index): use for use in coupling.uses}
-        self._nodes = {node_key(node): node for node in model.graph}
-        self._values = {value.name: value for node in model.graph for value in node.outputs if value.name}
-        self._values.update({v.name: v for v in (*model.graph.inputs, *model.graph.initializers.values()) if v.name})
+        self._nodes = nodes_by_key(model)
+        self._values = values_by_name(model)
         self._raw: dict[str, list[ir.Value]] = {}
         """Results that are scaled or added to before they get the name of the key: as large as it."""
         self._names = Names(model)
@@ -149,7 +149,7 @@ class Removal:
         """Give a node a private constant operand."""
         if index >= len(node.inputs):
             node.resize_inputs(index + 1)
-        node.replace_input_with(index, self._constant(f"{node_key(node)}_input{index}", array))
+        node.replace_input_with(index, self._constant(f"{node_key(node)}_input{index}", array, node.graph))
 
     def set_sizes(self, node: ir.Node, index: int, axes: Sequence[int] | None = None) -> None:
         """Write the new sizes of shortened output axes into a shape operand, privately for this node.
@@ -199,9 +199,10 @@ class Removal:
         nodes: list[ir.Node] = []
         for place in range(length):
             if place in values:
-                pieces.append(self._constant(f"{vector.name}_pinned", np.asarray([values[place]], dtype=np.int64)))
+                size = np.asarray([values[place]], dtype=np.int64)
+                pieces.append(self._constant(f"{vector.name}_pinned", size, node.graph))
                 continue
-            index = self._constant(f"{vector.name}_place", np.asarray([place], dtype=np.int64))
+            index = self._constant(f"{vector.name}_place", np.asarray([place], dtype=np.int64), node.graph)
             nodes.append(self._node("Gather", [vector, index], f"{vector.name}_entry", vector, [1]))
             pieces.append(nodes[-1].outputs[0])
         nodes.append(self._node("Concat", pieces, f"{vector.name}_sizes", vector, [length], axis=0))
@@ -238,7 +239,7 @@ class Removal:
         sizes = None if source.shape is None else list(source.shape)
         if sizes is not None:
             sizes = [len(places) if a == axis else self._left(node, a, size) for a, size in enumerate(sizes)]
-        index = self._constant(f"{node_key(node)}_places", places)
+        index = self._constant(f"{node_key(node)}_places", places, node.graph)
         gather = self._node("Gather", [source, index], f"{node_key(node)}_take", source, sizes, axis=axis)
         node.prepend(gather)
         node.replace_input_with(0, gather.outputs[0])
@@ -257,15 +258,75 @@ class Removal:
         """Scale the result of a node; the scaled tensor keeps the name."""
         output = node.outputs[0]
         array = np.asarray(factor, dtype=(output.dtype or ir.DataType.FLOAT).numpy())
-        self._insert_after(node, "Mul", self._constant(f"{output.name}_factor", array))
+        self._insert_after(node, "Mul", self._constant(f"{output.name}_factor", array, node.graph))
 
-    def _insert_after(self, node: ir.Node, op_type: str, operand: ir.Value) -> None:
-        """node -> op(node, operand), under the old output's name."""
-        output = node.outputs[0]
+    def add_to_output(self, node: ir.Node, value: ir.Value) -> None:
+        """Add a value, computed before the node, to the result of a node; the sum keeps the name."""
+        self._insert_after(node, "Add", value)
+
+    def compute_before(self, node: ir.Node, op_type: str, inputs: Sequence[ir.Value | float], stem: str) -> ir.Value:
+        """The result of an operator that is put before a node; it is as large as its first input, which is a value.
+
+        Numbers among the inputs become constants of the first one's type.
+        """
+        first = inputs[0]
+        assert isinstance(first, ir.Value)
+        kind = (first.dtype or ir.DataType.FLOAT).numpy()
+        values = [
+            v if isinstance(v, ir.Value) else self._constant(f"{stem}_factor", np.asarray(v, dtype=kind), node.graph)
+            for v in inputs
+        ]
+        added = self._node(op_type, values, stem, first, first.shape)
+        node.prepend(added)
+        return added.outputs[0]
+
+    def change_operand(
+        self, node: ir.Node, index: int, change: Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]]
+    ) -> bool:
+        """Give a node `change` of what the removal leaves of a constant operand, privately; False: it is computed."""
+        value = node.inputs[index]
+        old = self._sliced(node, index, value) if value is not None else None
+        if old is None:
+            return False
+        self._uses.pop((node_key(node), index), None)
+        self.set_input(node, index, change(old.astype(np.float64)).astype(old.dtype))
+        return True
+
+    def pad_operand(self, node: ir.Node, index: int, count: int) -> None:
+        """Put zeros behind what is left of the last axis of a computed operand."""
+        source = node.inputs[index]
+        assert source is not None
+        shape = list(source.shape or ())
+        pads = self._constant(
+            f"{source.name}_pads", np.asarray([0] * (2 * len(shape) - 1) + [count], dtype=np.int64), node.graph
+        )
+        sizes = [self.operand_count(node, index, a) if self._loses(node, index, a) else d for a, d in enumerate(shape)]
+        left = sizes[-1]
+        sizes[-1] = left + count if isinstance(left, int) else None
+        pad = self._node("Pad", [source, pads], f"{source.name}_padded", source, sizes)
+        node.prepend(pad)
+        node.replace_input_with(index, pad.outputs[0])
+
+    def _loses(self, node: ir.Node, index: int, axis: int) -> bool:
+        return self.operand_mask(node, index, axis) is not None
+
+    def cut_output(self, node: ir.Node, index: int, count: int) -> None:
+        """Take the first `count` positions of the last axis of a result, under its name."""
+        if index >= len(node.outputs) or not node.outputs[index].name:
+            return
+        output = node.outputs[index]
+        bounds = [np.asarray([n], dtype=np.int64) for n in (0, count, len(output.shape or ()) - 1)]
+        stems = (f"{output.name}_{part}" for part in ("first", "end", "axis"))
+        values = [self._constant(stem, array, node.graph) for stem, array in zip(stems, bounds, strict=True)]
+        self._insert_after(node, "Slice", *values, index=index)
+
+    def _insert_after(self, node: ir.Node, op_type: str, *operands: ir.Value, index: int = 0) -> None:
+        """node -> op(node, operands), under the old output's name."""
+        output = node.outputs[index]
         assert output.name is not None
         name = output.name
         users = list(output.uses())
-        added = self._node(op_type, [output, operand], f"{name}_{op_type}", output, output.shape)
+        added = self._node(op_type, [output, *operands], f"{name}_{op_type}", output, output.shape)
         result = added.outputs[0]
         node.append(added)
         for use in users:
@@ -276,7 +337,8 @@ class Removal:
                 outputs[place] = result
         output.name, result.name = self._names.fresh(f"{name}_raw"), name
         self._values[name], self._values[output.name] = result, output
-        self._raw.setdefault(name, []).append(output)
+        if op_type != "Slice":  # what is sliced is larger
+            self._raw.setdefault(name, []).append(output)
 
     def fold_constants(
         self,
@@ -329,7 +391,7 @@ class Removal:
         if bias is None or not beta or (given is not None and old is None):
             shape = (-1,) if transposed or array.ndim == 2 else (-1, *(1,) * (array.ndim - 2))
             added = delta.astype(array.dtype).reshape(shape)
-            self._insert_after(node, "Add", self._constant(f"{node_key(node)}_bias", added))
+            self._insert_after(node, "Add", self._constant(f"{node_key(node)}_bias", added, node.graph))
             return
         delta = delta / beta if old is None else old.astype(np.float64) + delta / beta
         self._uses.pop((node_key(node), bias), None)
@@ -345,7 +407,8 @@ class Removal:
             array = array if mask is None else np.compress(mask, array, axis=axis)
         return array
 
-    def _constant(self, name: str, array: npt.NDArray[Any]) -> ir.Value:
+    def _constant(self, name: str, array: npt.NDArray[Any], graph: ir.Graph | ir.Function | None) -> ir.Value:
+        """A new initializer of the graph that needs it, which may be the body of an If, Loop or Scan."""
         name = self._names.fresh(name)
         value = ir.Value(
             name=name,
@@ -353,7 +416,7 @@ class Removal:
             type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
             shape=ir.Shape(array.shape),
         )
-        self.model.graph.register_initializer(value)
+        (graph if isinstance(graph, ir.Graph) else self.model.graph).register_initializer(value)
         return value
 
     # Parameters and annotations --------------------------------------------------------------------------------------
@@ -396,7 +459,7 @@ class Removal:
                 if alone:
                     shapes.set_constant(value, array)
                     continue
-                copy = self._constant(name, array)
+                copy = self._constant(name, array, value.graph)
                 for use in uses:
                     self._nodes[use.node].replace_input_with(use.index, copy)
             if value.is_initializer() and not value.uses() and not value.is_graph_output():
@@ -404,8 +467,8 @@ class Removal:
 
     def _forget(self, value: ir.Value) -> None:
         """Take out an initializer that only had copies made of it; one that is listed as an input stays an input."""
-        if not value.is_graph_input():
-            del self.model.graph.initializers[value.name or ""]
+        if not value.is_graph_input() and isinstance(value.graph, ir.Graph):
+            del value.graph.initializers[value.name or ""]
 
     def shorten_annotations(self) -> None:
         """Bring the recorded shapes of activations up to date."""

@@ -107,6 +107,7 @@ class Labeller:
         modes: for tensors whose units are split over several axes: the axis that keeps its variety.
         preference: what does so elsewhere: the "longest", the "first" or the "last" axis.
         splits: labels of the kept axis, by tensor.
+        entered: the graphs that can be walked, see `graphopt.analysis.scope`.
     """
 
     table: LabelTable = field(default_factory=LabelTable)
@@ -116,6 +117,7 @@ class Labeller:
     modes: dict[str, int] = field(default_factory=dict)
     preference: Literal["longest", "first", "last"] = "longest"
     splits: dict[str, Axes] = field(default_factory=dict)
+    entered: frozenset[ir.Graph] = frozenset()
     _tied: dict[str, Axes] = field(default_factory=dict)
     _read: set[str] = field(default_factory=set)
 
@@ -169,13 +171,35 @@ class Labeller:
             return chosen
         return {"longest": None, "first": candidates[0], "last": candidates[-1]}[self.preference]
 
+    def walk(self, graph: ir.Graph) -> None:
+        """Label all nodes of a graph, in its order."""
+        for node in graph:
+            handler = rule_for(node)
+            if handler is None:
+                self.freeze_node(node, f"{where(node)}: no rule for this operator")
+                continue
+            self.visit(node, handler)
+            for value in node.outputs:
+                self.check_sizes(node, value)
+
     def visit(self, node: ir.Node, rule: OpRule) -> None:
         """Let a rule label a node. A labelled operand that the rule does not look at is a size or an index: frozen."""
-        self._read.clear()
+        around, self._read = self._read, set()  # the node may stand in a body that a rule is walking
         rule.label(node, self)
         for value in node.inputs:
             if value is not None and value.name in self.labels and value.name not in self._read:
                 self.freeze(self.labels[value.name], f"{where(node)}: '{value.name}' is a size or an index")
+        self._read = around
+
+    def check_sizes(self, node: ir.Node, value: ir.Value) -> None:
+        """Labels must fit the inferred shape; a rule that disagrees with shape inference may not decide anything."""
+        shape = shapes.dims(value)
+        for axis, factors in list(self.labels.get(value.name or "", {}).items()):
+            # An unnamed size is one that shape inference lost; labels that were moved here know it.
+            fits = shape is not None and axis < len(shape) and shape[axis] in (len(factors[0]), None)
+            if not fits:
+                self.freeze({axis: factors}, f"{where(node)}: the size of axis {axis} of '{value.name}' is not known")
+                del self.labels[value.name or ""][axis]
 
     def set(self, value: ir.Value, axes: Axes) -> None:
         """Give an output its labels."""
@@ -303,6 +327,10 @@ class OpRule(ABC):
 
     def cost(self, node: ir.Node, c: CostView) -> list[Product]:
         """The node's multiply-accumulates as a sum of products; empty for operators without any."""
+        return []
+
+    def bodies(self, node: ir.Node) -> list[tuple[ir.Graph, float | None]]:
+        """The graphs that the node runs, and how often in one run of it; None where that depends on the data."""
         return []
 
     def rewrite(self, node: ir.Node, r: Removal) -> None:

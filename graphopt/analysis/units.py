@@ -18,7 +18,8 @@ import onnx_ir as ir
 from graphopt.analysis import shapes
 from graphopt.analysis.dead_values import DeadValues
 from graphopt.analysis.labels import Axes, Factors, Solution
-from graphopt.analysis.rules import CostTerm, CostView, Labeller, Role, Sink, Use, node_key, rule_for, where
+from graphopt.analysis.rules import CostTerm, CostView, Labeller, Role, Sink, Use, node_key, rule_for
+from graphopt.analysis.scope import nodes_by_key, scopes
 
 
 @dataclass(frozen=True)
@@ -122,16 +123,13 @@ class Coupling:
     def dead_values(self, *, hypothetical: bool) -> DeadValues:
         """What a consumer sees at positions of dead units: if their producers were zeroed, or as parameters are now."""
         found = DeadValues(self.labels, hypothetical, self._use_of)
-        for node in self.model.graph:
-            handler = rule_for(node)
-            if handler is not None:
-                handler.dead(node, found)
+        found.walk(self.model.graph)
         return found
 
     def unsafe(self, values: DeadValues) -> dict[int, str]:
         """Units that some consumer cannot do without, given what their positions hold; with the first reason."""
         reasons: dict[int, str] = {}
-        nodes = {node_key(node): node for node in self.model.graph}
+        nodes = nodes_by_key(self.model)
         for sink in self.sinks:
             if sink.accepts == "anything":
                 continue
@@ -159,23 +157,26 @@ def analyse(model: ir.Model, modes: Mapping[str, int] | None = None) -> Coupling
     coupling.units = _units(coupling)
     coupling.frozen = list(_frozen(coupling))
     view = CostView(coupling.operand_units, lambda v, axis: coupling.axis_units(v.name or "", axis))
-    for node in model.graph:
-        handler = rule_for(node)
-        for coefficient, axes in handler.cost(node, view) if handler is not None else []:
-            coupling.terms.append(CostTerm(node_key(node), coefficient, axes))
+    coupling.terms = list(_terms(model.graph, view))
     return coupling
+
+
+def _terms(graph: ir.Graph, view: CostView, times: float = 1.0) -> Iterator[CostTerm]:
+    """Work of the nodes of a graph; of a body whose runs are not known, that of one run."""
+    for node in graph:
+        handler = rule_for(node)
+        if handler is None:
+            continue
+        for coefficient, axes in handler.cost(node, view):
+            yield CostTerm(node_key(node), times * coefficient, axes)
+        for body, runs in handler.bodies(node):
+            yield from _terms(body, view, times * (1.0 if runs is None else runs))
 
 
 def _walk(model: ir.Model, g: Labeller) -> tuple[Labeller, Solution]:
     """Label the whole graph once and solve."""
-    for node in model.graph:
-        handler = rule_for(node)
-        if handler is None:
-            g.freeze_node(node, f"{where(node)}: no rule for this operator")
-        else:
-            g.visit(node, handler)
-            for value in (v for v in node.outputs if v.name in g.labels):
-                _check_sizes(node, value, g)
+    g.entered = frozenset(scopes(model))
+    g.walk(model.graph)
     for output in model.graph.outputs:
         g.freeze(g.of(output), f"output '{output.name}' of the graph")
         if shapes.constant_tensor(output) is not None:
@@ -204,17 +205,6 @@ def _best_modes(model: ir.Model) -> tuple[Labeller, Solution]:
                     modes[name], most[name] = axis, count
     labellings.append(_walk(model, Labeller(modes=modes)))
     return max(labellings, key=lambda found: int(found[1].unit.max()))
-
-
-def _check_sizes(node: ir.Node, value: ir.Value, g: Labeller) -> None:
-    """Labels must fit the inferred shape; a rule that disagrees with shape inference may not decide anything."""
-    shape = shapes.dims(value)
-    for axis, factors in list(g.labels[value.name or ""].items()):
-        # An unnamed size is one that shape inference lost; labels that were moved here know it.
-        fits = shape is not None and axis < len(shape) and shape[axis] in (len(factors[0]), None)
-        if not fits:
-            g.freeze({axis: factors}, f"{where(node)}: the size of axis {axis} of '{value.name}' is not known")
-            del g.labels[value.name or ""][axis]
 
 
 def _only_with_parameters(g: Labeller) -> Solution:

@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from graphopt.errors import ModelError, UsageError
 from graphopt.files.contrib_shapes import stand_in
+from graphopt.files.loop_states import LoopStates
 from graphopt.files.reshape_targets import open_results, result_dims
 from graphopt.files.weights import all_graphs, reference, with_placeholders
 
@@ -46,9 +47,14 @@ def _infer_told(model: ir.Model) -> ir.Model:
         value.type = None
     _infer(model, light)
     left = {value.name for value in open_results(model)}
+    states = LoopStates(model, light)
     for _ in range(ROUNDS):
-        if not left or not _tell(model, light, left):
+        told = bool(left) and _tell(model, light, left)
+        if not (states.step() or told):
             break
+        _infer(model, light)
+    if states.open:
+        states.withdraw()
         _infer(model, light)
     return light
 

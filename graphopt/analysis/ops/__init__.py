@@ -1,6 +1,7 @@
 """Operator rules, one family a file. Importing this package registers them all."""
 
 from graphopt.analysis.ops import (  # noqa: F401
+    control,
     convolution,
     elementwise,
     joining,

@@ -158,19 +158,19 @@ def test_unknown_operators_freeze_with_their_name() -> None:
     assert any("my.domain.Mystery" in f.reason for f in coupling.frozen if (f.tensor, f.axis) == ("w1", 0))
 
 
-def test_a_subgraph_freezes_what_it_captures() -> None:
+def test_a_body_of_an_unknown_operator_freezes_what_it_captures() -> None:
     model = graph(
         "(float[n,3] x, bool c) => (float[n,2] y)",
         """h = MatMul(x, w1)
-           k = If (c) <then_branch = t () => (float[n,4] u) { u = Relu(h) },\
-                       else_branch = e () => (float[n,4] v) { v = Neg(h) }>
-           y = MatMul(k, w2)""",
+           k = my.domain.Maybe (c) <body = t () => (float[n,4] u) { u = Relu(h) }>
+           y = MatMul(h, w2)""",
         w1=(3, 4),
         w2=(4, 2),
+        imports='"my.domain" : 1',
     )
     coupling = analyse(model)
     assert not coupling.units
-    assert any("If" in f.reason for f in coupling.frozen if f.tensor == "w1")
+    assert any("my.domain.Maybe" in f.reason for f in coupling.frozen if f.tensor == "w1")
 
 
 def test_a_slice_that_is_no_longer_even_becomes_a_gather() -> None:
