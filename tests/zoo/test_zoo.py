@@ -24,25 +24,22 @@ def folder(request: pytest.FixtureRequest) -> Path:
     return request.config.cache.mkdir("zoo")
 
 
-def every_network(check: str) -> Any:
-    """Parametrise a check over the networks, with its known failures marked."""
+def case(check: str, architecture: Architecture, exporter: str, *more: str) -> Any:
+    """Parameters of a test, marked where the check is known to fail for this network (and exporter)."""
     pending = EXPECTED["pending"][check]
-    cases = []
-    for architecture, exporter in EXPORTED:
-        name = f"{architecture.name}-{exporter}"
-        reason = pending.get(name, pending.get(architecture.name))
-        marks = [pytest.mark.xfail(reason=reason, strict=True)] if reason else []
-        cases.append(pytest.param(architecture, exporter, id=name, marks=marks))
-    return pytest.mark.parametrize(("architecture", "exporter"), cases)
+    keys = (" ".join([architecture.name, *names, *more]) for names in ([exporter], []))
+    reason = next((pending[key] for key in keys if key in pending), None)
+    marks = [pytest.mark.xfail(reason=reason, strict=True)] if reason else []
+    return pytest.param(architecture, exporter, *more, id="-".join([architecture.name, exporter, *more]), marks=marks)
 
 
-@every_network("reach")
+@pytest.mark.parametrize(("architecture", "exporter"), [case("reach", a, e) for a, e in EXPORTED])
 def test_reach(architecture: Architecture, exporter: str, folder: Path) -> None:
     least = EXPECTED["reach"][architecture.name][exporter]
     assert reach(analysed(architecture, exporter, folder)) >= least
 
 
-@every_network("certificate")
+@pytest.mark.parametrize(("architecture", "exporter"), [case("certificate", a, e) for a, e in EXPORTED])
 def test_certificate(architecture: Architecture, exporter: str, folder: Path) -> None:
     certificate = proof(architecture, analysed(architecture, exporter, folder))
     assert certificate.units > 0
@@ -51,11 +48,11 @@ def test_certificate(architecture: Architecture, exporter: str, folder: Path) ->
     assert certificate.control is None or certificate.control > 1e-3, f"other units do as well: {certificate}"
 
 
-@every_network("axes")
-def test_axes(architecture: Architecture, exporter: str, folder: Path) -> None:
-    coupling = analysed(architecture, exporter, folder)
-    frozen = {name: found for name, n in architecture.axes.items() if (found := frozen_axes(coupling, n))}
-    assert not frozen
+@pytest.mark.parametrize(
+    ("architecture", "exporter", "axis"), [case("axes", a, e, axis) for a, e in EXPORTED for axis in a.axes]
+)
+def test_axis_is_prunable(architecture: Architecture, exporter: str, axis: str, folder: Path) -> None:
+    assert not frozen_axes(analysed(architecture, exporter, folder), architecture.axes[axis])
 
 
 @pytest.mark.parametrize(

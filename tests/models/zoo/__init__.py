@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from zoo import convolutional, mobile
+from zoo import convolutional, language, mobile, recurrent, vision_transformers
 from zoo.architecture import Architecture
 
-FAMILIES = (convolutional, mobile)
+FAMILIES = (convolutional, mobile, vision_transformers, language, recurrent)
 
 ZOO: dict[str, Architecture] = {
     architecture.name: architecture for family in FAMILIES for architecture in family.ARCHITECTURES

@@ -56,12 +56,17 @@ def reach(coupling: Coupling, *, exact: bool = True) -> float:
 
 
 def frozen_axes(coupling: Coupling, length: int) -> list[str]:
-    """Parameter axes of some length with positions that no unit takes; a single line where there is no such axis."""
+    """Parameter axes of some length with positions that no unit takes, and why; a line where there is no such axis."""
     free = {(use.parameter, axis) for use in coupling.uses for axis, f in use.axes.items() if _wholly(coupling, f)}
     axes = [(name, axis) for name, sizes in _parameters(coupling.model) for axis, n in enumerate(sizes) if n == length]
     if not axes:
         return [f"no parameter has an axis of length {length}"]
-    return [f"{name} axis {axis}" for name, axis in axes if (name, axis) not in free]
+    reasons = {(frozen.tensor, frozen.axis): frozen.reason for frozen in coupling.frozen}
+    return [
+        f"{name} axis {axis}: {reasons.get((name, axis), 'no operator labels it')}"
+        for name, axis in axes
+        if (name, axis) not in free
+    ]
 
 
 def _wholly(coupling: Coupling, factors: tuple[np.ndarray, ...]) -> bool:
