@@ -1,6 +1,8 @@
 """Operator rules, one family a file. Importing this package registers them all."""
 
 from graphopt.analysis.ops import (  # noqa: F401
+    attention_operators,
+    contraction,
     control,
     convolution,
     elementwise,
