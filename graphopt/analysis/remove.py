@@ -261,7 +261,7 @@ class Removal:
         self._insert_after(node, "Mul", self._constant(f"{output.name}_factor", array, node.graph))
 
     def add_to_output(self, node: ir.Node, value: ir.Value) -> None:
-        """Add a value, computed before the node, to the result of a node; the sum keeps the name."""
+        """Add a value, computed before the node, to its own result, before what was put behind it; keeps the name."""
         self._insert_after(node, "Add", value)
 
     def compute_before(self, node: ir.Node, op_type: str, inputs: Sequence[ir.Value | float], stem: str) -> ir.Value:
@@ -279,6 +279,13 @@ class Removal:
         added = self._node(op_type, values, stem, first, first.shape)
         node.prepend(added)
         return added.outputs[0]
+
+    def cast_before(self, node: ir.Node, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+        """A value in another type, cast before a node."""
+        cast = self._node("Cast", [value], f"{value.name}_cast", value, value.shape, to=int(dtype))
+        cast.outputs[0].type = ir.TensorType(dtype)
+        node.prepend(cast)
+        return cast.outputs[0]
 
     def change_operand(
         self, node: ir.Node, index: int, change: Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]]
@@ -300,9 +307,8 @@ class Removal:
         pads = self._constant(
             f"{source.name}_pads", np.asarray([0] * (2 * len(shape) - 1) + [count], dtype=np.int64), node.graph
         )
-        sizes = [self.operand_count(node, index, a) if self._loses(node, index, a) else d for a, d in enumerate(shape)]
-        left = sizes[-1]
-        sizes[-1] = left + count if isinstance(left, int) else None
+        left = [self.operand_count(node, index, a) if self._loses(node, index, a) else d for a, d in enumerate(shape)]
+        sizes = [*left[:-1], left[-1] + count if isinstance(left[-1], int) else None]
         pad = self._node("Pad", [source, pads], f"{source.name}_padded", source, sizes)
         node.prepend(pad)
         node.replace_input_with(index, pad.outputs[0])

@@ -7,6 +7,7 @@ from graphopt.analysis.ops import (  # noqa: F401
     convolution,
     elementwise,
     joining,
+    layer_norm,
     layout,
     linear,
     normalization,

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from scipy import special
 
 from graphopt.analysis import shapes
+from graphopt.analysis.centred import gain_index
 from graphopt.analysis.dead_values import DeadValues, Floats, elementwise_value
 from graphopt.analysis.labels import Axes
 from graphopt.analysis.rules import Labeller, OpRule, Role, rule, where
@@ -174,7 +175,8 @@ _VALUELESS = (
     *("BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor"),
 )
 _PRODUCERS = {"Add", "Sum", "Sub"}
-"""A constant that is added belongs to the unit: zeroing the unit zeroes it."""
+"""A constant that is added belongs to the unit: zeroing the unit zeroes it. So does the gain of a layer norm, because a
+dead position is minus the mean there."""
 
 
 @rule
@@ -235,8 +237,9 @@ class ElementwiseVariadic(OpRule):
             g.freeze_node(node, f"{name}: the rank of an operand is unknown")
             return
         role: Role = "producer" if node.op_type in _PRODUCERS else "follower"
+        gain = gain_index(node)
         operands = [
-            (g.operand(node, index, role=role), shapes.dims(value) or (), value)
+            (g.operand(node, index, role="producer" if index == gain else role), shapes.dims(value) or (), value)
             for index, value in enumerate(node.inputs)
             if value is not None
         ]

@@ -1,7 +1,8 @@
-"""BatchNormalization, InstanceNormalization, and the operators that judge a whole axis together (softmax, norms).
+"""BatchNormalization, InstanceNormalization, groups, and the operators that judge a whole axis together (softmax).
 
 Batch and instance normalisation work channel by channel: the channel keeps its labels and takes its scale, bias and
-statistics along. An operator that mixes positions of an axis freezes that axis.
+statistics along. An operator that mixes positions of an axis freezes that axis. Norms over the last axis are in
+`graphopt.analysis.ops.layer_norm`.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ class InstanceNormalization(_ChannelNorm):
 class AxisTogether(OpRule):
     """Softmax and its kin: one axis is judged together and keeps its length; the other axes pass."""
 
-    ops = ("Softmax", "LogSoftmax", "Hardmax", "CumSum", "LpNormalization")
+    ops = ("Softmax", "LogSoftmax", "Hardmax", "CumSum")
 
     def label(self, node: ir.Node, g: Labeller) -> None:
         x = g.operand(node, 0)
@@ -102,7 +103,7 @@ class AxisTogether(OpRule):
             axis = shapes.scalar(node.inputs[1])
             together = [int(axis) % rank] if axis is not None and rank else list(x)
         else:
-            old = shapes.opset(node) < 13 and node.op_type != "LpNormalization"
+            old = shapes.opset(node) < 13
             axis = node.attributes.get_int("axis", 1 if old else -1) or 0
             first = int(axis) % rank if rank else 0
             together = list(range(first, rank)) if old else [first]
@@ -116,23 +117,6 @@ class AxisTogether(OpRule):
             values = d.operand(node, 0, axis)
             if values is not None:
                 d.set(node.outputs[0], axis, np.where(values == 0, 0.0, np.nan))
-
-
-@rule
-class LayerNormalization(OpRule):
-    """Normalises the axes from `axis` on together: those keep their length."""
-
-    ops = ("LayerNormalization", "RMSNormalization")
-
-    def label(self, node: ir.Node, g: Labeller) -> None:
-        reason = f"{where(node)}: all positions of the axis are normalised together"
-        x = g.operand(node, 0)
-        rank = len(shapes.dims(node.inputs[0]) or ()) if node.inputs[0] is not None else 0
-        first = int(node.attributes.get_int("axis", -1) or 0) % max(rank, 1)
-        g.freeze(x, reason, only=range(first, rank))
-        for index in range(1, len(node.inputs)):
-            g.freeze(g.operand(node, index), reason)
-        g.set(node.outputs[0], {a: f for a, f in x.items() if a < first})
 
 
 @rule
@@ -186,10 +170,63 @@ class GroupNormalization(OpRule):
 
 
 @rule
-class AcrossChannels(OpRule):
-    """LRN and MeanVarianceNormalization mix neighbouring channels: the channel axis keeps its length."""
+class LpNormalization(OpRule):
+    """x / ||x||_p along one axis: zeros add nothing to the norm and stay zero."""
 
-    ops = ("LRN", "MeanVarianceNormalization")
+    ops = ("LpNormalization",)
+
+    def label(self, node: ir.Node, g: Labeller) -> None:
+        x = g.operand(node, 0)
+        axis = self._axis(node)
+        if axis is None:
+            g.freeze_node(node, f"{where(node)}: the rank of its input is unknown")
+            return
+        if axis in x:
+            g.sink(node, 0, axis, "zero", f"{where(node)}: sums a value that is not zero")
+        g.set(node.outputs[0], x)
+
+    @staticmethod
+    def _axis(node: ir.Node) -> int | None:
+        source = node.inputs[0]
+        shape = shapes.dims(source) if source is not None else None
+        return None if not shape else int(node.attributes.get_int("axis", -1) or 0) % len(shape)
+
+    def dead(self, node: ir.Node, d: DeadValues) -> None:
+        for axis in d.axes(node.outputs[0]):
+            values = d.operand(node, 0, axis)
+            if values is not None and axis == self._axis(node):
+                d.set(node.outputs[0], axis, np.where(values == 0, 0.0, np.nan))
+
+
+@rule
+class MeanVarianceNormalization(OpRule):
+    """(x - mean) / deviation over `axes`, by default all but the channels: the other axes pass, zeros stay zero."""
+
+    ops = ("MeanVarianceNormalization",)
+
+    def label(self, node: ir.Node, g: Labeller) -> None:
+        x = g.operand(node, 0)
+        source = node.inputs[0]
+        shape = shapes.dims(source) if source is not None else None
+        if shape is None:
+            g.freeze_node(node, f"{where(node)}: the rank of its input is unknown")
+            return
+        together = {axis % max(len(shape), 1) for axis in node.attributes.get_ints("axes", (0, 2, 3))}
+        g.freeze(x, f"{where(node)}: all positions of the axis are normalised together", only=together)
+        g.set(node.outputs[0], {axis: f for axis, f in x.items() if axis not in together})
+
+    def dead(self, node: ir.Node, d: DeadValues) -> None:
+        for axis in d.axes(node.outputs[0]):
+            values = d.operand(node, 0, axis)
+            if values is not None:  # another constant is divided by a deviation that is 0 but for rounding
+                d.set(node.outputs[0], axis, np.where(values == 0, 0.0, np.nan))
+
+
+@rule
+class AcrossChannels(OpRule):
+    """LRN mixes neighbouring channels: the channel axis keeps its length."""
+
+    ops = ("LRN",)
 
     def label(self, node: ir.Node, g: Labeller) -> None:
         g.freeze_node(node, f"{where(node)}: channels are normalised together")

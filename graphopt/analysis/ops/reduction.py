@@ -2,6 +2,14 @@
 
 A reduced axis ends here: zeros add nothing to a sum (or a norm), so a dead unit of value 0 may leave it; a mean over n
 positions of which k stay is the mean over k times k / n. A maximum sees zeros, so its axis keeps its length.
+
+In a written-out normalisation the factor goes where runtimes still recognise it (RMS norm):
+
+    gamma x / sqrt(k/n M + eps) = (gamma sqrt(n/k)) x / sqrt(M + eps n/k)       M = mean over k of x^2
+
+and a variance is corrected for the dead positions, each of which holds 0 - m, m being what is subtracted (layer norm):
+
+    var = k/n (mean over k of (x - m)^2 + (n/k - 1) m^2)
 """
 
 from __future__ import annotations
@@ -10,31 +18,14 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis import shapes
+from graphopt.analysis.centred import reduced_axes, variance_of
 from graphopt.analysis.dead_values import DeadValues
 from graphopt.analysis.remove import Removal
 from graphopt.analysis.rules import Labeller, OpRule, rule, where
+from graphopt.rewriting.edit import is_onnx, sole_use
 
 _SUMS = ("ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceMean")
 _OTHERS = ("ReduceMax", "ReduceMin", "ReduceProd", "ReduceLogSumExp", "ArgMax", "ArgMin")
-
-
-def reduced_axes(node: ir.Node) -> tuple[list[int], bool] | None:
-    """(axes, keepdims) of a reduction; None where they are computed."""
-    source = node.inputs[0]
-    shape = shapes.dims(source) if source is not None else None
-    if shape is None:
-        return None
-    keep = bool(node.attributes.get_int("keepdims", 1))
-    if node.op_type in {"ArgMax", "ArgMin"}:
-        return [int(node.attributes.get_int("axis", 0) or 0) % max(len(shape), 1)], keep
-    given = node.attributes.get_ints("axes", None)
-    if given is None and len(node.inputs) > 1 and node.inputs[1] is not None:
-        given = shapes.ints(node.inputs[1])
-        if given is None:
-            return None
-    if not given:
-        return ([] if node.attributes.get_int("noop_with_empty_axes", 0) else list(range(len(shape)))), keep
-    return sorted({axis % max(len(shape), 1) for axis in given}), keep
 
 
 @rule
@@ -56,9 +47,10 @@ class Reduce(OpRule):
         if node.op_type == "ReduceMean" and whole:
             g.freeze(x, f"{name}: a mean of integers is rounded", only=axes)
         elif node.op_type in _SUMS:
+            shifted = variance_of(node)  # what is asked to be zero then is the tensor before the shift, see `rewrite`
             for axis in axes:
                 if axis in x:
-                    g.sink(node, 0, axis, "zero", f"{name}: sums a value that is not zero")
+                    g.sink(shifted or node, 0, axis, "zero", f"{name}: sums a value that is not zero")
         else:
             g.freeze(x, f"{name}: all positions of the axis are compared", only=axes)
         left = [axis for axis in range(len(shapes.dims(source) or ())) if keep or axis not in axes]
@@ -90,8 +82,58 @@ class Reduce(OpRule):
             size = r.size(source, axis)
             if size is not None:
                 before, after = before * size, after * r.operand_count(node, 0, axis)
-        if after != before:
+        if after == before:
+            return
+        if not _into_norm(node, before / after, r):
             r.multiply_output(node, after / before)
+        shifted = variance_of(node)
+        mean = shifted.inputs[1] if shifted is not None else None
+        if mean is not None:
+            stem = f"{mean.name}_of_removed"
+            if mean.dtype != source.dtype and source.dtype is not None:
+                mean = r.cast_before(node, mean, source.dtype)
+            square = r.compute_before(node, "Mul", [mean, mean], stem)
+            r.add_to_output(node, r.compute_before(node, "Mul", [square, before / after - 1], stem))
+
+
+def _into_norm(mean: ir.Node, ratio: float, r: Removal) -> bool:
+    """Let epsilon and gamma of a written-out RMS norm take over the factor 1 / ratio of its mean; False: there is none.
+
+    The pattern is mean + epsilon -> root -> quotient or reciprocal and product -> gain, each read by the next alone.
+    """
+    add = _reader(mean, "Add")
+    if add is None:
+        return False
+    epsilon = 1 - next(i for i, v in enumerate(add.inputs) if v is mean.outputs[0])
+    root = _reader(add, "Sqrt")
+    quotient = _divided_by(root) if root is not None else None
+    gain = _reader(quotient, "Mul", "Cast") if quotient is not None else None
+    if gain is not None and gain.op_type == "Cast":
+        gain = _reader(gain, "Mul")
+    if gain is None or shapes.scalar(add.inputs[epsilon]) is None:
+        return False
+    factors = [i for i, v in enumerate(gain.inputs) if shapes.constant_tensor(v) is not None]
+    if not factors:
+        return False
+    r.change_operand(add, epsilon, lambda array: array * ratio)
+    r.change_operand(gain, factors[0], lambda array: array * np.sqrt(ratio))
+    return True
+
+
+def _divided_by(root: ir.Node) -> ir.Node | None:
+    """What divides by the result of a node, by a quotient or by a product with 1 / root."""
+    division = _reader(root, "Div", "Reciprocal")
+    if division is None or division.op_type == "Reciprocal":
+        return None if division is None else _reader(division, "Mul")
+    if division.inputs[1] is not root.outputs[0]:
+        return None
+    return _reader(division, "Mul") if shapes.constant_tensor(division.inputs[0]) is not None else division
+
+
+def _reader(node: ir.Node, *op_types: str) -> ir.Node | None:
+    """The one reader of a node's result, where it is one of these operators."""
+    use = sole_use(node.outputs[0])
+    return use.node if use is not None and is_onnx(use.node, *op_types) else None
 
 
 @rule

@@ -1,0 +1,261 @@
+"""LayerNormalization and RMSNormalization as single operators, with or without the residual sum before them.
+
+Both judge the positions of the last axis together, n in the dense model, k after the removal. A dead unit is zero at
+every writer of the axis, so it adds nothing to a sum, and the statistics of the k that stay can be corrected exactly.
+
+RMS:    y = gamma x / sqrt(S / n + eps)                                S = sum of squares, over k as over n
+          = (gamma sqrt(n / k)) x / sqrt(S / k + eps n / k)            gamma' and eps' absorb it: nothing is added
+
+Layer:  y = gamma (x - m) / sqrt(v + eps) + beta. The zeros of the dead enter m and v, and a dead position gives
+        beta - gamma m / sqrt(v + eps), so its gamma and beta belong to the unit: zero with the rest of it, they make
+        the position zero. What is left is padded with zeros to n positions, normalised as before, and cut again:
+        runtimes keep their fused kernel, and the pads cost little beside it. Once the writers of the stream are
+        centred the RMS form holds, which needs no pads (`graphopt.rewriting.centring`).
+
+Source: Zhang & Sennrich, arXiv:1910.07467, for RMS; the corrections follow from the definitions.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.analysis import shapes
+from graphopt.analysis.dead_values import DeadValues, Floats, elementwise_value
+from graphopt.analysis.labels import Axes
+from graphopt.analysis.remove import Removal
+from graphopt.analysis.rules import Labeller, OpRule, Role, rule, where
+
+
+class _LastAxisNorm(OpRule):
+    """What the norms share: where the operands stand, labels, dead values of the residual sum.
+
+    Attributes:
+        addends: operands that are added before the norm; the first is as large as the result.
+        gain, shift: gamma and beta.
+        gain_role: see `Role`.
+        sum_output: index of the output that gives the residual sum.
+    """
+
+    addends: ClassVar[tuple[int, ...]] = (0,)
+    gain: ClassVar[int] = 1
+    shift: ClassVar[int | None] = None
+    gain_role: ClassVar[Role] = "follower"
+    sum_output: ClassVar[int | None] = None
+
+    def label(self, node: ir.Node, g: Labeller) -> None:
+        name = where(node)
+        rank = _rank(node)
+        if rank is None:
+            g.freeze_node(node, f"{name}: the rank of an operand is unknown")
+            return
+        reason = self._together(node, rank)
+        first = _first(node, rank)
+        addends = {index: g.operand(node, index, role="producer") for index in self._addends(node)}
+        x = _sum_labels(node, g, addends, rank)
+        channels = x.get(rank - 1, ())
+        for index in self._parameters(node):
+            own = g.operand(node, index, role=self.gain_role if index == self.gain else "producer")
+            if reason is not None:
+                g.freeze(own, f"{name}: {reason}")
+            elif _spans(node, index, rank - 1, rank) and (channels or own):
+                channels = g.equate(channels, own.get(0, ()), f"{name}: its channels are never removed")
+        if reason is not None:
+            g.freeze(x, f"{name}: {reason}", only=range(first, rank))
+        else:
+            x[rank - 1] = channels
+            for index, labels in addends.items():
+                own_last = _own(node, index, rank - 1, rank)
+                if own_last in labels:
+                    g.sink(node, index, own_last, "zero", f"{name}: normalises a value that is not zero")
+        kept = {axis: labels for axis, labels in x.items() if axis < first or reason is None}
+        for index, output in enumerate(node.outputs):
+            if not output.name:
+                continue
+            statistic = index not in {0, self.sum_output}  # a mean or deviation: one number for all positions
+            g.set(output, {axis: f for axis, f in kept.items() if axis < first or not statistic})
+
+    def _addends(self, node: ir.Node) -> list[int]:
+        return [i for i in self.addends if i < len(node.inputs) and node.inputs[i] is not None]
+
+    def _parameters(self, node: ir.Node) -> list[int]:
+        wanted = (self.gain, self.shift)
+        return [i for i in wanted if i is not None and i < len(node.inputs) and node.inputs[i] is not None]
+
+    def _together(self, node: ir.Node, rank: int) -> str | None:
+        """Why the axis keeps its length; None where it does not."""
+        return None if _first(node, rank) == rank - 1 else "several axes are normalised together"
+
+    def dead(self, node: ir.Node, d: DeadValues) -> None:
+        output = node.outputs[0]
+        rank = len(shapes.dims(output) or ())
+        there = self.sum_output is not None and self.sum_output < len(node.outputs)
+        given = node.outputs[self.sum_output or 0] if there else None
+        for axis in d.axes(output):
+            total = np.zeros(d.size(output, axis))
+            for index in self._addends(node):
+                total = total + elementwise_value(node, index, output, axis, d)
+            if given is not None and given.name:
+                d.set(given, axis, total)
+            if axis == rank - 1:
+                d.set(output, axis, self._normalised(node, total, d))
+
+    @abstractmethod
+    def _normalised(self, node: ir.Node, x: Floats, d: DeadValues) -> Floats:
+        """Dead values of the result along the last axis, given those of the sum."""
+
+    def _parameter(self, node: ir.Node, index: int | None, size: int, d: DeadValues) -> Floats:
+        """A parameter by channel; one that is not there is 0."""
+        if index is None or index not in self._parameters(node):
+            return np.zeros(size)
+        found = d.operand(node, index, 0)
+        return np.full(size, np.nan) if found is None else np.broadcast_to(found, size)
+
+
+def _rank(node: ir.Node) -> int | None:
+    """Rank of the result; None where that of an operand is unknown."""
+    known = [shapes.dims(value) for value in node.inputs if value is not None]
+    return None if not known or any(shape is None for shape in known) else len(known[0] or ())
+
+
+def _first(node: ir.Node, rank: int) -> int:
+    """The first axis that is normalised."""
+    return int(node.attributes.get_int("axis", -1) or 0) % max(rank, 1)
+
+
+def _own(node: ir.Node, index: int, axis: int, rank: int) -> int:
+    """The axis of an operand that meets an axis of the result; negative where it has none."""
+    value = node.inputs[index]
+    return axis - rank + len(shapes.dims(value) or ()) if value is not None else -1
+
+
+def _spans(node: ir.Node, index: int, axis: int, rank: int) -> bool:
+    """Whether an operand has a value of its own at each position of an axis of the result."""
+    own, value = _own(node, index, axis, rank), node.inputs[index]
+    return own >= 0 and value is not None and (shapes.dims(value) or ())[own] != 1
+
+
+def _sum_labels(node: ir.Node, g: Labeller, addends: dict[int, Axes], rank: int) -> Axes:
+    """Labels of a sum with broadcasting."""
+    total: Axes = {}
+    for axis in range(rank):
+        sides = [addends[i].get(_own(node, i, axis, rank), ()) for i in addends if _spans(node, i, axis, rank)]
+        if any(sides):
+            total[axis] = next(side for side in sides if side)
+            for side in sides:
+                if side is not total[axis]:
+                    total[axis] = g.equate(total[axis], side, f"{where(node)}: an operand is never shortened")
+    return total
+
+
+class _RootMeanSquare(_LastAxisNorm):
+    """gamma' = gamma sqrt(n / k), eps' = eps n / k."""
+
+    def _normalised(self, node: ir.Node, x: Floats, d: DeadValues) -> Floats:
+        gain = self._parameter(node, self.gain, len(x), d)
+        return np.where((x == 0) | (gain == 0), 0.0, np.nan)
+
+    def rewrite(self, node: ir.Node, r: Removal) -> None:
+        last = len(shapes.dims(node.outputs[0]) or ()) - 1
+        mask = r.mask(node.outputs[0], last)
+        if mask is None:
+            return
+        ratio = len(mask) / int(mask.sum())
+        epsilon = node.attributes.get_float("epsilon", 1e-5)
+        node.attributes.add(ir.AttrFloat32("epsilon", float(epsilon or 0.0) * ratio))
+        if not r.change_operand(node, self.gain, lambda gamma: gamma * np.sqrt(ratio)):
+            r.multiply_output(node, float(np.sqrt(ratio)))
+
+
+@rule
+class RMSNormalization(_RootMeanSquare):
+    """y = gamma x / sqrt(mean(x^2) + epsilon), opset 23."""
+
+    ops = ("RMSNormalization",)
+
+
+@rule
+class SimplifiedLayerNormalization(_RootMeanSquare):
+    """The same, as ONNX Runtime calls it; it stands in the standard domain of files that ONNX Runtime wrote."""
+
+    ops = ("SimplifiedLayerNormalization",)
+
+
+@rule
+class ContribSimplifiedLayerNormalization(_RootMeanSquare):
+    """The same in ONNX Runtime's own domain."""
+
+    ops = ("SimplifiedLayerNormalization",)
+    domain = "com.microsoft"
+
+
+@rule
+class SkipSimplifiedLayerNormalization(_RootMeanSquare):
+    """RMS norm of input + skip + bias; the fourth output is that sum."""
+
+    ops = ("SkipSimplifiedLayerNormalization",)
+    domain = "com.microsoft"
+    addends = (0, 1, 3)
+    gain = 2
+    sum_output = 3
+
+
+class _Layer(_LastAxisNorm):
+    """Pads, normalises over the dense n, cuts."""
+
+    shift = 2
+    gain_role = "producer"
+
+    def _normalised(self, node: ir.Node, x: Floats, d: DeadValues) -> Floats:
+        gain, shift = (self._parameter(node, index, len(x), d) for index in (self.gain, self.shift))
+        return np.where(gain == 0, shift, np.nan)
+
+    def _together(self, node: ir.Node, rank: int) -> str | None:
+        imports = node.graph.opset_imports if node.graph is not None else {}
+        if imports.get("", 13) < _FIRST_OPSET_OF_PADS:
+            return f"what is left of it cannot be padded before opset {_FIRST_OPSET_OF_PADS}"
+        return super()._together(node, rank)
+
+    def rewrite(self, node: ir.Node, r: Removal) -> None:
+        rank = len(shapes.dims(node.outputs[0]) or ())
+        mask = r.mask(node.outputs[0], rank - 1)
+        if mask is None:
+            return
+        missing = len(mask) - int(mask.sum())
+        for index in (*self._addends(node), *self._parameters(node)):
+            if _spans(node, index, rank - 1, rank) and not r.change_operand(node, index, _with_zeros(missing)):
+                r.pad_operand(node, index, missing)
+        r.cut_output(node, 0, int(mask.sum()))
+        if self.sum_output is not None:
+            r.cut_output(node, self.sum_output, int(mask.sum()))
+
+
+_FIRST_OPSET_OF_PADS = 11
+"""Before it, the pads of Pad were an attribute."""
+
+
+def _with_zeros(count: int) -> Callable[[Floats], Floats]:
+    return lambda array: np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, count)])
+
+
+@rule
+class LayerNormalization(_Layer):
+    """y = gamma (x - mean) / sqrt(variance + epsilon) + beta over the axes from `axis` on."""
+
+    ops = ("LayerNormalization",)
+
+
+@rule
+class SkipLayerNormalization(_Layer):
+    """Layer norm of input + skip + bias; the fourth output is that sum."""
+
+    ops = ("SkipLayerNormalization",)
+    domain = "com.microsoft"
+    addends = (0, 1, 4)
+    gain = 2
+    shift = 3
+    sum_output = 3

@@ -1,0 +1,71 @@
+"""Norms over pruned axes are exact: single operators and written out, in residual streams."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from text_graph import graph
+
+from graphopt.analysis.certificate import certify, choose
+from graphopt.analysis.units import Coupling, analyse
+
+CONTRIB = '"com.microsoft" : 1'
+
+NORMS = {
+    "LayerNormalization": "h = LayerNormalization(s, g, b)",
+    "LayerNormalization without shift": "h = LayerNormalization(s, g)",
+    "RMSNormalization": "h = RMSNormalization(s, g)",
+    "SimplifiedLayerNormalization": "h = SimplifiedLayerNormalization<epsilon=0.1>(s, g)",
+    "layer norm by Pow and Div": """
+        m = ReduceMean(s, last)  d = Sub(s, m)  p = Pow(d, two)  v = ReduceMean(p, last)  e = Add(v, eps)
+        r = Sqrt(e)  n = Div(d, r)  hg = Mul(n, g)  h = Add(hg, b)""",
+    "layer norm by Mul and Reciprocal": """
+        m = ReduceMean(s, last)  d = Sub(s, m)  d2 = Sub(s, m)  p = Mul(d, d)  v = ReduceMean(p, last)
+        e = Add(eps, v)  r = Sqrt(e)  i = Reciprocal(r)  n = Mul(d2, i)  h = Mul(g, n)""",
+    "RMS norm by Div": """
+        p = Pow(s, two)  v = ReduceMean(p, last)  e = Add(v, eps)  r = Sqrt(e)  n = Div(s, r)  h = Mul(n, g)""",
+    "RMS norm by Reciprocal": """
+        p = Mul(s, s)  v = ReduceMean(p, last)  e = Add(v, eps)  r = Sqrt(e)  i = Reciprocal(r)  n = Mul(s, i)
+        h = Mul(g, n)""",
+    "RMS norm by a quotient of one": """
+        p = Mul(s, s)  v = ReduceMean(p, last)  e = Add(v, eps)  r = Sqrt(e)  i = Div(one, r)  n = Mul(s, i)
+        h = Mul(g, n)""",
+    "RMS norm without gain": """
+        p = Mul(s, s)  v = ReduceMean(p, last)  e = Add(v, eps)  r = Sqrt(e)  h = Div(s, r)""",
+    "LpNormalization": "h = LpNormalization(s)",
+}
+
+
+def stream(norm: str) -> ir.Model:
+    """x -> embedding -> residual block around a norm -> norm -> head, with shifts everywhere."""
+    body = f"""
+        e0 = MatMul(x, w0)  e1 = Add(e0, c0)
+        u = Relu(e1)  f0 = MatMul(u, w1)  f1 = Add(f0, c1)  s = Add(e1, f1)
+        {norm}
+        y = MatMul(h, w2)"""
+    parameters = {
+        "w0": (6, 16), "c0": (16,), "w1": (16, 16), "c1": (16,), "w2": (16, 5), "g": (16,), "b": (16,),
+        "last": np.array([-1]), "two": np.float32(2), "eps": np.float32(0.1), "one": np.float32(1),
+    }  # fmt: skip
+    read = set(re.findall(r"\w+", body))
+    used = {name: value for name, value in parameters.items() if name in read}
+    return graph("(float[n,3,6] x) => (float[n,3,5] y)", body, opset=23, imports=CONTRIB, **used)
+
+
+def exact(coupling: Coupling) -> set[int]:
+    return {unit.id for unit in coupling.units if unit.exact}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_a_residual_stream_through_a_norm_is_exact(name: str) -> None:
+    model = stream(NORMS[name])
+    coupling = analyse(model)
+    assert len(exact(coupling)) == len(coupling.units) == 16
+    certificate = certify(model, coupling, choose(coupling, 0.5, 1))
+    assert certificate.holds, certificate
+    assert certificate.effect > 1e-2
+    assert certificate.control is not None
+    assert certificate.control > 1e-2
