@@ -184,10 +184,14 @@ def _session_of(
     clone = with_placeholders(model, in_memory, in_memory)
     shared: dict[str, Any] = {}
     inline = 0
-    for name, value in clone.graph.initializers.items():
+    for name, value in list(clone.graph.initializers.items()):
         tensor = model.graph.initializers[name].const_value
         if tensor is None:
             raise ModelError("it holds no data", where=f"initialiser {name}")
+        if not value.uses() and not value.is_graph_output() and not value.is_graph_input():
+            # The runtime drops what nothing reads before it looks for what is shared with it, and then misses it.
+            del clone.graph.initializers[name]
+            continue
         if tensor.dtype == ir.DataType.STRING or tensor.nbytes <= INLINE:
             continue
         if f"tensor({tensor.dtype.name.lower()})" not in _NUMPY_TYPES:

@@ -47,6 +47,15 @@ def test_runs_what_numpy_computes(tmp_path, external, in_memory, optimize, low_m
         np.testing.assert_allclose(session.run({"x": X})["y"], expected()["y"], rtol=1e-4, atol=1e-4)
 
 
+def test_an_initialiser_that_nothing_reads(tmp_path):
+    model = models.load(write(small_proto(), tmp_path / "m.onnx"))
+    spare = ir.tensor(np.zeros(4000, np.float32), name="spare")
+    model.graph.register_initializer(ir.Value(name="spare", const_value=spare))
+    with Session(model) as session:
+        np.testing.assert_allclose(session.run({"x": X})["y"], expected()["y"], rtol=1e-4, atol=1e-4)
+    assert "spare" in model.graph.initializers
+
+
 @pytest.mark.parametrize("in_memory", [False, True])
 def test_taps(tmp_path, in_memory):
     path = write(small_proto(), tmp_path / "m.onnx")
