@@ -111,6 +111,11 @@ def _like(op_type: str, *names: str, operands: str = "i0") -> Body:
     return body
 
 
+def _quantized(node: onnx.NodeProto, given: Attributes) -> str:
+    operands = ", ".join(f"i{k}" for k in range(len(node.input)))
+    return f"o0 = {node.op_type} <axis={given.get('axis', 1)}> ({operands})"
+
+
 def _text(value: Any) -> str:
     return str(list(value)) if isinstance(value, Iterable) else str(value)
 
@@ -140,6 +145,8 @@ _BODIES: dict[str, Body] = {
     "QAttention": _fused_attention,
     "MultiHeadAttention": _attention,
     "GroupQueryAttention": _grouped_attention,
+    "QuantizeLinear": _quantized,
+    "DequantizeLinear": _quantized,
     "QLinearAdd": _like("Add", operands="i0, i3"),
     "QLinearMul": _like("Mul", operands="i0, i3"),
     "QLinearConcat": _joined,

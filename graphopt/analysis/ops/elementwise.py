@@ -7,7 +7,7 @@ holds afterwards is the operator applied to what its operands hold there.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -49,10 +49,9 @@ def _shrink(x: Floats, node: ir.Node) -> Floats:
 
 
 def _cast(x: Floats, node: ir.Node) -> Floats:
+    """Real numbers stay what they are; of integers and truth values only zero is told."""
     kind = ir.DataType(node.attributes.get_int("to", 1))
-    return (
-        x if kind in {ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16} else x * np.nan
-    )
+    return x if kind.is_floating_point() and kind.bitwidth >= 16 else np.where(x == 0, 0.0, np.nan)
 
 
 def _dropout(x: Floats, node: ir.Node) -> Floats:
@@ -169,6 +168,7 @@ VARIADIC: dict[str, Callable[..., Floats]] = {
     "Pow": lambda x, y: np.where(np.isnan(x) | np.isnan(y), np.nan, np.power(x, y)),
     "PRelu": lambda x, s: np.where(x < 0, s * x, x),
     "Where": lambda c, x, y: np.where(x == y, x, np.nan),
+    "SwiGLU": lambda x, y: np.where((x == 0) | (y == 0), 0.0, np.nan),
 }
 _VALUELESS = (
     *("Mod", "And", "Or", "Xor", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"),
@@ -230,17 +230,28 @@ class ElementwiseVariadic(OpRule):
 
     ops = (*VARIADIC, *_VALUELESS)
 
+    def operands(self, node: ir.Node) -> list[int]:
+        """Indices of the operands that are computed with."""
+        return [index for index, value in enumerate(node.inputs) if value is not None]
+
+    def role(self, node: ir.Node, index: int) -> Role:
+        """What a constant operand is to its units."""
+        return "producer" if node.op_type in _PRODUCERS or index == gain_index(node) else "follower"
+
+    def apply(self, node: ir.Node, values: Sequence[Floats]) -> Floats | None:
+        """f of the operands; NaN where it is not known, None where it never is."""
+        function = VARIADIC.get(node.op_type)
+        return None if function is None else function(*values)
+
     def label(self, node: ir.Node, g: Labeller) -> None:
         name = where(node)
-        ranks = [shapes.dims(v) for v in node.inputs if v is not None]
-        if any(r is None for r in ranks):
+        used = [(index, node.inputs[index]) for index in self.operands(node)]
+        if any(value is None or shapes.dims(value) is None for _, value in used):
             g.freeze_node(node, f"{name}: the rank of an operand is unknown")
             return
-        role: Role = "producer" if node.op_type in _PRODUCERS else "follower"
-        gain = gain_index(node)
         operands = [
-            (g.operand(node, index, role="producer" if index == gain else role), shapes.dims(value) or (), value)
-            for index, value in enumerate(node.inputs)
+            (g.operand(node, index, role=self.role(node, index)), shapes.dims(value) or (), value)
+            for index, value in used
             if value is not None
         ]
         rank = max(len(shape) for _, shape, _ in operands)
@@ -262,11 +273,10 @@ class ElementwiseVariadic(OpRule):
         g.set(node.outputs[0], result)
 
     def dead(self, node: ir.Node, d: DeadValues) -> None:
-        function = VARIADIC.get(node.op_type)
-        if function is None:
-            return
         output = node.outputs[0]
         for axis in d.axes(output):
-            values = [elementwise_value(node, i, output, axis, d) for i, v in enumerate(node.inputs) if v is not None]
+            values = [elementwise_value(node, index, output, axis, d) for index in self.operands(node)]
             with np.errstate(all="ignore"):
-                d.set(output, axis, function(*values))
+                found = self.apply(node, values)
+            if found is not None:
+                d.set(output, axis, found)
