@@ -22,8 +22,8 @@ _AS_INPUT = {"GroupNormalization"}
 
 
 def open_results(model: ir.Model) -> Iterator[ir.Value]:
-    """Results in the main graph that inference left open and that `result_dims` may know more of."""
-    for node in model.graph:
+    """Results, also in bodies, that inference left open and that `result_dims` may know more of."""
+    for node in model.graph.all_nodes():
         known = node.op_type in {"Reshape", "Range", *_AS_INPUT} and node.domain in {"", "ai.onnx"}
         if not known:
             continue

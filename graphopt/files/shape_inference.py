@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from graphopt.errors import ModelError, UsageError
+from graphopt.files.body_shapes import BodyInputs, repeat_constants
 from graphopt.files.contrib_shapes import stand_in
-from graphopt.files.loop_states import LoopStates
 from graphopt.files.reshape_targets import open_results, result_dims
 from graphopt.files.weights import all_graphs, reference, with_placeholders
 
@@ -42,19 +42,20 @@ def infer_shapes(model: ir.Model) -> None:
 def _infer_told(model: ir.Model) -> ir.Model:
     """Infer all shapes in place, and give the model without weights that inference saw in the end."""
     light = with_placeholders(model, _without_data, _without_data)
+    repeat_constants(light, SMALL)
     for value in _intermediate_values(light):
         value.shape = None
         value.type = None
     _infer(model, light)
-    left = {value.name for value in open_results(model)}
-    states = LoopStates(model, light)
+    left = set(open_results(model))
+    inputs = BodyInputs(model, light)
     for _ in range(ROUNDS):
         told = bool(left) and _tell(model, light, left)
-        if not (states.step() or told):
+        if not (inputs.step() or told):
             break
         _infer(model, light)
-    if states.open:
-        states.withdraw()
+    if inputs.open:
+        inputs.withdraw()
         _infer(model, light)
     return light
 
@@ -81,14 +82,13 @@ def annotated(model: ir.Model) -> ir.Model:
     return clone
 
 
-def _tell(model: ir.Model, light: ir.Model, left: set[str | None]) -> bool:
+def _tell(model: ir.Model, light: ir.Model, left: set[ir.Value]) -> bool:
     """Give results that inference left open what is known of their shapes; False if that is nothing new."""
-    told = {node.outputs[0].name: node for node in model.graph if node.outputs[0].name in left}
     changed = False
-    for value in _produced(light.graph):
-        node = told.get(value.name)
-        dims = None if node is None else result_dims(node)
-        source = node.inputs[0] if node is not None else None
+    for node, twin in zip(model.graph.all_nodes(), light.graph.all_nodes(), strict=True):
+        if not node.outputs or node.outputs[0] not in left:
+            continue
+        dims, source, value = result_dims(node), node.inputs[0], twin.outputs[0]
         if dims is None or source is None or source.type is None:
             continue
         shape = ir.Shape(dims)

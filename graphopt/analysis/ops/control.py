@@ -158,8 +158,12 @@ class _Repeated(OpRule):
         for state in crossing.states:
             value = node.inputs[state.start]
             axes = g.operand(node, state.start, role="producer")
-            g.set(state.inside, axes)
-            g.check_sizes(node, state.inside)
+            shape = shapes.dims(state.inside) or ()
+            steady = {a: f for a, f in axes.items() if a < len(shape) and shape[a] == len(f[0])}
+            changes = f"{name}: its state '{state.inside.name}' changes its size, or that is not known, along axis"
+            for axis in axes.keys() - steady.keys():
+                g.freeze(axes, f"{changes} {axis}", only=(axis,))
+            g.set(state.inside, steady)
             before.append((axes, value if value is not None else state.inside))
         for step in crossing.taken:
             axes = g.operand(node, step.index, role="producer")
