@@ -75,7 +75,10 @@ def main() -> int:
                 else:
                     print(row(architecture, exporter, options.cache), flush=True)
             except Exception as error:
-                crashes.append(f"## {architecture.name} {exporter}\n\n{traceback.format_exc()}")
+                frames = "".join(traceback.format_tb(error.__traceback__)[-6:])
+                crashes.append(
+                    f"## {architecture.name} {exporter}\n\n{frames}{type(error).__name__}: {str(error)[:600]}"
+                )
                 print(f"| {architecture.name} | {exporter} | CRASH {type(error).__name__}: {str(error)[:200]!r} |")
         if options.expect:
             print(f"{architecture.name} = {{ {', '.join(least)} }}")

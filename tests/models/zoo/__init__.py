@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
-from zoo import convolutional, language, mobile, recurrent, vision_transformers
+from zoo import (
+    convolutional,
+    detection,
+    generative,
+    image_to_image,
+    language,
+    mixers,
+    mobile,
+    recurrent,
+    signals,
+    vision_transformers,
+)
 from zoo.architecture import Architecture
 
-FAMILIES = (convolutional, mobile, vision_transformers, language, recurrent)
+FAMILIES = (
+    convolutional,
+    mobile,
+    image_to_image,
+    detection,
+    vision_transformers,
+    language,
+    recurrent,
+    mixers,
+    generative,
+    signals,
+)
 
 ZOO: dict[str, Architecture] = {
     architecture.name: architecture for family in FAMILIES for architecture in family.ARCHITECTURES
