@@ -30,6 +30,8 @@ _HOMES = {
         "UsageError",
         "VerificationError",
     ),
+    "fx.from_torch": ("from_torch",),
+    "fx.to_torch": ("to_torch", "update_weights"),
     "jobs": ("Inspection", "bench", "compare", "inspect", "lower", "run"),
     "manager": ("PassManager",),
     "model": ("load", "save"),
@@ -60,6 +62,9 @@ if TYPE_CHECKING:
     from graphopt.errors import PassFailure as PassFailure
     from graphopt.errors import UsageError as UsageError
     from graphopt.errors import VerificationError as VerificationError
+    from graphopt.fx.from_torch import from_torch as from_torch
+    from graphopt.fx.to_torch import to_torch as to_torch
+    from graphopt.fx.to_torch import update_weights as update_weights
     from graphopt.jobs import Inspection as Inspection
     from graphopt.jobs import bench as bench
     from graphopt.jobs import compare as compare
