@@ -1,0 +1,1 @@
+"""Sparse weights and their factorisations: matrices in, matrices out."""

@@ -1,0 +1,60 @@
+"""The metric of a layer: the second moments of its inputs, damped, and the error of a weight in it.
+
+A linear layer y = W x sees inputs with second moments H = E[x x^T] (their covariance, where a bias absorbs the mean).
+Replacing W by V costs E|W x - V x|^2 = tr((W - V) H (W - V)^T): everything in this folder minimises that.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from array_api_compat import array_namespace
+
+DAMPING = 0.01
+"""Added to the diagonal, relative to its mean: inputs that never vary, or always together, stay invertible."""
+
+
+def damped(second: Any, damping: float = DAMPING) -> Any:
+    """H + damping * mean(diag H) I.
+
+    Args:
+        second: (n, n), symmetric positive semidefinite.
+        damping: relative.
+
+    Raises:
+        ValueError: not finite, or all zero.
+    """
+    xp = array_namespace(second)
+    if not bool(xp.all(xp.isfinite(second))):
+        raise ValueError("the moments of its inputs are not finite")
+    mean = float(xp.mean(xp.linalg.diagonal(second)))
+    if mean <= 0:
+        raise ValueError("its inputs are all zero on the calibration data")
+    size = int(second.shape[0])
+    return second + damping * mean * xp.eye(size, dtype=second.dtype, device=second.device)
+
+
+def error(weight: Any, other: Any, metric: Any) -> float:
+    """tr((W - V) H (W - V)^T), summed in float64."""
+    xp = array_namespace(weight)
+    gap = weight - other
+    return float(xp.sum(xp.astype(gap * (gap @ metric), xp.float64)))
+
+
+def relative_error(weight: Any, other: Any, metric: Any) -> float:
+    """`error` relative to the layer's own signal tr(W H W^T); 0 for a layer without any."""
+    signal = error(weight, 0 * weight, metric)
+    return error(weight, other, metric) / signal if signal > 0 else 0.0
+
+
+def check_weight(weight: Any) -> None:
+    """Refuse what no solver can improve.
+
+    Raises:
+        ValueError: not finite, or all zero.
+    """
+    xp = array_namespace(weight)
+    if not bool(xp.all(xp.isfinite(weight))):
+        raise ValueError("its weights are not finite")
+    if not bool(xp.any(weight != 0)):
+        raise ValueError("its weights are all zero")

@@ -1,0 +1,234 @@
+"""Guarantees of the sparse solvers: the pattern holds, the loss never rises, no start is made worse, torch agrees."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from graphopt.numerics.sparsity.armor import armor, block_size
+from graphopt.numerics.sparsity.descent import Sweep, coordinate_descent
+from graphopt.numerics.sparsity.moments import damped, error, relative_error
+from graphopt.numerics.sparsity.one_shot import magnitude, normalise, nowag, sparsegpt, wanda
+from graphopt.numerics.sparsity.patterns import holds, mask, parse
+
+TWO_OF_FOUR = parse("2:4")
+PATTERNS = ["2:4", "1:4", "4:8", "50%"]
+
+
+def layer(m: int, n: int, seed: int = 0, samples: int = 200) -> tuple[np.ndarray, np.ndarray]:
+    """A weight and the second moments of correlated inputs with a few loud channels."""
+    random = np.random.default_rng(seed)
+    mixing = random.normal(size=(n, n)) * np.geomspace(3, 0.1, n)
+    x = random.normal(size=(samples, n)) @ mixing
+    x[:, :: max(1, n // 3)] *= 4
+    return random.normal(size=(m, n)), x.T @ x / samples
+
+
+@pytest.mark.parametrize("text", ["", "4:2", "0:4", "4:4", "2:32", "0%", "100%", "half"])
+def test_a_pattern_that_says_nothing_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="pattern"):
+        parse(text)
+
+
+@given(
+    st.sampled_from(PATTERNS),
+    st.integers(1, 6),
+    st.integers(1, 19),
+    st.integers(0, 2**31),
+)
+def test_a_mask_keeps_the_largest_of_every_group(text: str, m: int, n: int, seed: int) -> None:
+    pattern = parse(text)
+    scores = np.random.default_rng(seed).permutation(m * n).reshape(m, n).astype(np.float64)
+    kept = mask(scores, pattern)
+    assert holds(np.where(kept, scores + 1, 0), pattern)
+    if pattern.of:
+        for start in range(0, n, pattern.of):
+            group, chosen = scores[:, start : start + pattern.of], kept[:, start : start + pattern.of]
+            assert (chosen.sum(axis=1) == min(pattern.keep, group.shape[1])).all()
+            cut = np.where(chosen, -np.inf, group).max(axis=1)
+            assert (np.where(chosen, group, np.inf).min(axis=1) > cut).all()
+    else:
+        assert kept.sum() == round(pattern.density * m * n)
+
+
+def test_a_full_group_does_not_hold() -> None:
+    assert not holds(np.ones((2, 8)), TWO_OF_FOUR)
+    assert not holds(np.array([[1.0, 1, 1, 0, 0]]), TWO_OF_FOUR)
+    assert holds(np.array([[1.0, 1, 0, 0, 1, 1]]), TWO_OF_FOUR)
+
+
+def test_wanda_and_nowag_weigh_by_their_inputs() -> None:
+    weight, second = np.array([[4.0, 3.0, 2.0, 1.0]]), np.array([0.0, 1.0, 1.0, 100.0])
+    assert np.array_equal(magnitude(weight, TWO_OF_FOUR), [[4, 3, 0, 0]])
+    assert np.array_equal(wanda(weight, second, TWO_OF_FOUR), [[0, 3, 0, 1]])
+    two_rows = np.array([[4.0, 3.0, 2.0, 1.0], [40.0, 1.0, 1.0, 1.0]])
+    assert np.array_equal(nowag(two_rows, np.ones(4), TWO_OF_FOUR)[0], [0, 3, 2, 0])
+
+
+@pytest.mark.parametrize("text", PATTERNS)
+def test_sparsegpt_is_better_than_cutting_and_exact_for_what_it_cannot_cut(text: str) -> None:
+    weight, second = layer(12, 150)
+    metric, pattern = damped(second), parse(text)
+    cut = wanda(weight, np.diag(second), pattern)
+    found = sparsegpt(weight, metric, pattern)
+    assert holds(found, pattern)
+    assert error(weight, found, metric) < error(weight, cut, metric)
+    assert np.allclose(sparsegpt(cut, metric, pattern), cut)
+
+
+def test_sparsegpt_of_one_group_solves_for_what_is_left() -> None:
+    """Where the columns that are cut come first, the update is the least-squares refit of the others."""
+    weight, second = np.array([[0.01, 0.02, 3.0, 4.0]]), layer(1, 4)[1]
+    metric = damped(second)
+    found = sparsegpt(weight, metric, TWO_OF_FOUR)
+    assert np.array_equal(found != 0, [[False, False, True, True]])
+    refit = np.linalg.solve(metric[2:, 2:], (metric @ weight[0])[2:])
+    assert np.allclose(found[0, 2:], refit)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.sampled_from(PATTERNS), st.integers(1, 9), st.integers(4, 90), st.integers(0, 1000))
+def test_coordinate_descent_never_loses_to_its_start(text: str, m: int, n: int, seed: int) -> None:
+    weight, second = layer(m, n, seed)
+    metric, pattern = damped(second), parse(text)
+    start = sparsegpt(weight, metric, pattern)
+    found = coordinate_descent(weight, metric, pattern, sweeps=3)
+    assert holds(found, pattern)
+    assert error(weight, found, metric) <= error(weight, start, metric) * (1 + 1e-12)
+
+
+def test_a_sweep_of_one_group_finds_the_best_of_all_supports() -> None:
+    weight, second = layer(5, 4, 3)
+    metric = damped(second)
+    found = coordinate_descent(weight, metric, TWO_OF_FOUR, sweeps=1)
+    for row in range(5):
+        best = np.inf
+        for support in TWO_OF_FOUR.supports():
+            at = list(support)
+            value = np.zeros((1, 4))
+            value[0, at] = np.linalg.solve(metric[np.ix_(at, at)], (metric @ weight[row])[at])
+            best = min(best, error(weight[row : row + 1], value, metric))
+        assert error(weight[row : row + 1], found[row : row + 1], metric) == pytest.approx(best)
+
+
+@pytest.mark.parametrize("text", ["2:4", "4:8", "50%"])
+def test_the_gradient_is_that_of_the_new_core(text: str) -> None:
+    weight, second = layer(6, 140)
+    metric, pattern = damped(second), parse(text)
+    core = sparsegpt(weight, metric, pattern)
+    gradient = (weight - core) @ metric
+    Sweep(metric, pattern)(core, gradient)
+    assert np.allclose(gradient, (weight - core) @ metric, atol=1e-8 * np.abs(metric).max())
+
+
+@pytest.mark.parametrize("wrappers", ["in", "out", "both", "none"])
+@pytest.mark.parametrize(("m", "n"), [(16, 24), (10, 22), (7, 33)])
+def test_armor_only_gets_better_and_keeps_the_pattern(wrappers: str, m: int, n: int) -> None:
+    weight, second = layer(m, n, 1)
+    found = armor(weight, second, TWO_OF_FOUR, block=8, wrappers=wrappers, cycles=8)
+    metric = damped(second)
+    assert holds(found.core, TWO_OF_FOUR)
+    assert found.core.shape == weight.shape
+    assert (np.diff(found.losses) <= 0).all()
+    assert found.losses[0] == pytest.approx(error(weight, sparsegpt(weight, metric, TWO_OF_FOUR), metric))
+    assert found.losses[-1] < found.losses[0]
+    assert error(weight, found.dense(), metric) == pytest.approx(found.losses[-1])
+    for blocks in (found.left, found.right):
+        if blocks is not None:
+            assert np.linalg.cond(blocks).max() < 1e4
+
+
+def test_wrappers_help() -> None:
+    weight, second = layer(32, 64)
+    metric = damped(second)
+    bare = coordinate_descent(weight, metric, TWO_OF_FOUR, sweeps=20)
+    found = armor(weight, second, TWO_OF_FOUR, block=16, cycles=20)
+    assert found.losses[-1] < 0.8 * error(weight, bare, metric)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.sampled_from(["in", "out", "both"]), st.integers(4, 20), st.integers(4, 40), st.integers(0, 1000))
+def test_the_papers_objective_never_loses_to_nowag(wrappers: str, m: int, n: int, seed: int) -> None:
+    """Theorem 3.1 of the paper, for its own proxy: sum_ij (V_ij - Vhat_ij)^2 h_j on the normalised weight."""
+    weight, second = layer(m, n, seed)
+    found = armor(weight, second, TWO_OF_FOUR, block=4, wrappers=wrappers, objective="paper", cycles=5)
+    scaled, rows, columns = normalise(weight)
+    diagonal = np.diag(damped(second))
+
+    def proxy(dense: np.ndarray) -> float:
+        return float((((dense / rows[:, None] / columns[None, :]) - scaled) ** 2 * diagonal).sum())
+
+    baseline = proxy(nowag(weight, diagonal, TWO_OF_FOUR))
+    assert proxy(found.dense()) <= baseline * (1 + 1e-9) + 1e-12
+    assert holds(found.core, TWO_OF_FOUR)
+
+
+def test_a_shared_wrapper_of_taps_is_one_for_all_of_them() -> None:
+    weight, second = layer(12, 3 * 10, 5)
+    found = armor(weight, second, TWO_OF_FOUR, block=4, taps=3, cycles=6)
+    assert found.right.shape == (3, 4, 4)
+    full = np.zeros((10, 10))
+    for j, block in enumerate(found.right):
+        size = min(4, 10 - 4 * j)
+        full[4 * j : 4 * j + size, 4 * j : 4 * j + size] = block[:size, :size]
+    assert np.allclose(found.dense(), found.core @ np.kron(np.eye(3), full))
+    for tap in range(3):
+        assert holds(found.core[:, 10 * tap : 10 * tap + 10], TWO_OF_FOUR)
+
+
+def test_float32_reaches_what_float64_reaches() -> None:
+    weight, second = layer(24, 48, 2)
+    exact = armor(weight, second, TWO_OF_FOUR, block=8, cycles=12).losses[-1]
+    single = armor(weight.astype(np.float32), second, TWO_OF_FOUR, block=8, cycles=12)
+    assert single.core.dtype == np.float32
+    assert error(weight, single.dense().astype(np.float64), damped(second)) < 1.1 * exact
+
+
+def test_the_overhead_is_what_was_asked_for() -> None:
+    for wrappers in ("in", "out", "both"):
+        size = block_size(384, 1536, 0.085, wrappers, TWO_OF_FOUR)
+        block = block_size(48, 64, 0.2, wrappers, TWO_OF_FOUR)
+        found = armor(*layer(48, 64), TWO_OF_FOUR, block=block, wrappers=wrappers, cycles=1)
+        assert size % 4 == 0
+        assert 0.1 < found.overhead() <= 0.2
+    assert block_size(8, 8, 0.05, "in", TWO_OF_FOUR) == 0
+    assert block_size(64, 9 * 64, 0.05, "in", TWO_OF_FOUR, taps=9) == 28
+
+
+@pytest.mark.parametrize(
+    ("weight", "second", "why"),
+    [
+        (np.zeros((4, 8)), np.eye(8), "weights are all zero"),
+        (np.full((4, 8), np.nan), np.eye(8), "weights are not finite"),
+        (np.ones((4, 8)), np.zeros((8, 8)), "inputs are all zero"),
+        (np.ones((4, 8)), np.full((8, 8), np.inf), "not finite"),
+    ],
+)
+def test_hopeless_layers_are_refused_with_the_reason(weight: np.ndarray, second: np.ndarray, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        armor(weight, second, TWO_OF_FOUR, block=4)
+
+
+def test_singular_moments_and_short_rows_give_finite_weights() -> None:
+    second = np.zeros((6, 6))
+    second[0, 0] = 1.0
+    weight = np.random.default_rng(0).normal(size=(3, 6))
+    found = armor(weight, second, TWO_OF_FOUR, block=4, cycles=4)
+    assert np.isfinite(found.dense()).all()
+    assert relative_error(weight, found.dense(), damped(second)) < 0.05
+
+
+def test_torch_arrays_give_the_same() -> None:
+    torch = pytest.importorskip("torch")
+    weight, second = layer(10, 22, 4)
+    expected = armor(weight, second, TWO_OF_FOUR, block=4, wrappers="both", cycles=5)
+    found = armor(torch.tensor(weight), torch.tensor(second), TWO_OF_FOUR, block=4, wrappers="both", cycles=5)
+    assert isinstance(found.core, torch.Tensor)
+    assert np.allclose(found.dense().numpy(), expected.dense(), atol=1e-6)
+    share = parse("50%")
+    assert np.allclose(
+        coordinate_descent(torch.tensor(weight), torch.tensor(damped(second)), share).numpy(),
+        coordinate_descent(weight, damped(second), share),
+    )
