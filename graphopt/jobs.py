@@ -90,10 +90,14 @@ def inspect(model: ir.Model | str | os.PathLike[str], *, dim: Mapping[str, int] 
     from graphopt.analysis.units import analyse
     from graphopt.bundle import describe_model
     from graphopt.manager import stats
+    from graphopt.pipeline.clone import private_clone
     from graphopt.report.units import summary
+    from graphopt.rewriting.prepare import prepare
 
     loaded = _model(model, dim)
-    coupling = analyse(loaded)
+    readable = private_clone(loaded)
+    prepare(readable)
+    coupling = analyse(readable)
     return Inspection(
         loaded, stats(loaded), **describe_model(loaded), units=summary(loaded, coupling), coupling=coupling
     )

@@ -98,13 +98,12 @@ class Prune(Pass):
         from graphopt.pruning.layers import drop_zero_biases, give_biases, layers_of
         from graphopt.pruning.selection import choose
         from graphopt.pruning.work import labelled_axes
-        from graphopt.rewriting.edit import allow_private_initializers, freeze_overridable
+        from graphopt.rewriting.edit import allow_private_initializers
+        from graphopt.rewriting.prepare import prepare
 
         result = PassResult(changed=True)
-        frozen, note = freeze_overridable(model), allow_private_initializers(model)
-        if frozen:
-            result.notes.append(f"{len(frozen)} initializers that callers could override are constants now")
-        result.notes += [note] if note else []
+        prepared, note = prepare(model), allow_private_initializers(model)
+        result.notes += [*prepared, note] if note else prepared
         LiftConstantsToInitializersPass(lift_all_constants=False, size_limit=1)(model)
         score, reconstruct = self._fallbacks(ctx, result)
         bare = give_biases(model) if reconstruct != "none" else []
@@ -132,7 +131,7 @@ class Prune(Pass):
         self._check(choice, ranked, ctx)
         if not choice.dead:
             result.notes.append("nothing had to go: the budget is met already")
-            result.changed = bool(frozen or note)
+            result.changed = bool(prepared or note)
             drop_zero_biases(bare)
             return result
         dead = self._reconstruct(model, ctx, coupling, families, ranked, choice, reconstruct, result)

@@ -23,6 +23,7 @@ from graphopt.analysis.dead_values import DeadValues
 from graphopt.analysis.remove import remove_units
 from graphopt.analysis.units import Coupling, analyse
 from graphopt.base import Context, Effect, Pass, PassResult, Skip
+from graphopt.rewriting.prepare import prepare
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Shrink(Pass):
     Algebra: y = W x + b = W_K x_K + (b + W_C c) for inputs C that hold constants c.
     Does not fire: where a constant other than zero reaches the padded border of a convolution, or a consumer compares
     positions (softmax, maximum, normalisation over the axis); the last position of an axis stays.
-    Preserves: the function (EXACT), all names.
+    Preserves: the function (EXACT), all names. Model-local functions are inlined where something is removed.
     Source: zero-invariant groups, Chen et al. 2021 (arXiv:2107.07467), widened to constants.
     """
 
@@ -42,6 +43,7 @@ class Shrink(Pass):
     effect: ClassVar[Effect] = Effect.EXACT
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
+        prepared = prepare(model)
         removed = 0
         sliced: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
         stays: list[Skip] = []
@@ -58,7 +60,7 @@ class Shrink(Pass):
             removed += len(dead)
             for name, (before, after) in report.sliced.items():
                 sliced[name] = (sliced.get(name, (before, after))[0], after)
-        notes = [f"removed {removed} of {len(coupling.units) + removed} units"] if removed else []
+        notes = [*prepared, f"removed {removed} of {len(coupling.units) + removed} units"] if removed else []
         rows = [{"parameter": name, "before": str(b), "after": str(a)} for name, (b, a) in sliced.items()]
         return PassResult(bool(removed), [*spared, *stays], notes, {"sliced parameters": rows} if rows else {})
 

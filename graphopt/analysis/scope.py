@@ -47,3 +47,8 @@ def values_by_name(model: ir.Model) -> dict[str, ir.Value]:
     for graph in scopes(model):
         found.update({v.name: v for v in (*graph.inputs, *graph.initializers.values()) if v.name})
     return found
+
+
+def initializers(model: ir.Model) -> dict[str, ir.Value]:
+    """All initializers of the entered graphs by name."""
+    return {name: value for graph in scopes(model) for name, value in graph.initializers.items()}

@@ -158,7 +158,7 @@ def _unsafe(coupling: Coupling, layers: dict[str, Layer]) -> dict[int, str]:
 
 
 def _names_of_nodes(coupling: Coupling) -> dict[str, str]:
-    return {v.name or "": node.name or "" for node in coupling.model.graph for v in node.outputs}
+    return {v.name or "": node.name or "" for node in coupling.model.graph.all_nodes() for v in node.outputs}
 
 
 def _matches(coupling: Coupling, globs: Iterable[str]) -> set[str]:

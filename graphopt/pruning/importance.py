@@ -66,10 +66,10 @@ class Setting:
 def by_weight(coupling: Coupling, families: Sequence[Candidates]) -> list[Family]:
     """Rank by squared weights; harm is the share of the family's total that goes."""
     from graphopt.analysis import shapes
+    from graphopt.analysis.scope import values_by_name
 
     norms: dict[tuple[str, int], Floats] = {}
-    values = {v.name: v for v in coupling.model.graph.initializers.values()}
-    values.update({v.name: v for node in coupling.model.graph for v in node.outputs if node.op_type == "Constant"})
+    values = values_by_name(coupling.model)
     power: dict[int, float] = {}
     for unit in coupling.units:
         total = 0.0
@@ -287,8 +287,10 @@ def _halved(setting: Setting, family: Candidates, order: Sequence[int], halved: 
 
 def silence(model: ir.Model, coupling: Coupling, units: set[int]) -> None:
     """Zero what produces units (filters, biases, scales), in place; shapes stay."""
+    from graphopt.analysis.scope import initializers
     from graphopt.rewriting.edit import constant
 
+    values = initializers(model)
     slices: dict[str, list[tuple[int, tuple[int, ...]]]] = {}
     for unit in coupling.units:
         if unit.id in units:
@@ -296,7 +298,7 @@ def silence(model: ir.Model, coupling: Coupling, units: set[int]) -> None:
                 if member.role == "producer":
                     slices.setdefault(member.parameter, []).append((member.axis, member.indices))
     for name, cuts in slices.items():
-        value = model.graph.initializers.get(name)
+        value = values.get(name)
         tensor = constant(value)
         if value is None or tensor is None:
             continue

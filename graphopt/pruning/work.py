@@ -54,7 +54,7 @@ def parameter_terms(coupling: Coupling, *, in_bytes: bool = False) -> list[Term]
     """Elements, or bytes, of the weights; constants that are no weights (integers of a shape) do not count."""
     readers = _readers(coupling.model)
     terms: list[Term] = []
-    for name, value in coupling.model.graph.initializers.items():
+    for name, value in initializers(coupling.model).items():
         tensor = value.const_value
         if tensor is None or not (tensor.dtype.is_floating_point() or tensor.dtype.bitwidth <= 8):
             continue
@@ -89,9 +89,10 @@ def labelled_axes(coupling: Coupling) -> list[Vector]:
 def _readers(model: ir.Model) -> dict[str, frozenset[str]]:
     """Keys of the nodes that read each initializer."""
     from graphopt.analysis.rules import node_key
+from graphopt.analysis.scope import initializers
 
     return {
-        name: frozenset(node_key(use.node) for use in value.uses()) for name, value in model.graph.initializers.items()
+        name: frozenset(node_key(use.node) for use in value.uses()) for name, value in initializers(model).items()
     }
 
 
