@@ -7,6 +7,7 @@ Exporters write it with Pow or Mul, Div or Reciprocal, with casts between, over 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -65,12 +66,18 @@ def reduced_axes(node: ir.Node) -> tuple[list[int], bool] | None:
     return sorted({axis % max(len(shape), 1) for axis in given}), keep
 
 
-def mean_axis(node: ir.Node | None) -> int | None:
-    """The one axis that a node takes the mean of, keeping it with size 1; None for any other node."""
+def mean_axes(node: ir.Node | None) -> list[int] | None:
+    """The axes that a node takes the mean over, keeping them with size 1; None for any other node."""
     if node is None or node.op_type != "ReduceMean" or node.domain not in {"", "ai.onnx"}:
         return None
     found = reduced_axes(node)
-    return found[0][0] if found is not None and len(found[0]) == 1 and found[1] else None
+    return found[0] if found is not None and found[0] and found[1] else None
+
+
+def mean_axis(node: ir.Node | None) -> int | None:
+    """As `mean_axes`, for a mean over one axis."""
+    axes = mean_axes(node)
+    return axes[0] if axes is not None and len(axes) == 1 else None
 
 
 def centred(value: ir.Value | None) -> Centred | None:
@@ -96,8 +103,8 @@ def square_of(value: ir.Value | None) -> ir.Value | None:
     return left if uncast(left) is uncast(right) else None
 
 
-def shifted(value: ir.Value | None, axis: int | None = None) -> ir.Node | None:
-    """The Sub that takes one number from all positions of an axis (any axis if None); None for any other value.
+def shifted(value: ir.Value | None, axes: Sequence[int] = ()) -> ir.Node | None:
+    """The Sub that takes one number from all positions of these axes (at least one axis); None for any other value.
 
     After a removal what is taken is a scaled mean, so it is not asked whether it is the mean.
     """
@@ -109,13 +116,13 @@ def shifted(value: ir.Value | None, axis: int | None = None) -> ir.Node | None:
     if wide is None or narrow is None or len(wide) != len(narrow):
         return None
     single = [a for a, (many, one) in enumerate(zip(wide, narrow, strict=True)) if one == 1 and many != 1]
-    return node if (single if axis is None else axis in single) else None
+    return node if single and all(narrow[axis] == 1 for axis in axes) else None
 
 
 def variance_of(node: ir.Node) -> ir.Node | None:
-    """The Sub of whose result a node takes the mean of squares along the same axis; None for any other node."""
-    axis = mean_axis(node)
-    return None if axis is None else shifted(square_of(node.inputs[0]), axis)
+    """The Sub of whose result a node takes the mean of squares over the same axes; None for any other node."""
+    axes = mean_axes(node)
+    return None if axes is None else shifted(square_of(node.inputs[0]), axes)
 
 
 def gain_index(node: ir.Node) -> int | None:

