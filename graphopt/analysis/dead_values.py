@@ -2,11 +2,15 @@
 
 Computed along the labelled axes of every tensor by the `dead` methods of the operator rules, twice over: if the unit's
 producers were zeroed (which units are exact?), and with the parameters as they are (which are dead already?).
+
+A position may carry several units, a head and a place within heads, and which of them died makes a difference: a copy
+of a key that is not read is no zero, a key that died is. Units are therefore given *colours*, so that no position
+carries two of one colour, and the hypothetical question is asked colour by colour.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -15,10 +19,11 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.analysis import shapes
-from graphopt.analysis.labels import Axes
+from graphopt.analysis.labels import Axes, Factors, Solution, Vector
 from graphopt.analysis.rules import Use, node_key, rule_for
 
 Floats = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
 
 
 @dataclass
@@ -26,14 +31,47 @@ class DeadValues:
     """The value at each position of a labelled axis if that position's unit were dead; NaN where it is unknown.
 
     Attributes:
+        labels: labels of activations, by tensor.
+        solution: units of labels.
+        uses: uses of parameters, by node and operand.
         hypothetical: True: producers of the unit are taken as zeroed (which units are zero-invariant?). False:
             parameters as they are (which units are dead already?).
+        colours: (units + 1,), which units are asked about together.
+        colour: the one that is being asked about.
     """
 
-    labels: dict[str, Axes]
+    labels: Mapping[str, Axes]
+    solution: Solution
+    uses: Mapping[tuple[str, int], Use]
     hypothetical: bool
-    uses: dict[tuple[str, int], Use]
-    values: dict[tuple[str, int], Floats] = field(default_factory=dict)
+    colours: Vector
+    colour: int = 0
+    _values: dict[int, dict[tuple[str, int], Floats]] = field(default_factory=dict)
+    _live: dict[tuple[int, str, int], Mask] = field(default_factory=dict)
+
+    def every_colour(self) -> Iterator[int]:
+        """Ask about one colour after the other: `values` and all that reads and sets them follow."""
+        for colour in range(int(self.colours.max(initial=0)) + 1):
+            self.colour = colour
+            yield colour
+
+    @property
+    def values(self) -> dict[tuple[str, int], Floats]:
+        """What is known so far, by tensor and axis, for units of the current colour."""
+        return self._values.setdefault(self.colour, {})
+
+    def asked(self, factors: Factors) -> Mask:
+        """Which positions of an axis are asked about: those that carry a unit of the current colour, or all."""
+        asked = np.full(len(factors[0]), not self.hypothetical)
+        for units in self.solution.units(factors) if self.hypothetical else ():
+            asked |= (units != 0) & (self.colours[units] == self.colour)
+        return asked
+
+    def _asked(self, name: str, axis: int) -> Mask:
+        key = (self.colour, name, axis)
+        if key not in self._live:
+            self._live[key] = self.asked(self.labels[name][axis])
+        return self._live[key]
 
     def walk(self, graph: ir.Graph) -> None:
         """Tell the dead values of all results in a graph, in its order; what was known of them is forgotten."""
@@ -49,14 +87,39 @@ class DeadValues:
         """Number of positions of a labelled axis."""
         return len(self.labels[value.name or ""][axis][0])
 
-    def axes(self, value: ir.Value | None) -> Iterable[int]:
-        """Labelled axes of a value."""
-        return self.labels.get(value.name or "", {}) if value is not None else ()
+    def axes(self, value: ir.Value | None) -> list[int]:
+        """Labelled axes of a value of which anything is asked."""
+        name = value.name or "" if value is not None else ""
+        return [axis for axis in self.labels.get(name, ()) if self._asked(name, axis).any()]
 
-    def operand_axes(self, node: ir.Node, index: int) -> Iterable[int]:
-        """Labelled axes of an operand, parameter or activation."""
+    def operand_axes(self, node: ir.Node, index: int) -> list[int]:
+        """Such axes of an operand, parameter or activation."""
         use = self.uses.get((node_key(node), index))
-        return use.axes if use is not None else self.axes(node.inputs[index])
+        if use is None:
+            return self.axes(node.inputs[index])
+        return [axis for axis, factors in use.axes.items() if self.asked(factors).any()]
+
+    def held(self, value: ir.Value, axis: int, dead: Mask) -> Floats:
+        """What positions of an axis hold where units died.
+
+        Args:
+            value: a computed tensor.
+            axis: one of its axes.
+            dead: (units + 1,), the units that died.
+
+        Returns:
+            One number a position; NaN where it is unknown. Of several dead units of a position the first known is told:
+            what follows from one of them follows whatever else dies.
+        """
+        factors = self.solution.units(self.labels[value.name or ""][axis])
+        result = np.full(self.size(value, axis), np.nan)
+        for colour in self.every_colour():
+            found = self.of(value, axis)
+            if found is None:
+                continue
+            mine = [dead[f] & ((self.colours[f] == colour) | (not self.hypothetical)) for f in factors]
+            result = np.where(np.isnan(result) & np.logical_or.reduce(mine), found, result)
+        return result
 
     def of(self, value: ir.Value, axis: int) -> Floats | None:
         """Dead values along an axis of a computed tensor; None where nothing is known."""
@@ -68,6 +131,8 @@ class DeadValues:
         holds = np.abs(dead) <= largest
         if value.dtype is not None and value.dtype.is_integer():
             holds &= dead == np.rint(dead)
+        if self.hypothetical:
+            holds &= self._asked(value.name or "", axis)
         self.values[value.name or "", axis] = np.where(holds, dead, np.nan)
 
     def operand(self, node: ir.Node, index: int, axis: int) -> Floats | None:
@@ -80,7 +145,7 @@ class DeadValues:
             return self.of(value, axis)
         use = self.uses.get((node_key(node), index))
         if self.hypothetical and use is not None and self._zeroed(use, value, axis):
-            return np.zeros(sizes[axis])
+            return np.where(self.asked(use.axes[axis]), 0.0, np.nan)
         array = shapes.constant(value)
         assert array is not None
         if not _numeric(array) or not array.size:
@@ -100,6 +165,32 @@ class DeadValues:
         return frozenset(
             (u.parameter, axis) for u in self.uses.values() for axis, role in u.roles.items() if role == "producer"
         )
+
+
+def colours(rows: Iterable[Vector], count: int) -> Vector:
+    """A colour for each unit, so that no row has two of one colour; greedy in the order of the units.
+
+    Args:
+        rows: arrays (n, degree) of unit ids, 0 = none.
+        count: number of units.
+
+    Returns:
+        (count + 1,), from 0.
+    """
+    found = [np.empty((0, 2), dtype=np.int64)]
+    for each in rows:
+        for one in range(each.shape[1]):
+            for other in range(one + 1, each.shape[1]):
+                pairs = np.unique(np.sort(each[:, [one, other]], axis=1), axis=0)
+                found.append(pairs[(pairs[:, 0] != 0) & (pairs[:, 0] != pairs[:, 1])])
+    pairs = np.unique(np.concatenate(found), axis=0)
+    result = np.zeros(count + 1, dtype=np.int64)
+    pairs = pairs[np.lexsort((pairs[:, 0], pairs[:, 1]))]
+    later, starts, lengths = np.unique(pairs[:, 1], return_index=True, return_counts=True)
+    for unit, start, end in zip(later, starts, starts + lengths, strict=True):
+        taken = set(result[pairs[start:end, 0]].tolist())
+        result[unit] = next(colour for colour in range(len(taken) + 1) if colour not in taken)
+    return result
 
 
 _LARGEST = float(np.finfo(np.float32).max)

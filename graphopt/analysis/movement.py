@@ -17,7 +17,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.analysis.dead_values import DeadValues
-from graphopt.analysis.labels import Axes, close_box, varying_axes
+from graphopt.analysis.labels import Axes
 from graphopt.analysis.rules import Labeller, OpRule, where
 
 Array = npt.NDArray[Any]
@@ -31,7 +31,7 @@ class Move:
         source: axis of the first input.
         results: axes of the output that `apply`'s result spans, in order.
         apply: takes a vector over the source axis, gives an array over `results`.
-        keep: which of `results` keeps its variety where the operator leaves no choice.
+        keep: the only one of `results` that may be shortened, where the operator leaves no choice.
     """
 
     source: int
@@ -71,15 +71,8 @@ class Movement(OpRule):
             result: Axes = {}
             for move in moves:
                 for factor in x[move.source]:
-                    moved = move.apply(factor)
-                    candidates = [move.results[place] for place in varying_axes(moved)]
-                    choice = len(candidates) > 1 and move.keep is None
-                    keep = g.mode(output, candidates) if choice else move.keep
-                    chosen = None if keep is None else move.results.index(keep)
-                    closed = close_box(g.table, moved, name, chosen)
-                    if choice:
-                        g.splits[output.name or ""] = {move.results[place]: f for place, f in closed.items()}
-                    for place, factors in closed.items():
+                    kept = None if move.keep is None else move.results.index(move.keep)
+                    for place, factors in g.table.box(move.apply(factor), name, kept).items():
                         axis = move.results[place]
                         result[axis] = (*result.get(axis, ()), *factors)
             g.set(output, result)
@@ -103,4 +96,7 @@ class Movement(OpRule):
                     if axis in d.axes(output):
                         rows = np.moveaxis(moved, place, 0).reshape(moved.shape[place], -1)
                         uniform = (rows == rows[:, :1]).all(axis=1)
-                        d.set(output, axis, np.where(uniform, rows[:, 0], np.nan))
+                        found = np.where(uniform, rows[:, 0], np.nan)
+                        # Several axes may have become this one: what is known along either is known of it.
+                        known = d.of(output, axis)
+                        d.set(output, axis, found if known is None else np.where(np.isnan(known), found, known))

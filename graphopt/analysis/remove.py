@@ -377,9 +377,8 @@ class Removal:
         mask = self.mask(source, axis)
         if mask is None:
             return
-        values = self.values.of(source, axis)
         dead = np.flatnonzero(~mask)
-        held = np.full(len(dead), np.nan) if values is None else values[dead]
+        held = self.values.held(source, axis, ~self._alive)[dead]
         array = shapes.constant(node.inputs[weight])
         if array is None:  # nothing but zeros can be folded where the weight is computed
             held = np.where(held == 0, 0.0, np.nan)

@@ -73,6 +73,7 @@ class Sink:
             judged again), "constant" (folded into a bias), "zero", or "none".
         reason: why nothing else is exact, for the report.
         index: which operand of the node it is; a parameter has labels by use.
+        factors: the labels that end here; empty: all of the axis.
     """
 
     value: str
@@ -81,6 +82,7 @@ class Sink:
     accepts: Accepts
     reason: str
     index: int = 0
+    factors: Factors = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -104,9 +106,6 @@ class Labeller:
     """The graph while labels are being given. Rules read operand labels with `of` and write results with `set`.
 
     Attributes:
-        modes: for tensors whose units are split over several axes: the axis that keeps its variety.
-        preference: what does so elsewhere: the "longest", the "first" or the "last" axis.
-        splits: labels of the kept axis, by tensor.
         entered: the graphs that can be walked, see `graphopt.analysis.scope`.
     """
 
@@ -114,9 +113,6 @@ class Labeller:
     labels: dict[str, Axes] = field(default_factory=dict)
     uses: list[Use] = field(default_factory=list)
     sinks: list[Sink] = field(default_factory=list)
-    modes: dict[str, int] = field(default_factory=dict)
-    preference: Literal["longest", "first", "last"] = "longest"
-    splits: dict[str, Axes] = field(default_factory=dict)
     entered: frozenset[ir.Graph] = frozenset()
     _tied: dict[str, Axes] = field(default_factory=dict)
     _read: set[str] = field(default_factory=set)
@@ -164,13 +160,6 @@ class Labeller:
         self.uses.append(Use(value.name, node_key(node), index, axes, found, tuple(tensor.shape.numpy())))
         return dict(axes)
 
-    def mode(self, value: ir.Value, candidates: Sequence[int]) -> int | None:
-        """Which axis of a split keeps its variety; None: the longest."""
-        chosen = self.modes.get(value.name or "")
-        if chosen in candidates:
-            return chosen
-        return {"longest": None, "first": candidates[0], "last": candidates[-1]}[self.preference]
-
     def walk(self, graph: ir.Graph) -> None:
         """Label all nodes of a graph, in its order."""
         for node in graph:
@@ -214,13 +203,18 @@ class Labeller:
         if not left or not right:
             self.table.freeze(left or right, reason)
             return left or right
-        if len(left) == len(right):
-            for one, other in zip(left, right, strict=True):
-                self.table.equate(one, other, reason)
-            return left
-        one = self.table.merge(left, reason)
-        self.table.equate(one, self.table.merge(right, reason), reason)
-        return (one,)
+        if len(left) > len(right):
+            left, right = right, left
+        if len(left) == 1 < len(right):
+            self.table.define(left[0], right, reason)
+            return right
+        pairs = _aligned(left, right)
+        if pairs is None:
+            self.table.define(self.table.product(left), right, reason)
+            return right
+        for one, other in pairs:
+            self.table.equate(one, other, reason)
+        return left
 
     def freeze(self, axes: Axes, reason: str, only: Iterable[int] | None = None, but: Iterable[int] = ()) -> None:
         """Freeze all axes of a tensor, some (`only`), or all but some (`but`)."""
@@ -253,14 +247,32 @@ class Labeller:
                 factors = tied.setdefault(axis, (self.table.fresh(size),))
                 self.table.freeze(factors, reason)
 
-    def sink(self, node: ir.Node, index: int, axis: int, accepts: Accepts, reason: str) -> None:
-        """Record that positions of an operand's axis end here."""
+    def sink(self, node: ir.Node, index: int, axis: int, accepts: Accepts, reason: str, factors: Factors = ()) -> None:
+        """Record that positions of an operand's axis end here; `factors`: only for the units of these labels."""
         value = node.inputs[index]
         if value is None or not value.name:
             return
         if accepts == "constant" and shapes.constant_tensor(value) is not None:
             accepts = "zero"  # only what activations bring is folded into biases
-        self.sinks.append(Sink(value.name, axis, node_key(node), accepts, reason, index))
+        self.sinks.append(Sink(value.name, axis, node_key(node), accepts, reason, index, factors))
+
+
+def _aligned(left: Factors, right: Factors) -> list[tuple[Vector, Vector]] | None:
+    """Factors of two descriptions of one axis, paired by how they vary along it; None where they do not match."""
+    if len(left) != len(right):
+        return None
+    if len(left) == 1:
+        return [(left[0], right[0])]
+    rest = {_pattern(vector): vector for vector in right}
+    found = [(vector, rest.pop(_pattern(vector), None)) for vector in left]
+    pairs = [(one, other) for one, other in found if other is not None]
+    return pairs if len(pairs) == len(left) else None
+
+
+def _pattern(vector: Vector) -> bytes:
+    """Which positions of a vector are equal."""
+    _, first, inverse = np.unique(vector, return_index=True, return_inverse=True)
+    return np.asarray(first[inverse], dtype=np.int64).tobytes()
 
 
 def captured(node: ir.Node) -> list[ir.Value]:

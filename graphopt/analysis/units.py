@@ -8,7 +8,7 @@ constants.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -16,8 +16,8 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis import shapes
-from graphopt.analysis.dead_values import DeadValues
-from graphopt.analysis.labels import Axes, Factors, Solution
+from graphopt.analysis.dead_values import DeadValues, colours
+from graphopt.analysis.labels import Axes, Factors, Solution, Vector
 from graphopt.analysis.rules import CostTerm, CostView, Labeller, Role, Sink, Use, node_key, rule_for
 from graphopt.analysis.scope import nodes_by_key, scopes
 
@@ -109,6 +109,12 @@ class Coupling:
         value = node.inputs[index]
         return self.axis_units(value.name or "", axis) if value is not None else ()
 
+    def ending(self, sink: Sink, node: ir.Node) -> Factors:
+        """Unit ids by position that end in a sink, a place at this node."""
+        if sink.factors:
+            return self.solution.units(sink.factors)
+        return self.operand_units(node, sink.index, sink.axis)
+
     @cached_property
     def _use_of(self) -> dict[tuple[str, int], Use]:
         return {(use.node, use.index): use for use in self.uses}
@@ -122,37 +128,51 @@ class Coupling:
 
     def dead_values(self, *, hypothetical: bool) -> DeadValues:
         """What a consumer sees at positions of dead units: if their producers were zeroed, or as parameters are now."""
-        found = DeadValues(self.labels, hypothetical, self._use_of)
-        found.walk(self.model.graph)
+        asked = self._colours if hypothetical else np.zeros(self.solution.count + 1, dtype=np.int64)
+        found = DeadValues(self.labels, self.solution, self._use_of, hypothetical, asked)
+        for _ in found.every_colour():
+            found.walk(self.model.graph)
         return found
+
+    @cached_property
+    def _colours(self) -> Vector:
+        """A colour for each unit, so that no position of any axis carries two of one colour."""
+        every = [self.solution.monomials]
+        every += [np.stack(f, axis=1) for _, axes in self.labelled() for f in axes.values() if len(f) > 1]
+        return colours(every, self.solution.count)
 
     def unsafe(self, values: DeadValues) -> dict[int, str]:
         """Units that some consumer cannot do without, given what their positions hold; with the first reason."""
         reasons: dict[int, str] = {}
         nodes = nodes_by_key(self.model)
-        for sink in self.sinks:
-            if sink.accepts == "anything":
-                continue
-            held = values.operand(nodes[sink.node], sink.index, sink.axis)
-            for vector in self.operand_units(nodes[sink.node], sink.index, sink.axis):
-                if held is None or sink.accepts == "none":
-                    bad = np.ones(len(vector), dtype=bool)
-                else:
-                    bad = np.isnan(held) if sink.accepts == "constant" else ~(held == 0)
-                for unit in np.unique(vector[bad & (vector != 0)]):
-                    reasons.setdefault(int(unit), sink.reason)
+        for colour in values.every_colour():
+            for sink in self.sinks:
+                if sink.accepts == "anything":
+                    continue
+                held = values.operand(nodes[sink.node], sink.index, sink.axis)
+                for vector in self.ending(sink, nodes[sink.node]):
+                    if held is None or sink.accepts == "none":
+                        bad = np.ones(len(vector), dtype=bool)
+                    else:
+                        bad = np.isnan(held) if sink.accepts == "constant" else ~(held == 0)
+                    for unit in np.unique(vector[bad & (vector != 0) & (values.colours[vector] == colour)]):
+                        reasons.setdefault(int(unit), sink.reason)
         return reasons
 
 
-def analyse(model: ir.Model, modes: Mapping[str, int] | None = None) -> Coupling:
+def analyse(model: ir.Model) -> Coupling:
     """Find the units of a model. Shapes must have been inferred (`graphopt.model.infer_shapes`); nothing is changed.
 
     Args:
         model: any valid model; an operator without a rule freezes what it touches.
-        modes: for a node that splits an axis of units over several axes: output tensor -> the axis that keeps its
-            variety (the others are tied). None: chosen so that there are most units.
     """
-    g, solution = _best_modes(model) if modes is None else _walk(model, Labeller(modes=dict(modes)))
+    g = Labeller(entered=frozenset(scopes(model)))
+    g.walk(model.graph)
+    for output in model.graph.outputs:
+        g.freeze(g.of(output), f"output '{output.name}' of the graph")
+        if shapes.constant_tensor(output) is not None:
+            g.freeze_constant(output, f"output '{output.name}' of the graph")
+    solution = _only_with_parameters(g)
     coupling = Coupling(model, g.uses, g.sinks, g.labels, solution)
     coupling.units = _units(coupling)
     coupling.frozen = list(_frozen(coupling))
@@ -173,51 +193,16 @@ def _terms(graph: ir.Graph, view: CostView, times: float = 1.0) -> Iterator[Cost
             yield from _terms(body, view, times * (1.0 if runs is None else runs))
 
 
-def _walk(model: ir.Model, g: Labeller) -> tuple[Labeller, Solution]:
-    """Label the whole graph once and solve."""
-    g.entered = frozenset(scopes(model))
-    g.walk(model.graph)
-    for output in model.graph.outputs:
-        g.freeze(g.of(output), f"output '{output.name}' of the graph")
-        if shapes.constant_tensor(output) is not None:
-            g.freeze_constant(output, f"output '{output.name}' of the graph")
-    return g, _only_with_parameters(g)
-
-
-def _best_modes(model: ir.Model) -> tuple[Labeller, Solution]:
-    """Choose the axis that keeps its variety wherever units are split over several axes.
-
-    No local rule is right: rotary tables freeze positions within a head, so that whole heads are the units there, while
-    in a channel shuffle the longest axis is best. So three rules are tried on the whole graph, each split takes the
-    axis that had most units under any of them, and of these four labellings the one with most units stands.
-    """
-    labellings = [_walk(model, Labeller(preference="longest"))]
-    if not labellings[0][0].splits:
-        return labellings[0]
-    labellings += [_walk(model, Labeller(preference="first")), _walk(model, Labeller(preference="last"))]
-    modes: dict[str, int] = {}
-    most: dict[str, int] = {}
-    for g, solution in labellings:
-        for name, kept in g.splits.items():
-            for axis, factors in kept.items():
-                count = len(np.unique(solution.units(factors))) if solution.units(factors) else 0
-                if count > most.get(name, -1):
-                    modes[name], most[name] = axis, count
-    labellings.append(_walk(model, Labeller(modes=modes)))
-    return max(labellings, key=lambda found: int(found[1].unit.max()))
-
-
 def _only_with_parameters(g: Labeller) -> Solution:
     """Solve; then freeze units that own no parameter (zeros of a padding that meet nothing): nothing would be saved."""
     solution = g.table.solve()
-    owned = np.zeros(int(solution.unit.max()) + 1, dtype=bool)
+    owned = np.zeros(solution.count + 1, dtype=bool)
     for use in g.uses:
         for factors in use.axes.values():
-            for vector in factors:
-                owned[solution.unit[vector]] = True
+            for vector in solution.units(factors):
+                owned[vector] = True
     owned[0] = False
-    number = np.where(owned, np.cumsum(owned), 0)
-    return Solution(number[solution.unit], solution.component, solution.reasons)
+    return solution.only(owned)
 
 
 def _units(coupling: Coupling) -> list[Unit]:
@@ -234,7 +219,7 @@ def _units(coupling: Coupling) -> list[Unit]:
                 seen.add(key)
                 columns.append((vector, len(slots)))
                 slots.append((use.parameter, axis, use.roles[axis]))
-    count = int(coupling.solution.unit.max())
+    count = coupling.solution.count
     members: list[dict[tuple[str, int], tuple[list[int], Role]]] = [{} for _ in range(count + 1)]
     for vector, slot in columns:
         parameter, axis, role = slots[slot]
@@ -263,7 +248,9 @@ def _frozen(coupling: Coupling) -> Iterator[Frozen]:
     seen: set[tuple[str, int]] = set()
     for use in coupling.uses:
         for axis, factors in use.axes.items():
-            stays = np.logical_and.reduce([coupling.solution.unit[vector] == 0 for vector in factors])
+            stays = np.ones(len(factors[0]), dtype=bool)
+            for vector in coupling.solution.units(factors):
+                stays &= vector == 0
             if not stays.any() or (use.parameter, axis) in seen:
                 continue
             seen.add((use.parameter, axis))

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import onnx_ir as ir
 
 from graphopt.analysis.certificate import certify, choose
 from graphopt.analysis.units import Coupling, analyse
 
 
-def certified(model: ir.Model, modes: Mapping[str, int] | None = None, seeds: int = 3) -> Coupling:
+def certified(model: ir.Model, seeds: int = 3) -> Coupling:
     """The units of a model, of which random sets of EXACT ones hold their certificate, told from wrong sets."""
-    coupling = analyse(model, modes)
+    coupling = analyse(model)
     asked = told = 0
     for seed in range(seeds):
         dead = choose(coupling, 0.5, seed)

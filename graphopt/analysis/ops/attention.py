@@ -1,14 +1,15 @@
 """Attention as one operator: softmax(q k' / sqrt(d)) v, head by head.
 
 Queries, keys and values come as [B, S, heads x size] or [B, heads, S, size], out of projections or out of weights that
-the operator itself multiplies with. Heads, and positions within a head, are the two axes of every one of them; where an
-operand holds both in one axis only one keeps its variety (its *mode*, chosen like that of any other split):
+the operator itself multiplies with. Heads, and positions within a head, are the two axes of every one of them, and both
+are units: where an operand holds them in one axis, its labels are products (`graphopt.analysis.labels`).
 
-    0  heads: a head goes from queries, keys, values and result; heads that share keys and values go together
-    1  positions: the same positions go from all heads, those of q and k together, those of v with the result
+    heads      of keys and values, with all queries that read them; of queries, the same one for each head of keys
+    positions  in a head: those of q and k together, those of v with the result, the same in all heads
 
 A head whose values are zero is zero in the result, whatever its queries and keys are; a position of q and k that is
-zero adds nothing to the scores. The factor 1 / sqrt(d) keeps its dense value.
+zero adds nothing to the scores. A head of queries that is zero still averages the values. The factor 1 / sqrt(d) keeps
+its dense value.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import onnx_ir as ir
 
 from graphopt.analysis import shapes
 from graphopt.analysis.dead_values import DeadValues
-from graphopt.analysis.labels import Axes, Factors, Vector, close_box
+from graphopt.analysis.labels import Axes, Factors, Vector
 from graphopt.analysis.remove import Removal
 from graphopt.analysis.rules import CostView, Labeller, OpRule, Product, Role, where
 
@@ -62,7 +63,7 @@ class Layout:
         values: positions in a head of values.
         parts: what operands hold.
         masks: operand -> its axis of heads of queries, where that has more than one position.
-        modes: modes that the operator permits.
+        positions: positions in a head may go.
         split: the result is [B, heads, S, size].
         present: outputs that are [B, heads, S, size] of keys or values.
     """
@@ -73,7 +74,7 @@ class Layout:
     values: int
     parts: Sequence[Part]
     masks: dict[int, int] = field(default_factory=dict)
-    modes: Sequence[int] = (HEADS, POSITIONS)
+    positions: bool = True
     split: bool = False
     present: dict[int, Kind] = field(default_factory=dict)
 
@@ -85,13 +86,6 @@ class Layout:
         """The part of a shared axis."""
         heads, size = self.shape(part.kind)
         return slice(part.start, part.start + heads * size)
-
-    def mode(self, g: Labeller, output: ir.Value) -> int:
-        """The axis that keeps its variety."""
-        if len(self.modes) == 1:
-            return self.modes[0]
-        chosen = g.mode(output, list(self.modes))
-        return chosen if chosen is not None else HEADS if self.heads >= self.size else POSITIONS
 
 
 class Attention(OpRule):
@@ -115,19 +109,21 @@ class Attention(OpRule):
             g.freeze_node(node, f"{name}: {layout}")
             return
         output = node.outputs[0]
-        mode, operands = layout.mode(g, output), self._operands(node, g, layout)
-        found = [_labels(g, name, layout, part, operands[part.operand], mode) for part in layout.parts]
-        heads = _tied(g, name, [one[HEADS] for one in found])
+        operands = self._operands(node, g, layout)
+        found = [_labels(g, name, layout, part, operands[part.operand]) for part in layout.parts]
+        shared = [one[HEADS] for part, one in zip(layout.parts, found, strict=True) if part.kind != "q"]
+        heads = _tied(g, name, shared)
+        queries = [one[HEADS] for part, one in zip(layout.parts, found, strict=True) if part.kind == "q"]
+        per_query = _tied(g, name, [_copied(g, layout, heads), *queries])
         size = _tied(
             g, name, [one[POSITIONS] for part, one in zip(layout.parts, found, strict=True) if part.kind != "v"]
         )
         values = _tied(
             g, name, [one[POSITIONS] for part, one in zip(layout.parts, found, strict=True) if part.kind == "v"]
         )
-        for part in layout.parts:
+        for part, (own, inside) in zip(layout.parts, found, strict=True):
             if part.kind != "v":
-                self._ends(node, g, part, mode, operands[part.operand], name)
-        per_query = tuple(np.repeat(vector, layout.heads // layout.shared) for vector in heads)
+                self._ends(node, g, layout, part, own, inside)
         for operand, axis in layout.masks.items():
             _tied(g, name, [per_query, operands[operand].get(axis, ())])
         for index, kind in layout.present.items():
@@ -135,9 +131,6 @@ class Attention(OpRule):
         if layout.split:
             g.set(output, {1: per_query, 3: values})
             return
-        if len(layout.modes) > 1:
-            kept = heads if mode == HEADS else (*size, *values)
-            g.splits[output.name or ""] = {mode: (np.concatenate(kept),)} if kept else {}
         flat_heads = tuple(np.repeat(vector, layout.values) for vector in per_query)
         g.set(output, {2: (*flat_heads, *(np.tile(vector, layout.heads) for vector in values))})
 
@@ -167,13 +160,22 @@ class Attention(OpRule):
         return operands
 
     @staticmethod
-    def _ends(node: ir.Node, g: Labeller, part: Part, mode: int, labels: Axes, name: str) -> None:
+    def _ends(node: ir.Node, g: Labeller, layout: Layout, part: Part, heads: Factors, inside: Factors) -> None:
         """Queries and keys end in the scores: a head goes with its values, a position has to be zero."""
-        if part.axis in labels:
-            accepts = part.position is not None or mode == HEADS
-            g.sink(node, part.operand, part.axis, "anything" if accepts else "zero", f"{name}: scores a live position")
-        if part.position in labels and part.position is not None:
-            g.sink(node, part.operand, part.position, "zero", f"{name}: scores a live position")
+        reason = f"{where(node)}: scores a live position"
+        if part.position is not None:
+            for axis, labels, accepts in ((part.axis, heads, "anything"), (part.position, inside, "zero")):
+                if labels:
+                    g.sink(node, part.operand, axis, accepts, reason)  # type: ignore[arg-type]
+            return
+        count, size = layout.shape(part.kind)
+        value = node.inputs[part.operand]
+        known = shapes.dims(value) if value is not None else None
+        length = known[part.axis] if known is not None else None
+        if inside and isinstance(length, int):
+            behind = length - part.start - count * size
+            flat = tuple(np.pad(np.tile(vector, count), (part.start, behind)) for vector in inside)
+            g.sink(node, part.operand, part.axis, "zero", reason, flat)
 
     def dead(self, node: ir.Node, d: DeadValues) -> None:
         output, layout = node.outputs[0], self.layout(node)
@@ -239,25 +241,24 @@ def _tied(g: Labeller, name: str, several: Sequence[Factors]) -> Factors:
     return factors
 
 
-def _labels(g: Labeller, name: str, layout: Layout, part: Part, labels: Axes, mode: int) -> tuple[Factors, Factors]:
-    """Labels of the heads (of keys and values) and of the positions in a head."""
-    heads, size = layout.shape(part.kind)
-    found: Axes
+def _labels(g: Labeller, name: str, layout: Layout, part: Part, labels: Axes) -> tuple[Factors, Factors]:
+    """Labels of the heads and of the positions in a head."""
     if part.position is not None:
-        found = {HEADS: labels.get(part.axis, ()), POSITIONS: labels.get(part.position, ())}
-    elif part.axis in labels:
-        vector = g.table.merge(labels[part.axis], name)[layout.cut(part)]
-        found = close_box(g.table, vector.reshape(heads, size), name, mode)
-    else:
-        found = {}
-    per_head = found.get(HEADS, ())
-    if part.kind == "q" and per_head and layout.shared != layout.heads:
-        rows = g.table.merge(per_head, name).reshape(layout.shared, -1)
-        g.table.equate(rows, rows[:, :1], f"{name}: shares its keys with a head that is never removed")
-        per_head = (np.ascontiguousarray(rows[:, 0]),)
-        if layout.shared == 1:
-            g.table.freeze(per_head, f"{name}: all heads share one head of keys and values")
-    return per_head, found.get(POSITIONS, ())
+        return labels.get(part.axis, ()), labels.get(part.position, ())
+    if part.axis not in labels:
+        return (), ()
+    grid = g.table.product(labels[part.axis])[layout.cut(part)].reshape(layout.shape(part.kind))
+    found = g.table.box(grid, name, None if layout.positions else HEADS)
+    return found.get(HEADS, ()), found.get(POSITIONS, ())
+
+
+def _copied(g: Labeller, layout: Layout, heads: Factors) -> Factors:
+    """Labels of the heads of queries: each head of keys and values is read by as many of them."""
+    times = layout.heads // layout.shared
+    if times == 1 or not heads:
+        return heads
+    copies = g.table.axis(times, "copy")
+    return (*(np.repeat(vector, times) for vector in heads), np.tile(copies, layout.shared))
 
 
 def _zero(node: ir.Node, d: DeadValues, layout: Layout, part: Part) -> npt.NDArray[np.bool_]:

@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from graphopt.analysis import shapes
 from graphopt.analysis.dead_values import DeadValues
-from graphopt.analysis.labels import Factors, close_box
+from graphopt.analysis.labels import Factors
 from graphopt.analysis.ops.attention import HEADS, Attention, Kind, Layout, Part
 from graphopt.analysis.remove import Removal
 from graphopt.analysis.rules import Labeller, OpRule, rule, where
@@ -146,7 +146,7 @@ class MultiHeadAttention(Attention):
 
 @rule
 class GroupQueryAttention(Attention):
-    """com.microsoft.GroupQueryAttention: heads of queries in groups that share keys and values; whole groups go."""
+    """com.microsoft.GroupQueryAttention: heads of queries in groups that share keys and values."""
 
     ops = ("GroupQueryAttention",)
     domain = "com.microsoft"
@@ -170,7 +170,7 @@ class GroupQueryAttention(Attention):
         parts += [Part(kind, index, 1, 3) for kind, index in past if _present(node, index)]
         masks = _mask_axis(node, 10, heads) | ({11: 0} if _present(node, 11) else {})
         present = _written(node, {1: "k", 2: "v"})
-        return Layout(heads, shared, size, size, parts, masks, modes=(HEADS,), present=present)
+        return Layout(heads, shared, size, size, parts, masks, positions=False, present=present)
 
     def resize(self, node: ir.Node, heads: int, shared: int, size: int, values: int) -> None:
         node.attributes.add(ir.AttrInt64("num_heads", heads))
@@ -195,8 +195,8 @@ class _Rotary(OpRule):
         g.freeze(x, f"{name}: positions in a head are rotated together", but=(0, 1, axis) if axis == 2 else (0, 1, 2))
         passing = {a: f for a, f in x.items() if a < 2 or (axis == 1 and a == 2)}
         if axis == 2 and 2 in x:
-            vector = g.table.merge(x[2], name)
-            closed = close_box(g.table, vector.reshape(heads, -1), name, HEADS).get(HEADS, ())
+            vector = g.table.product(x[2])
+            closed = g.table.box(vector.reshape(heads, -1), name, HEADS).get(HEADS, ())
             flat: Factors = tuple(np.repeat(labels, len(vector) // heads) for labels in closed)
             passing[2] = flat
         g.set(node.outputs[0], passing)

@@ -65,7 +65,7 @@ class _Convolution(OpRule):
         x = g.operand(node, 0)
         w = g.operand(node, 1, {self.reads: "consumer", self.writes: "producer"}, only=(0, 1))
         g.freeze(w, f"{name}: kernel positions are no units", but=(0, 1))
-        w = {axis: (g.table.merge(factors, name),) for axis, factors in w.items()}
+        w = {axis: (g.table.product(factors),) for axis, factors in w.items()}
         g.freeze(x, f"{name}: the axis is convolved over", but=(0, 1))
         count = groups(node)
         if count == 1:

@@ -36,7 +36,9 @@ class _ChannelNorm(OpRule):
     def _vector(node: ir.Node, g: Labeller, index: int, role: Role) -> Factors:
         """Labels of a parameter by channel; what BatchNormalization before opset 9 has by position stays whole."""
         axes = g.operand(node, index, role=role)
-        g.freeze(axes, f"{where(node)}: normalises each position by itself", but=(0,))
+        if set(axes) - {0}:
+            g.freeze(axes, f"{where(node)}: normalises each position by itself", but=(0,))
+            g.freeze(g.operand(node, 0), f"{where(node)}: normalises each position by itself", but=(0, 1))
         return axes.get(0, ())
 
 
@@ -137,7 +139,7 @@ class GroupNormalization(OpRule):
                 g.freeze(g.operand(node, index), f"{name}: its channels are never removed")
             g.set(node.outputs[0], {0: x.get(0, ())})
             return
-        channels = g.table.merge(x[1], name)
+        channels = g.table.product(x[1])
         count = int(node.attributes.get_int("num_groups", 1) or 1)
         rows = channels.reshape(count, -1)
         g.table.equate(rows, rows[:, :1], f"{name}: shares a group with a channel that is never removed")

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphopt.analysis.labels import LabelTable, close_box
 from graphopt.analysis.shapes import reshape_blocks
 
 
@@ -41,30 +40,3 @@ def test_blocks_cover_both_sides_with_equal_products(sizes: list[int], random) -
     assert [b for _, block in found for b in block] == list(range(len(merged)))
     for one, two in found:
         assert np.prod([sizes[a] for a in one]) == np.prod([merged[b] for b in two])
-
-
-def test_closing_a_box_keeps_the_longest_axis_and_ties_the_rest() -> None:
-    table = LabelTable()
-    labels = table.fresh(12).reshape(2, 6)
-    axes = close_box(table, labels, "node")
-    assert list(axes) == [1]
-    unit = table.solve().unit
-    assert (unit[labels[0]] == unit[labels[1]]).all()
-    assert len(np.unique(unit[labels])) == 6
-
-
-def test_closing_a_box_by_request_keeps_the_other_axis() -> None:
-    table = LabelTable()
-    labels = table.fresh(12).reshape(2, 6)
-    assert list(close_box(table, labels, "node", keep=0)) == [0]
-    assert len(np.unique(table.solve().unit[labels])) == 2
-
-
-def test_a_tie_to_a_frozen_label_freezes_with_its_reason() -> None:
-    table = LabelTable()
-    labels = table.fresh(3)
-    table.equate(labels[:2], labels[1:], "tied")
-    table.freeze((labels[2:],), "because")
-    solution = table.solve()
-    assert solution.unit[labels].tolist() == [0, 0, 0]
-    assert solution.why((labels[:1],)) == ["because"]

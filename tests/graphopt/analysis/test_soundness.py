@@ -224,7 +224,7 @@ CASES = {
         w2=(2, 6, 1, 1),
     ),
     "a head of zero values is zero whatever attends to it": case(
-        4,
+        4 + 2 + 2,  # heads, places that queries and keys meet in, places of the values
         TOKENS,
         """q = MatMul(x, wq)  k = MatMul(x, wk)  v = MatMul(x, wv)
            q4 = Reshape(q, s)  k4 = Reshape(k, s)  v4 = Reshape(v, s)

@@ -1,4 +1,4 @@
-"""Attention operators: units counted by hand, attributes rewritten, certificates in both modes."""
+"""Attention operators: units counted by hand, attributes rewritten, certificates for heads and positions together."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from text_graph import graph
 
 from graphopt.analysis.cost import model_stats
 from graphopt.analysis.remove import remove_units
+from graphopt.verify import compare, random_feeds
 
 _PROJECT = "q = MatMul(x, wq)  k = MatMul(x, wk)  v = MatMul(x, wv)  "
 _WEIGHTS = {"wq": (10, 12), "wk": (10, 12), "wv": (10, 9), "wo": (9, 7)}
@@ -52,14 +53,14 @@ CASES = {
         _PROJECT + "a = com.microsoft.GroupQueryAttention<num_heads=4, kv_num_heads=2>(q, k, v,,, last, total)",
         {"wq": (10, 32), "wk": (10, 16), "wv": (10, 16), "wo": (32, 7), **_LENGTHS},
         2,
-        2,
+        0,  # the operator rotates positions, or may
     ),
     "grouped, packed, rotated": (
         """p = MatMul(x, wq)
            a = com.microsoft.GroupQueryAttention<num_heads=4, kv_num_heads=2, do_rotary=1>(p,,,,, last, total, c, s)""",
         {"wq": (10, 128), "wo": (64, 7), "c": (16, 8), "s": (16, 8), **_LENGTHS},
         2,
-        2,
+        0,  # the operator rotates positions, or may
     ),
     "rotated": (
         _PROJECT
@@ -87,28 +88,36 @@ def model_of(name: str) -> ir.Model:
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("mode", [0, 1])
-def test_units_are_heads_or_positions(name: str, mode: int) -> None:
-    assert exact(certified(model_of(name), {"a": mode})) == CASES[name][2 + mode]
+def test_heads_and_positions_are_units(name: str) -> None:
+    assert exact(certified(model_of(name))) == sum(CASES[name][2:])
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_the_mode_with_more_units_is_taken(name: str) -> None:
-    assert exact(certified(model_of(name))) == max(CASES[name][2:])
+def test_heads_of_queries_that_share_keys_are_units_too() -> None:
+    """The same one of each group: a head of queries that is zero still averages the values, so it is not exact."""
+    coupling = certified(model_of("shared keys"))
+    rest = [unit for unit in coupling.units if not unit.exact]
+    assert len(rest) == 2
+    rows = {m.parameter: m.indices for m in rest[0].members}
+    assert rows["wq"] == tuple(head * 4 + place for head in (0, 2, 4) for place in range(4))
+    pruned = coupling.model.clone()
+    remove_units(pruned, coupling, {rest[0].id})
+    node = next(node for node in pruned.graph if node.op_type == "Attention")
+    assert node.attributes.get_int("q_num_heads") == node.attributes.get_int("kv_num_heads") == 3
+    compare(pruned, pruned, random_feeds(pruned, 0))  # it runs
 
 
 def test_numbers_of_heads_and_sizes_are_rewritten_and_the_scale_is_pinned() -> None:
     model = model_of("fused, other values")
-    coupling = certified(model, {"a": 0})
+    coupling = certified(model)
+    columns = {unit.id: next(m.indices for m in unit.members if m.parameter == "w") for unit in coupling.units}
     pruned = model.clone()
-    remove_units(pruned, coupling, {1})
+    remove_units(pruned, coupling, {next(unit for unit, at in columns.items() if set(range(4)) <= set(at))})
     node = pruned.graph[0]
     assert node.attributes.get_int("num_heads") == 2
     assert list(node.attributes.get_ints("qkv_hidden_sizes")) == [8, 8, 6]
     assert "scale" not in node.attributes
-    coupling, pruned = certified(model, {"a": 1}), model.clone()
-    sizes = {unit.id: {m.indices[0] for m in unit.members if m.parameter == "w"} for unit in coupling.units}
-    remove_units(pruned, coupling, {next(unit for unit, rows in sizes.items() if 0 in rows)})
+    pruned = model.clone()
+    remove_units(pruned, coupling, {next(unit for unit, at in columns.items() if {0, 4, 8} <= set(at))})
     node = pruned.graph[0]
     assert node.attributes.get_int("num_heads") == 3
     assert list(node.attributes.get_ints("qkv_hidden_sizes")) == [9, 9, 9]
