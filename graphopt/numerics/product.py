@@ -1,8 +1,8 @@
 """The basis in which a product of two factors is best truncated.
 
 Scores l_i . r_j between vectors l and r of dimension d (queries and keys; a head's output and the rows that read it)
-do not change when l becomes A^T l and r becomes B^T r with A B^T = I. With the second moments G = E[l l^T], H = E[r r^T]
-and any factors G = P^T P, H = Q^T Q, let P Q^T = U diag(s) V^T. Then
+do not change when l becomes A^T l and r becomes B^T r with A B^T = I. With the second moments G = E[l l^T] and
+H = E[r r^T], any factors G = P^T P and H = Q^T Q, let P Q^T = U diag(s) V^T. Then
 
     A = P^-1 U diag(s)^1/2,    B = Q^-1 V diag(s)^1/2        gives        E[l' l'^T] = E[r' r'^T] = diag(s),
 

@@ -16,8 +16,8 @@ to go through that point. Data: moments are streamed, families in groups whose m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -52,7 +52,12 @@ PROBES = 128
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and how importance is measured."""
+    """Where and how importance is measured.
+
+    Attributes:
+        strengths: for products of two activations whose components were put in order (`graphopt.pruning.turning`),
+            by node: the power of each component.
+    """
 
     model: ir.Model
     coupling: Coupling
@@ -61,6 +66,7 @@ class Setting:
     samples: int | None
     threads: int
     progress: Progress
+    strengths: Mapping[str, Floats] = field(default_factory=dict)
 
 
 def by_weight(coupling: Coupling, families: Sequence[Candidates]) -> list[Family]:
@@ -244,18 +250,34 @@ def _curve(
 
 
 def _power_shares(setting: Setting, family: Candidates, powers: dict[tuple[str, int], Floats]) -> Floats:
-    points = {(s.value, s.axis) for s in family.others}
-    points |= {_power_point(setting.layers[k]) for k in family.layers if setting.layers[k].width > WIDEST}
+    """What each unit carries of the power that arrives where no layer reads it, summed over these places."""
+    operands: dict[str, list[tuple[str, int]]] = {}
+    for sink in family.others:
+        operands.setdefault(sink.node, []).append((sink.value, sink.axis))
+    carried: dict[tuple[str, int], Floats] = {}
+    for node, points in operands.items():
+        # of a product of two activations, a unit carries the product of what both of its factors carry
+        power = setting.strengths.get(node)
+        if power is None:
+            power = np.prod([powers[p] for p in points], axis=0) if _alike(points, powers) else None
+        carried.update({points[0]: power} if power is not None else {p: powers[p] for p in points})
+    for key in family.layers:
+        if setting.layers[key].width > WIDEST:
+            point = _power_point(setting.layers[key])
+            carried[point] = powers[point]
     shares = np.zeros(len(family.units))
     place = {u: i for i, u in enumerate(family.units)}
-    for value, axis in sorted(points):
-        power = powers[value, axis]
+    for (value, axis), power in sorted(carried.items()):
         total = float(power.sum()) or 1.0
         for factor in setting.coupling.axis_units(value, axis):
             for position, unit in enumerate(factor):
                 if int(unit) in place:
                     shares[place[int(unit)]] += float(power[position]) / total
     return shares
+
+
+def _alike(points: Sequence[tuple[str, int]], powers: dict[tuple[str, int], Floats]) -> bool:
+    return len({p for p, _ in points}) > 1 and len({len(powers[p]) for p in points}) == 1
 
 
 def _snapshot(layers: dict[str, _Seen], maps: Sequence[tuple[str, int, Elimination]]) -> Halved:

@@ -90,6 +90,7 @@ class Plan:
         coupling: analysis of the dense model.
         families: candidates, and how many units of each go (`removed`) in which order (`order`).
         mode: "ls": weights and biases; "mean": only biases, by the means of what goes.
+        touched: keys of layers to refit although nothing that they read has changed (`graphopt.pruning.branches`).
     """
 
     dense: ir.Model
@@ -103,6 +104,7 @@ class Plan:
     threads: int
     progress: Progress
     reselect: bool = True
+    touched: frozenset[str] = frozenset()
 
 
 def reconstruct(plan: Plan) -> Outcome:
@@ -114,7 +116,7 @@ def reconstruct(plan: Plan) -> Outcome:
     """
     outcome = Outcome({u for units in plan.removed for u in units})
     layers, refused = layers_of(plan.model)
-    reached = _disturbed(plan.model, plan.coupling, outcome.dead)
+    reached = _disturbed(plan.model, plan.coupling, outcome.dead, plan.touched)
     work = [layer for layer in layers.values() if layer.linear.node in reached]
     before, after = (
         Walk(m, plan.calibration, limit=plan.samples, batch_size=_batch_size(plan), threads=plan.threads)
@@ -146,8 +148,8 @@ def _reads_dead(plan: Plan, key: str, dead: set[int]) -> bool:
     )  # fmt: skip
 
 
-def _disturbed(model: ir.Model, coupling: Coupling, dead: set[int]) -> set[ir.Node]:
-    """Nodes that read a dead unit or the result of one that does."""
+def _disturbed(model: ir.Model, coupling: Coupling, dead: set[int], touched: frozenset[str]) -> set[ir.Node]:
+    """Nodes that read a dead unit or the result of one that does; likewise those touched."""
     from graphopt.slicing import reads_of
 
     gone = np.fromiter(dead, dtype=np.int64, count=len(dead))
@@ -157,7 +159,7 @@ def _disturbed(model: ir.Model, coupling: Coupling, dead: set[int]) -> set[ir.No
             changed.add(sink.node)
     found: set[ir.Node] = set()
     for node in model.graph:
-        own = any(v.name in changed for v in node.outputs)
+        own = any(v.name in changed or v.name in touched for v in node.outputs)
         fed = any(p in found for v in reads_of(node) if (p := v.producer()) is not None)
         if own or fed:
             found.add(node)
@@ -252,11 +254,20 @@ def _refit(plan: Plan, layer: Layer, target: Target, before: Walk, after: Walk, 
         weight[group] = fresh
         if layer.has_bias:
             bias[group * per_out : (group + 1) * per_out] = b
+    # what other operators than layers read must stay zero, as it will be missing
+    silent = ~alive_channels(plan.coupling, layer, _read_elsewhere(plan), outputs=True)
+    weight[silent.reshape(layer.groups, -1)] = 0
+    bias[silent] = 0
     layer.store(weight, bias if layer.has_bias else np.zeros_like(bias))
     if errors and not clamp:
         row = {"layer": layer.label, "inputs kept": int(alive.sum()), "inputs": len(alive)}
         outcome.rows.append({**row, "relative error": float(np.mean(errors)), "ridge": float(np.max(ridges))})
     outcome.refitted += 1
+
+
+def _read_elsewhere(plan: Plan) -> set[int]:
+    """Dead units that something else than a layer reads as well."""
+    return {u for f, units in zip(plan.families, plan.removed, strict=True) if f.others for u in units}
 
 
 def _samples(pair: list[Moments], layer: Layer, *, full: bool) -> tuple[Sample, tuple[Sample, Sample] | None]:
