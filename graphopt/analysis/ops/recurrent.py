@@ -3,7 +3,8 @@
 Weights stack the gates: W [D, G H, I], R [D, G H, H], B [D, 2 G H], peepholes P [D, 3 H], with G = 4, 3, 1 and D
 directions. Hidden position h owns rows h, H + h, 2 H + h, ... of W, R and B and column h of R. With those rows zero and
 a zero initial state the position stays zero for all times: LSTM c = f c + i tanh(0), h = o tanh(c); GRU
-h = (1 - z) tanh(0) + z h; RNN h = tanh(0). Activations are checked for f(0) = 0.
+h = (1 - z) tanh(0) + z h; RNN h = tanh(0). Activations are checked for f(0) = 0. So the rows of one gate are enough, of
+that which makes what enters the state: however wide the other gates open, they let nothing in or out.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ _GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 _STATE_ACTIVATIONS = {"LSTM": (1, 2), "GRU": (1,), "RNN": (0,)}
 """Which of a direction's activations act on the state; they must map 0 to 0."""
 _COUNT = {"LSTM": 3, "GRU": 2, "RNN": 1}
+_ENTERING = {"LSTM": 3, "GRU": 2, "RNN": 0}
+"""Place of the gate that makes what enters the state, in the order i o f c, z r h."""
 _ZERO_AT_ZERO = {"tanh", "relu", "leakyrelu", "elu", "softsign", "scaledtanh"}
 
 
@@ -67,7 +70,8 @@ class Recurrent(OpRule):
             if state is not None:
                 given = g.operand(node, index, role="producer", only=(2,))
                 g.freeze(given, tie, but=(2,))
-                g.equate(hidden, given.get(2, ()), f"{name}: its initial state is never shortened")
+                whose = f"is the input '{state.name}' of the graph" if state.is_graph_input() else "is never shortened"
+                g.equate(hidden, given.get(2, ()), f"{name}: its initial state {whose}")
         for output, axis in zip(node.outputs, (3, 2, 2), strict=False):
             g.set(output, {axis: hidden})
         if 2 in x:
@@ -86,11 +90,11 @@ class Recurrent(OpRule):
                 state = d.operand(node, index, 2)
                 quiet &= (state == 0) if state is not None else False
         if not d.hypothetical:
-            for index in (1, 2, 3):
+            for index, stacks in ((1, 1), (2, 1), (3, 2)):
                 array = shapes.constant(node.inputs[index]) if index < len(node.inputs) else None
                 if array is not None:
-                    rows = np.moveaxis(array, 1, 0).reshape(-1, size, array.size // array.shape[1])
-                    quiet &= ~rows.any(axis=(0, 2))
+                    gates = array.reshape(len(array), stacks, _GATES[node.op_type], size, -1)
+                    quiet &= ~gates[:, :, _ENTERING[node.op_type]].any(axis=(0, 1, 3))
         for output, axis in axes:
             d.set(output, axis, np.where(quiet, 0.0, np.nan))
 
