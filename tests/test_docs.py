@@ -32,6 +32,13 @@ def test_tables_of_the_readme_are_those_of_the_registry() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_table_of_operators_is_that_of_the_rules() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "operator_table.py", "--check"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_python_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     (tmp_path / "out").mkdir()

@@ -63,7 +63,8 @@ class Distances:
         return [session.run(dict(feed)) for feed in self._feeds]
 
     def distance(self, first: ir.Model, second: ir.Model) -> float:
-        """Largest ||first - second|| / max(||first||, ||base||) over outputs and samples; inf where shapes differ."""
+        """Largest ||first - second|| / max(||first||, ||base||) over outputs and samples; inf where shapes differ, or
+        where one is finite and the other is not."""
         worst = 0.0
         for base, one, two in zip(self._base, self._run(first), self._run(second), strict=True):
             for name, expected in one.items():
@@ -73,7 +74,10 @@ class Distances:
                 if expected.shape != two[name].shape:
                     return float("inf")
                 left, right = expected.astype(np.float64), two[name].astype(np.float64)
-                scale = max(_norm(left), _norm(base[name].astype(np.float64)))
+                if not np.array_equal(np.isfinite(left), np.isfinite(right)):
+                    return float("inf")
+                left, right = np.nan_to_num(left), np.nan_to_num(right)
+                scale = max(_norm(left), _norm(np.nan_to_num(base[name].astype(np.float64))))
                 gap = _norm(left - right)
                 worst = max(worst, gap / scale if scale else float(gap > 0))
         return worst

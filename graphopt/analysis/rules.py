@@ -13,7 +13,7 @@ An operator without a rule freezes everything it touches, with its name as the r
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -73,6 +73,7 @@ class Sink:
             judged again), "constant" (folded into a bias), "zero", or "none".
         reason: why nothing else is exact, for the report.
         index: which operand of the node it is; a parameter has labels by use.
+        zero: the value that counts as zero: a zero point where integers stand for numbers.
         factors: the labels that end here; empty: all of the axis.
     """
 
@@ -82,6 +83,7 @@ class Sink:
     accepts: Accepts
     reason: str
     index: int = 0
+    zero: float = 0.0
     factors: Factors = field(default=(), compare=False)
 
 
@@ -165,7 +167,7 @@ class Labeller:
         for node in graph:
             handler = rule_for(node)
             if handler is None:
-                self.freeze_node(node, f"{where(node)}: no rule for this operator")
+                self.freeze_node(node, f"{where(node)}: no rule for {node.domain or 'ai.onnx'}::{node.op_type}")
                 continue
             self.visit(node, handler)
             for value in node.outputs:
@@ -247,14 +249,24 @@ class Labeller:
                 factors = tied.setdefault(axis, (self.table.fresh(size),))
                 self.table.freeze(factors, reason)
 
-    def sink(self, node: ir.Node, index: int, axis: int, accepts: Accepts, reason: str, factors: Factors = ()) -> None:
-        """Record that positions of an operand's axis end here; `factors`: only for the units of these labels."""
+    def sink(
+        self,
+        node: ir.Node,
+        index: int,
+        axis: int,
+        accepts: Accepts,
+        reason: str,
+        factors: Factors = (),
+        *,
+        zero: float = 0.0,
+    ) -> None:
+        """Record that positions of an operand's axis end here; the fields are those of `Sink`."""
         value = node.inputs[index]
         if value is None or not value.name:
             return
         if accepts == "constant" and shapes.constant_tensor(value) is not None:
             accepts = "zero"  # only what activations bring is folded into biases
-        self.sinks.append(Sink(value.name, axis, node_key(node), accepts, reason, index, factors))
+        self.sinks.append(Sink(value.name, axis, node_key(node), accepts, reason, index, zero, factors))
 
 
 def _aligned(left: Factors, right: Factors) -> list[tuple[Vector, Vector]] | None:
@@ -362,9 +374,14 @@ def rule(cls: type[OpRule]) -> type[OpRule]:
     return cls
 
 
-def rule_for(node: ir.Node) -> OpRule | None:
-    """The rule of a node's operator; None where there is none."""
+def registered() -> Mapping[tuple[str, str], OpRule]:
+    """All rules by domain and operator."""
     import graphopt.analysis.ops  # noqa: F401  (registers the rules)
 
+    return _RULES
+
+
+def rule_for(node: ir.Node) -> OpRule | None:
+    """The rule of a node's operator; None where there is none."""
     domain = "" if node.domain == "ai.onnx" else node.domain
-    return _RULES.get((domain, node.op_type))
+    return registered().get((domain, node.op_type))

@@ -21,7 +21,15 @@ Body = Callable[["onnx.NodeProto", Attributes], str]
 
 _LIKE_FIRST = (
     *("Gelu", "FastGelu", "QuickGelu", "BiasGelu", "BiasAdd", "BiasDropout", "RotaryEmbedding", "Inverse", "Trilu"),
-    *("SimplifiedLayerNormalization", "GroupNorm", "QLinearSigmoid", "QLinearLeakyRelu", "QLinearSoftmax", "MoE"),
+    *(
+        "SimplifiedLayerNormalization",
+        "MeanVarianceNormalization",
+        "GroupNorm",
+        "QLinearSigmoid",
+        "QLinearLeakyRelu",
+        "QLinearSoftmax",
+        "MoE",
+    ),
     *("QMoE", "BiasSoftmax", "GemmaRotaryEmbedding"),
 )
 
@@ -153,8 +161,8 @@ _BODIES: dict[str, Body] = {
     "QLinearAveragePool": _like("AveragePool", *_POOL),
     "QLinearGlobalAveragePool": _like("GlobalAveragePool"),
 }
-_WITHOUT_SCHEMA = {"SimplifiedLayerNormalization"}
-"""Operators that ONNX Runtime adds to the default domain."""
+_STANDARD = {"SimplifiedLayerNormalization", "MeanVarianceNormalization"}
+"""Operators of the default domain without inference; ONNX Runtime adds the first of them."""
 
 
 def stand_in(model: onnx.ModelProto) -> None:
@@ -164,7 +172,7 @@ def stand_in(model: onnx.ModelProto) -> None:
     known = {(function.domain, function.name) for function in model.functions}
     for number, node in enumerate(list(_nodes(model.graph))):
         contrib = node.domain == "com.microsoft" and (node.domain, node.op_type) not in known
-        body = _BODIES.get(node.op_type) if contrib or node.op_type in _WITHOUT_SCHEMA else None
+        body = _BODIES.get(node.op_type) if contrib or node.op_type in _STANDARD else None
         given = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         text = body(node, given) if body is not None else ""
         if not text:

@@ -15,6 +15,8 @@ from graphopt.analysis.ops import (  # noqa: F401
     linear,
     normalization,
     quantized,
+    quantized_passing,
+    quantized_products,
     recurrent,
     reduction,
     resizing,

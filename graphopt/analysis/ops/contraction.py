@@ -12,8 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.analysis import shapes
@@ -74,75 +76,99 @@ def parse_equation(equation: str, ranks: Sequence[int]) -> Terms | str:
 
 
 class Contraction(OpRule):
-    """A sum of products over the indices that the result does not have."""
+    """A sum of products over the indices that the result does not have.
+
+    Attributes:
+        factors: which operands are multiplied; empty: all.
+    """
+
+    factors: ClassVar[Sequence[int]] = ()
 
     def terms(self, node: ir.Node) -> Terms | str:
-        """The indices of the axes, or why they are not known."""
+        """The indices of the axes of the factors, or why they are not known."""
         raise NotImplementedError
 
+    def ends(self, node: ir.Node, g: Labeller, operand: int, axis: int) -> None:
+        """Record what may stand in a position that is summed over and dies."""
+        g.sink(node, operand, axis, "zero", f"{where(node)}: reads a value that is not zero")
+
+    def _at(self, node: ir.Node) -> Sequence[int]:
+        """Operands of the factors."""
+        return self.factors or range(len(node.inputs))
+
     def label(self, node: ir.Node, g: Labeller) -> None:
-        name, terms = where(node), self.terms(node)
+        name, terms, at = where(node), self.terms(node), self._at(node)
         if isinstance(terms, str):
             g.freeze_node(node, f"{name}: {terms}")
             return
-        constants = [shapes.constant_tensor(value) is not None for value in node.inputs]
+        constants = [shapes.constant_tensor(node.inputs[operand]) is not None for operand in at]
         # A constant is read along an index that ends where something computed has it too; else it makes what ends.
-        read = [
-            i for i in terms.indices() if i not in terms.result and not all(constants[o] for o, _ in terms.places(i))
-        ]
-        operands = []
-        for operand, axes in enumerate(terms.operands):
+        ending = [index for index in terms.indices() if index not in terms.result]
+        read = [index for index in ending if not all(constants[factor] for factor, _ in terms.places(index))]
+        factors = []
+        for factor, axes in enumerate(terms.operands):
             roles: dict[int, Role] = {a: "consumer" if i in read else "producer" for a, i in enumerate(axes)}
-            operands.append(g.operand(node, operand, roles))
-        labels = {index: self._index(node, g, terms, operands, index) for index in terms.indices()}
+            factors.append(g.operand(node, at[factor], roles))
+        labels = {index: self._index(node, g, terms, factors, index) for index in terms.indices()}
+        self.follow(node, g, labels)
         g.set(node.outputs[0], {axis: labels.get(index, ()) for axis, index in enumerate(terms.result)})
-        for index in terms.indices():
-            for operand, axis in terms.places(index):
-                asked = index not in terms.result and not (constants[operand] and index in read)
-                if asked and axis in operands[operand]:
-                    g.sink(node, operand, axis, "zero", f"{name}: reads a value that is not zero")
+        for index in ending:
+            for factor, axis in terms.places(index):
+                if axis in factors[factor] and not (constants[factor] and index in read):
+                    self.ends(node, g, at[factor], axis)
 
-    @staticmethod
-    def _index(node: ir.Node, g: Labeller, terms: Terms, operands: list[Axes], index: str) -> Factors:
+    def follow(self, node: ir.Node, g: Labeller, labels: dict[str, Factors]) -> None:
+        """Label the other operands (scales, a bias), and tie what they span."""
+
+    def _index(self, node: ir.Node, g: Labeller, terms: Terms, factors: list[Axes], index: str) -> Factors:
         """The labels of an index, equated over all axes that have it; one of size 1 is repeated and imposes nothing."""
         spanning = [
-            operands[operand].get(axis, ())
-            for operand, axis in terms.places(index)
-            if (shapes.dims(_operand(node, operand)) or ())[axis] != 1
+            factors[factor].get(axis, ())
+            for factor, axis in terms.places(index)
+            if (shapes.dims(_operand(node, self._at(node)[factor])) or ())[axis] != 1
         ]
         if not any(spanning):
             return ()
-        factors = spanning[0]
+        labels = spanning[0]
         for other in spanning[1:]:
-            factors = g.equate(factors, other, f"{where(node)}: meets an axis that is never shortened")
-        return factors
+            labels = g.equate(labels, other, f"{where(node)}: meets an axis that is never shortened")
+        return labels
 
     def dead(self, node: ir.Node, d: DeadValues) -> None:
-        terms, output = self.terms(node), node.outputs[0]
+        output = node.outputs[0]
+        for axis in d.axes(output):
+            d.set(output, axis, np.where(self.quiet(node, d, axis), 0.0, np.nan))
+
+    def quiet(self, node: ir.Node, d: DeadValues, result_axis: int) -> npt.NDArray[np.bool_]:
+        """Where a factor is zero along an axis of the result, and with it the result."""
+        terms, size = self.terms(node), d.size(node.outputs[0], result_axis)
+        found = np.zeros(size, dtype=bool)
         if isinstance(terms, str):
-            return
-        for result_axis in d.axes(output):
-            size = d.size(output, result_axis)
-            quiet = np.zeros(size, dtype=bool)
-            for operand, axis in terms.places(terms.result[result_axis]):
-                values = d.operand(node, operand, axis)
-                if values is not None and len(values) == size:
-                    quiet |= values == 0
-            d.set(output, result_axis, np.where(quiet, 0.0, np.nan))
+            return found
+        for factor, axis in terms.places(terms.result[result_axis]):
+            operand = self._at(node)[factor]
+            values, zero = d.operand(node, operand, axis), self.zero(node, operand)
+            if values is not None and zero is not None and len(values) == size:
+                found |= values == zero
+        return found
+
+    def zero(self, node: ir.Node, operand: int) -> float | None:
+        """The value of an operand that stands for zero; None where it is not known."""
+        return 0.0
 
     def cost(self, node: ir.Node, c: CostView) -> list[Product]:
-        terms = self.terms(node)
+        terms, at = self.terms(node), self._at(node)
         if isinstance(terms, str):
             return []
-        known = [shapes.static_dims(_operand(node, operand)) for operand in range(len(terms.operands))]
+        known = [shapes.static_dims(_operand(node, at[factor])) for factor in range(len(terms.operands))]
         if any(sizes is None for sizes in known):
             return []
         coefficient: float = 1.0
         axes: tuple[Vector, ...] = ()
         for index in terms.indices():
-            operand, axis = max(terms.places(index), key=lambda place: (known[place[0]] or [])[place[1]])
-            factor, more = c.axis(node, operand, axis, (known[operand] or [])[axis])
-            coefficient, axes = coefficient * factor, (*axes, *more)
+            factor, axis = max(terms.places(index), key=lambda place: (known[place[0]] or [])[place[1]])
+            count, more = c.axis(node, at[factor], axis, (known[factor] or [])[axis])
+            coefficient, axes = coefficient * count, (*axes, *more)
         return [(coefficient, axes)]
 
 
@@ -152,10 +178,25 @@ def _operand(node: ir.Node, index: int) -> ir.Value:
     return value
 
 
-def _ranks(node: ir.Node, count: int) -> list[int] | None:
-    """Ranks of the first operands; None where one is unknown."""
-    known = [shapes.dims(value) if value is not None else None for value in node.inputs[:count]]
+def _ranks(node: ir.Node, at: Sequence[int]) -> list[int] | None:
+    """Ranks of operands; None where one is unknown."""
+    known = [shapes.dims(value) if (value := node.inputs[k]) is not None else None for k in at]
     return None if any(shape is None for shape in known) else [len(shape or ()) for shape in known]
+
+
+def product_terms(node: ir.Node, at: Sequence[int], transposed: Sequence[bool] = (False, False)) -> Terms | str:
+    """A matrix product with leading axes; `transposed` tells which factor has its last two axes swapped."""
+    ranks = _ranks(node, at)
+    if ranks is None:
+        return "the rank of an operand is unknown"
+    if min(ranks) < 2:
+        return "an operand has one axis"
+    batch = max(ranks) - 2
+    factors = []
+    for rank, last, swap in zip(ranks, (("m", "k"), ("k", "n")), transposed, strict=True):
+        rows, columns = last[::-1] if swap else last
+        factors.append((*(f".{k}" for k in range(batch - rank + 2, batch)), rows, columns))
+    return Terms(tuple(factors), (*(f".{k}" for k in range(batch)), "m", "n"))
 
 
 @rule
@@ -165,7 +206,7 @@ class Einsum(Contraction):
     ops = ("Einsum",)
 
     def terms(self, node: ir.Node) -> Terms | str:
-        ranks = _ranks(node, len(node.inputs))
+        ranks = _ranks(node, range(len(node.inputs)))
         if ranks is None:
             return "the rank of an operand is unknown"
         return parse_equation(str(node.attributes.get_string("equation", "")), ranks)
@@ -180,16 +221,13 @@ class FusedMatMul(Contraction):
     domain = "com.microsoft"
 
     def terms(self, node: ir.Node) -> Terms | str:
-        ranks = _ranks(node, 2)
-        if ranks is None:
-            return "the rank of an operand is unknown"
-        batch = max(*ranks, 2) - 2
-        operands = []
-        for rank, side, last in zip(ranks, "AB", (("m", "k"), ("k", "n")), strict=True):
-            if rank < 2:
-                return "an operand has one axis"
-            leading = [f".{k}" for k in range(batch - rank + 2, batch)]
-            rows, columns = last[::-1] if node.attributes.get_int(f"trans{side}", 0) else last
-            rotated = node.attributes.get_int(f"transBatch{side}", 0)
-            operands.append((rows, *leading, columns) if rotated else (*leading, rows, columns))
-        return Terms(tuple(operands), (*(f".{k}" for k in range(batch)), "m", "n"))
+        swapped = [bool(node.attributes.get_int(f"trans{side}", 0)) for side in "AB"]
+        terms = product_terms(node, (0, 1), swapped)
+        if isinstance(terms, str):
+            return terms
+        rotated = [bool(node.attributes.get_int(f"transBatch{side}", 0)) for side in "AB"]
+        factors = [
+            (axes[-2], *axes[:-2], axes[-1]) if turn else axes
+            for axes, turn in zip(terms.operands, rotated, strict=True)
+        ]
+        return Terms(tuple(factors), terms.result)

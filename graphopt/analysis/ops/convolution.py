@@ -13,6 +13,8 @@ output, exactly so where no padding mixes zeros in; v = 0 is exact everywhere.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 import onnx_ir as ir
 
@@ -36,9 +38,10 @@ def groups(node: ir.Node) -> int:
     return int(node.attributes.get_int("group", 1) or 1)
 
 
-def weight_shape(node: ir.Node) -> list[int] | None:
+def weight_shape(node: ir.Node, index: int = 1) -> list[int] | None:
     """Shape of the weight, constant or computed (dequantised, say); None where it is not known."""
-    found = shapes.dims(node.inputs[1]) if node.inputs[1] is not None else None
+    weight = node.inputs[index]
+    found = shapes.dims(weight) if weight is not None else None
     sizes = [d for d in found or () if isinstance(d, int)]
     return sizes if found and len(sizes) == len(found) else None
 
@@ -48,22 +51,31 @@ def _by_position(size: list[int], count: int) -> bool:
     return sum(n for n in (size[0] // count, size[1]) if n > 1) > count
 
 
-class _Convolution(OpRule):
-    """What Conv and ConvTranspose share; they differ in which weight axis reads and which writes."""
+class Convolution(OpRule):
+    """What convolutions share.
 
-    reads: int
-    writes: int
+    Attributes:
+        reads, writes: which axis of the weight reads and which writes.
+        weight, bias: operands.
+        folds: constants of dead units are added to the bias.
+    """
+
+    reads: ClassVar[int] = 1
+    writes: ClassVar[int] = 0
+    weight: ClassVar[int] = 1
+    bias: ClassVar[int] = 2
+    folds: ClassVar[bool] = True
 
     def label(self, node: ir.Node, g: Labeller) -> None:
         name = where(node)
         source = node.inputs[0]
         assert source is not None
-        size = weight_shape(node)
+        size = weight_shape(node, self.weight)
         if size is None:
             g.freeze_node(node, f"{name}: the shape of its weight is not known")
             return
         x = g.operand(node, 0)
-        w = g.operand(node, 1, {self.reads: "consumer", self.writes: "producer"}, only=(0, 1))
+        w = g.operand(node, self.weight, {self.reads: "consumer", self.writes: "producer"}, only=(0, 1))
         g.freeze(w, f"{name}: kernel positions are no units", but=(0, 1))
         w = {axis: (g.table.product(factors),) for axis, factors in w.items()}
         g.freeze(x, f"{name}: the axis is convolved over", but=(0, 1))
@@ -75,18 +87,21 @@ class _Convolution(OpRule):
             read, out = (whole, split) if self.reads == 1 else (split, whole)
         if read or 1 in x:
             g.equate(x.get(1, ()), read, f"{name}: its input channels are never removed")
-        bias = g.operand(node, 2, {0: "producer"}).get(0, ())
+        bias = g.operand(node, self.bias, {0: "producer"}).get(0, ())
         if bias:
             out = g.equate(out, bias, f"{name}: its output channels are never removed")
         g.set(node.outputs[0], {0: x.get(0, ()), 1: out})
-        if 1 in x:
-            plain = count == 1 and self.reads == 1 and shapes.constant_tensor(node.inputs[1]) is not None
-            exact_constant = plain and not padded(node)
-            reason = "reads an unknown value" if exact_constant else "reads a value that is not zero next to padding"
-            accepts: Accepts = "constant" if exact_constant else "zero"
-            # A whole group reads only what dies with it.
-            accepts = "anything" if count > 1 and not _by_position(size, count) else accepts
-            g.sink(node, 0, 1, accepts, f"{name}: {reason}")
+        if 1 in x and count > 1 and not _by_position(size, count):
+            g.sink(node, 0, 1, "anything", f"{name}: a whole group reads only what dies with it")
+        elif 1 in x:
+            self.ends(node, g, constants=count == 1 and self.reads == 1)
+
+    def ends(self, node: ir.Node, g: Labeller, *, constants: bool) -> None:
+        """Record what the input channels may hold where they die."""
+        constants &= shapes.constant_tensor(node.inputs[self.weight]) is not None and not padded(node)
+        accepts: Accepts = "constant" if constants else "zero"
+        told = "an unknown value" if constants else "a value that is not zero next to padding"
+        g.sink(node, 0, 1, accepts, f"{where(node)}: reads {told}")
 
     @staticmethod
     def _grouped(name: str, g: Labeller, w: Axes, size: list[int], count: int) -> tuple[Factors, Factors]:
@@ -110,16 +125,16 @@ class _Convolution(OpRule):
         if 1 not in d.axes(output):
             return
         size = d.size(output, 1)
-        bias = d.operand(node, 2, 0)
-        constant = shapes.constant_tensor(node.inputs[1]) is not None
-        array = None if d.hypothetical else shapes.constant(node.inputs[1])
+        bias = d.operand(node, self.bias, 0)
+        constant = shapes.constant_tensor(node.inputs[self.weight]) is not None
+        array = None if d.hypothetical else shapes.constant(node.inputs[self.weight])
         if array is None:
             # The filter of a dead unit is zero; a computed one is where what it is computed from says so.
-            filters = None if constant else d.operand(node, 1, self.writes)
+            filters = None if constant else d.operand(node, self.weight, self.writes)
             if not constant and (filters is None or len(filters) != size):
                 return
             zero = np.zeros(size) if filters is None else np.where(filters == 0, 0.0, np.nan)
-            no_bias = len(node.inputs) < 3 or node.inputs[2] is None
+            no_bias = len(node.inputs) <= self.bias or node.inputs[self.bias] is None
             d.set(output, 1, zero if no_bias else zero + (np.nan if bias is None else bias))
             return
         inputs = d.of(source, 1) if source is not None else None
@@ -138,24 +153,24 @@ class _Convolution(OpRule):
 
     def cost(self, node: ir.Node, c: CostView) -> list[Product]:
         positions = node.outputs[0] if self.reads == 1 else node.inputs[0]
-        size = weight_shape(node)
+        size = weight_shape(node, self.weight)
         spatial = shapes.static_dims(positions) if positions is not None else None
         if spatial is None or size is None:
             return []
         points = float(np.prod([spatial[0], *spatial[2:]])) * float(np.prod(size[2:]))
-        first, one = c.axis(node, 1, 0, size[0])
-        second, two = c.axis(node, 1, 1, size[1])
+        first, one = c.axis(node, self.weight, 0, size[0])
+        second, two = c.axis(node, self.weight, 1, size[1])
         return [(points * first * second, (*one, *two))]
 
     def rewrite(self, node: ir.Node, r: Removal) -> None:
         source = node.inputs[0]
         assert source is not None
-        count, size = groups(node), weight_shape(node)
+        count, size = groups(node), weight_shape(node, self.weight)
         if count == 1:
-            if self.reads == 1:
-                r.fold_constants(node, source, 1, weight=1, bias=2)
+            if self.reads == 1 and self.folds:
+                r.fold_constants(node, source, 1, weight=self.weight, bias=self.bias)
             return
-        if size is None or r.operand_count(node, 1, 1) < size[1]:
+        if size is None or r.operand_count(node, self.weight, 1) < size[1]:
             return  # position mode: as many groups as before, each narrower
         unsplit = source if self.reads == 1 else node.outputs[0]
         left = r.count(unsplit, 1, size[1] * count) // size[1]
@@ -164,18 +179,34 @@ class _Convolution(OpRule):
 
 
 @rule
-class Conv(_Convolution):
+class Conv(Convolution):
     """Conv: weight [O, C/g, k...]."""
 
     ops = ("Conv",)
-    reads = 1
-    writes = 0
 
 
 @rule
-class ConvTranspose(_Convolution):
+class ConvTranspose(Convolution):
     """ConvTranspose: weight [C, O/g, k...]."""
 
     ops = ("ConvTranspose",)
     reads = 0
     writes = 1
+
+
+@rule
+class DeformConv(Convolution):
+    """Convolution that samples its input at offsets: channels as in Conv, offsets in one group only."""
+
+    ops = ("DeformConv",)
+    bias = 3
+    folds = False
+
+    def label(self, node: ir.Node, g: Labeller) -> None:
+        if node.attributes.get_int("offset_group", 1) != 1:
+            g.freeze_node(node, f"{where(node)}: groups of channels have offsets of their own")
+            return
+        super().label(node, g)
+
+    def ends(self, node: ir.Node, g: Labeller, *, constants: bool) -> None:
+        super().ends(node, g, constants=False)

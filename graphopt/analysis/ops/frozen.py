@@ -45,6 +45,7 @@ REASONS: dict[str, str] = {
     "SoftmaxCrossEntropyLoss": _CLASSES,
     "NegativeLogLikelihoodLoss": _CLASSES,
     "LinearAttention": _STATE,
+    "CausalConvWithState": "its state holds every channel",
     "TfIdfVectorizer": "counts words by their index",
     "ImageDecoder": "it reads a file",
     "StringConcat": _TEXT,
@@ -134,12 +135,16 @@ MICROSOFT: dict[str, str] = {
 """Operators of com.microsoft."""
 
 
+def reason(domain: str, name: str) -> str:
+    """Why nothing can be removed around an operator of this table."""
+    return (MICROSOFT if domain == "com.microsoft" else REASONS)[name]
+
+
 class _Frozen(OpRule):
     """Everything that the operator touches stays."""
 
     def label(self, node: ir.Node, g: Labeller) -> None:
-        reasons = MICROSOFT if node.domain == "com.microsoft" else REASONS
-        g.freeze_node(node, f"{where(node)}: {reasons[node.op_type]}")
+        g.freeze_node(node, f"{where(node)}: {reason(node.domain, node.op_type)}")
 
 
 @rule

@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis import shapes
+from graphopt.analysis.dead_values import DeadValues
 from graphopt.analysis.movement import Array, Move, Movement, same
 from graphopt.analysis.remove import Removal
 from graphopt.analysis.rules import rule
@@ -160,6 +161,31 @@ class SpaceToDepth(Movement):
     def moves(self, node: ir.Node, axes: Sequence[int], output: int) -> list[Move] | str:
         block = int(node.attributes.get_int("blocksize", 1) or 1)
         return [Move(a, (a,), _copies(block * block) if a == 1 else same) for a in axes if a in {0, 1}]
+
+
+@rule
+class Col2Im(Movement):
+    """Columns of blocks, channel by channel, become an image: a channel is all positions of its blocks."""
+
+    ops = ("Col2Im",)
+
+    def moves(self, node: ir.Node, axes: Sequence[int], output: int) -> list[Move] | str:
+        block = shapes.ints(node.inputs[2])
+        if block is None:
+            return "its block is computed"
+        size = math.prod(block)
+        return [
+            Move(a, (1, 2), lambda v: v.reshape(-1, size), keep=1) if a else Move(a, (0,), same) for a in axes if a < 2
+        ]
+
+    def dead(self, node: ir.Node, d: DeadValues) -> None:
+        """Blocks overlap: only zeros stay what they are."""
+        super().dead(node, d)
+        output = node.outputs[0]
+        for axis in d.axes(output):
+            values = d.of(output, axis)
+            if values is not None:
+                d.set(output, axis, np.where(values == 0, 0.0, np.nan))
 
 
 def _copies(count: int) -> Callable[[Array], Array]:

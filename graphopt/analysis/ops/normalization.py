@@ -202,7 +202,7 @@ class LpNormalization(OpRule):
 
 @rule
 class MeanVarianceNormalization(OpRule):
-    """(x - mean) / deviation over `axes`, by default all but the channels: the other axes pass, zeros stay zero."""
+    """(x - mean) / deviation over `axes`, by default all but the channels: the other axes pass. Zeros become 0 / 0."""
 
     ops = ("MeanVarianceNormalization",)
 
@@ -216,12 +216,6 @@ class MeanVarianceNormalization(OpRule):
         together = {axis % max(len(shape), 1) for axis in node.attributes.get_ints("axes", (0, 2, 3))}
         g.freeze(x, f"{where(node)}: all positions of the axis are normalised together", only=together)
         g.set(node.outputs[0], {axis: f for axis, f in x.items() if axis not in together})
-
-    def dead(self, node: ir.Node, d: DeadValues) -> None:
-        for axis in d.axes(node.outputs[0]):
-            values = d.operand(node, 0, axis)
-            if values is not None:  # another constant is divided by a deviation that is 0 but for rounding
-                d.set(node.outputs[0], axis, np.where(values == 0, 0.0, np.nan))
 
 
 @rule

@@ -52,7 +52,10 @@ class Counting(OpRule):
 class Source(OpRule):
     """Operators without data operands."""
 
-    ops = ("Constant", "ConstantOfShape", "Range", "RandomNormal", "RandomUniform")
+    ops = (
+        *("Constant", "ConstantOfShape", "Range", "RandomNormal", "RandomUniform"),
+        *("HannWindow", "HammingWindow", "BlackmanWindow", "MelWeightMatrix"),
+    )
 
     def label(self, node: ir.Node, g: Labeller) -> None:
         """Their results are never shortened."""
