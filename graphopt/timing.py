@@ -20,6 +20,8 @@ MIN_SAMPLE = 2e-3
 MIN_ROUNDS = 5
 MAX_ROUNDS = 2000
 WARM_UP = 3
+QUIET_ROUNDS = 30
+"""Rounds at least where the shortest tenth of the times counts."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,36 @@ def paired(
         rounds=rounds,
         within_noise=tuple(bool(n) for n in noise),
     )
+
+
+def undisturbed(
+    calls: Sequence[Callable[[], object]], seconds: float, clock: Callable[[], float] = time.perf_counter
+) -> list[float]:
+    """Seconds that each call takes while nothing else runs, as far as a busy machine lets it be seen.
+
+    The calls run in turn, in random order, and of each the tenth of its times that is shortest bounds the result: what
+    other processes take from some runs does not count, and what the machine's clock does to all of them hits all alike.
+    Medians of paired ratios (`paired`) tell what a user of this machine sees; this tells what a kernel costs.
+
+    Args:
+        calls: what to time.
+        seconds: time for all; at least `QUIET_ROUNDS` rounds are run.
+        clock: seconds, rising.
+    """
+    for call in calls:
+        for _ in range(WARM_UP):
+            call()
+    times: list[list[float]] = [[] for _ in calls]
+    order = list(range(len(calls)))
+    draw = random.Random(0)
+    start = clock()
+    while len(times[0]) < QUIET_ROUNDS or (clock() - start < seconds and len(times[0]) < MAX_ROUNDS):
+        draw.shuffle(order)
+        for i in order:
+            begin = clock()
+            calls[i]()
+            times[i].append(clock() - begin)
+    return [float(np.percentile(each, 10)) for each in times]
 
 
 def _sample(call: Callable[[], object], repeats: int, clock: Callable[[], float]) -> float:

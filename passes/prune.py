@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from graphopt.base import Context, Effect, Pass, PassResult, Skip, option
 from graphopt.errors import UsageError
@@ -13,15 +13,24 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from graphopt.analysis.units import Coupling
+    from graphopt.latency.budget import LatencyBudget, Settled
+    from graphopt.pruning.branches import Branch
+    from graphopt.pruning.decision import Decision
+    from graphopt.pruning.erasing import Eraser
     from graphopt.pruning.families import Candidates
     from graphopt.pruning.layers import Layer
-    from graphopt.pruning.selection import Choice, Family, Term
+    from graphopt.pruning.selection import Erasures, Family, Term
+    from graphopt.pruning.turning import Turned
+
+TOLERANCE = 0.01
+"""Part of a budget of latency by which the measured time may miss it."""
 
 BUDGETS = {
     "macs": "multiply-accumulates",
     "params": "parameters",
     "bytes": "bytes of the weights",
     "units": "units",
+    "latency": "time",
 }
 """What each budget is a fraction of."""
 
@@ -56,6 +65,12 @@ class Prune(Pass):
     params: float | None = option(None, "budget: the fraction of the parameters to keep", low=0, high=1)
     bytes: float | None = option(None, "budget: the fraction of the weights' bytes to keep", low=0, high=1)
     units: float | None = option(None, "budget: the fraction of the units to keep", low=0, high=1)
+    latency: float | None = option(None, "budget: time of the result over time of this pass's input", low=0, high=1)
+    precision: Literal["same", "int8"] = option(
+        "same", "with latency=: what the result is timed as; int8 where quantize follows (the input stays as it is)"
+    )
+    table: str | None = option(None, "with latency=: file of a table measured on another device (bench --table --json)")
+    erase: bool | None = option(None, "whole residual branches may go; default: with latency= and data")
     score: Literal["obs", "l2", "random"] = option("obs", "how units are ranked; obs needs data, l2 is taken without")
     reconstruct: Literal["ls", "mean", "none"] = option(
         "ls", "ls refits weights and biases, mean only biases, none just cuts; ls and mean need data"
@@ -83,7 +98,7 @@ class Prune(Pass):
             )
 
     @property
-    def _budget(self) -> tuple[str, float]:
+    def budget(self) -> tuple[str, float]:
         """Which budget was given, and the fraction."""
         return next((n, v) for n in BUDGETS if (v := getattr(self, n)) is not None)
 
@@ -91,13 +106,7 @@ class Prune(Pass):
         """See the class."""
         from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
-        from graphopt.analysis.remove import remove_units
-        from graphopt.analysis.units import analyse
-        from graphopt.pruning.batchnorm_means import batchnorm_means
-        from graphopt.pruning.families import candidates
-        from graphopt.pruning.layers import drop_zero_biases, give_biases, layers_of
-        from graphopt.pruning.selection import choose
-        from graphopt.pruning.work import labelled_axes
+        from graphopt.pruning.layers import drop_zero_biases, give_biases
         from graphopt.rewriting.edit import allow_private_initializers
         from graphopt.rewriting.prepare import prepare
 
@@ -107,64 +116,12 @@ class Prune(Pass):
         LiftConstantsToInitializersPass(lift_all_constants=False, size_limit=1)(model)
         score, reconstruct = self._fallbacks(ctx, result)
         bare = give_biases(model) if reconstruct != "none" else []
-        coupling = analyse(model)
-        layers, _ = layers_of(model)
-        families, notes = candidates(coupling, layers, self.exclude, refitted=reconstruct != "none")
-        result.notes += notes
-        result.skipped += [Skip(f"{f.tensor}, axis {f.axis}", f.reason) for f in coupling.frozen]
-        terms = self._work_terms(model, coupling, ctx)
-        if not terms:
-            raise UsageError(
-                "the multiply-accumulates of no layer are known, because sizes of tensors are not",
-                where="prune",
-                hint="fix sizes with --dim NAME=SIZE, or give the budget as params=",
-            )
-        ranked = self._rank(model, ctx, coupling, layers, families, score, result)
-        choice = choose(
-            ranked,
-            terms,
-            labelled_axes(coupling),
-            keep=self._budget[1],
-            multiple=self.multiple or ctx.target.channel_multiple,
-            min_keep=self.min_keep,
-        )
-        self._check(choice, ranked, ctx)
-        if not choice.dead:
+        done = _Run(self, model, ctx, result, score, reconstruct).go()
+        drop_zero_biases(bare)
+        if not done:
             result.notes.append("nothing had to go: the budget is met already")
             result.changed = bool(prepared or note)
-            drop_zero_biases(bare)
-            return result
-        dead = self._reconstruct(model, ctx, coupling, families, ranked, choice, reconstruct, result)
-        values = None
-        if ctx.calibration is None and self.reconstruct != "none":
-            values, used = batchnorm_means(coupling)
-            result.notes.append(
-                f"means behind {used} BatchNormalization nodes stand in for what was cut"
-                if used
-                else "no BatchNormalization is left whose means could stand in for what was cut (prune before fold)"
-            )
-        report = remove_units(model, coupling, dead, values)
-        drop_zero_biases(bare)
-        result.notes += self._summary(choice, ranked, dead, ctx)
-        result.notes += [f"{name}: a removed input held an unknown value, taken as 0" for name in report.assumed_zero
-                         if reconstruct == "none"]  # fmt: skip
-        result.details["families"] = [
-            {"family": f.name, "units": len(f.units), "removed": k, "harm": float(f.harm[k])}
-            for f, k in zip(ranked, choice.removed, strict=True)
-        ]
         return result
-
-    def _work_terms(self, model: ir.Model, coupling: Coupling, ctx: Context) -> Sequence[Term]:
-        """What the budget is about; sizes that the model leaves open are those of the first calibration sample."""
-        from graphopt.pruning.work import mac_terms, parameter_terms, unit_terms
-
-        budget, _ = self._budget
-        if budget == "units":
-            return unit_terms(coupling)
-        if budget in {"params", "bytes"}:
-            return parameter_terms(coupling, in_bytes=budget == "bytes")
-        sample = None if ctx.calibration is None else next(iter(ctx.calibration.batches(batch_size=1, limit=1)))
-        return mac_terms(model, coupling, sample)
 
     def _fallbacks(self, ctx: Context, result: PassResult) -> tuple[str, str]:
         """Score and reconstruction that are possible with the data at hand; says so where they are not those asked."""
@@ -177,91 +134,267 @@ class Prune(Pass):
             )
         return ("l2" if self.score == "obs" else self.score), "none"
 
-    def _rank(
-        self,
-        model: ir.Model,
-        ctx: Context,
-        coupling: Coupling,
-        layers: dict[str, Layer],
-        families: list[Candidates],
-        score: str,
-        result: PassResult,
-    ) -> list[Family]:
-        from graphopt.pruning.importance import Setting, at_random, by_reconstruction, by_weight
 
-        if score == "random":
-            return at_random(families, ctx.seed)
-        if score == "l2" or ctx.calibration is None:
-            return by_weight(coupling, families)
-        setting = Setting(model, coupling, layers, ctx.calibration, self.samples, ctx.jobs, ctx.progress)
-        ranked, notes = by_reconstruction(setting, families)
+class _Run:
+    """One run of the pass: what its steps hand on to each other."""
+
+    def __init__(
+        self, options: Prune, model: ir.Model, ctx: Context, result: PassResult, score: str, reconstruct: str
+    ) -> None:
+        from graphopt.analysis.units import analyse
+        from graphopt.pruning.families import candidates
+        from graphopt.pruning.layers import layers_of
+
+        self.options, self.model, self.ctx, self.result = options, model, ctx, result
+        self.score, self.reconstruct = score, reconstruct
+        self.name, self.fraction = options.budget
+        self.multiple = options.multiple or ctx.target.channel_multiple
+        self.coupling: Coupling = analyse(model)
+        self.layers: dict[str, Layer] = layers_of(model)[0]
+        self.families: list[Candidates]
+        self.families, notes = candidates(self.coupling, self.layers, options.exclude, refitted=reconstruct != "none")
+        self.eraser: Eraser | None = None
+        self.branches: list[Branch] = []
+        self.turned: Turned | None = None
         result.notes += notes
+        result.skipped += [Skip(f"{f.tensor}, axis {f.axis}", f.reason) for f in self.coupling.frozen]
+
+    def go(self) -> bool:
+        """Choose, refit, cut; False where nothing had to go."""
+        budget = self._latency() if self.name == "latency" else None
+        terms = budget.terms if budget is not None else self._terms()
+        if not terms:
+            raise UsageError(
+                "the multiply-accumulates of no layer are known, because sizes of tensors are not",
+                where="prune",
+                hint="fix sizes with --dim NAME=SIZE, or give the budget as params=",
+            )
+        keep = self.fraction if budget is None else min(1.0, budget.keep(self.fraction))
+        ranked = self._rank()
+        decision = self._decide(ranked, terms, self._erasures(terms, keep), keep, budget)
+        if self.turned is not None:
+            self.turned.restore(self.layers, self.turned.shortened(self.coupling, self.layers, decision.choice.dead))
+        if decision.empty:
+            return False
+        self._carry_out(decision)
+        return True
+
+    # -- what to remove ----------------------------------------------------------------------------------------------
+
+    def _terms(self) -> Sequence[Term]:
+        """What the budget is about; sizes that the model leaves open are those of the first calibration sample."""
+        from graphopt.pruning.work import mac_terms, parameter_terms, unit_terms
+
+        if self.name == "units":
+            return unit_terms(self.coupling)
+        if self.name in {"params", "bytes"}:
+            return parameter_terms(self.coupling, in_bytes=self.name == "bytes")
+        return mac_terms(self.model, self.coupling, self._sample())
+
+    def _sample(self) -> dict[str, Any] | None:
+        calibration = self.ctx.calibration
+        return None if calibration is None else dict(next(iter(calibration.batches(batch_size=1, limit=1))))
+
+    def _latency(self) -> LatencyBudget:
+        from graphopt.latency.budget import LatencyBudget
+        from graphopt.verify import random_feeds
+
+        feeds = self._sample() or random_feeds(self.model, self.ctx.seed, samples=1)[0]
+        budget = LatencyBudget.of(
+            self.model, self.coupling, feeds, self.ctx.target, integer=self.options.precision == "int8",
+            multiple=self.multiple, table=self.options.table, progress=self.ctx.progress,
+        )  # fmt: skip
+        self.result.notes.append(
+            f"times of layers from {budget.source}" + (f", {budget.measured} of them new" if budget.measured else "")
+        )
+        return budget
+
+    def _rank(self) -> list[Family]:
+        from graphopt.pruning.importance import Setting, at_random, by_reconstruction, by_weight
+        from graphopt.pruning.turning import turn_heads
+
+        if self.score == "random":
+            return at_random(self.families, self.ctx.seed)
+        if self.score == "l2" or self.ctx.calibration is None:
+            return by_weight(self.coupling, self.families)
+        model, ctx, data, samples = self.model, self.ctx, self.ctx.calibration, self.options.samples
+        strengths = {}
+        if self.reconstruct == "ls":
+            self.turned, notes = turn_heads(model, self.layers, data, samples=samples, threads=ctx.jobs)
+            self.result.notes += notes
+            strengths = self.turned.strengths()
+        setting = Setting(model, self.coupling, self.layers, data, samples, ctx.jobs, ctx.progress, strengths)
+        ranked, notes = by_reconstruction(setting, self.families)
+        self.result.notes += notes
         return ranked
 
-    def _reconstruct(
+    def _erasures(self, terms: Sequence[Term], keep: float) -> Erasures:
+        """Branches in the order in which they would go, where they may."""
+        from graphopt.pruning.erasing import Eraser, as_erasures, savings
+        from graphopt.pruning.selection import NO_ERASURES
+        from graphopt.pruning.work import full_counts
+
+        wanted, data = self.options.erase, self.ctx.calibration
+        possible = data is not None and self.reconstruct != "none"
+        if wanted and not possible:
+            self.result.notes.append("warning: no branch is erased: that needs calibration data and reconstruct=ls")
+        if wanted is False or data is None or not possible or (wanted is None and self.name != "latency"):
+            return NO_ERASURES
+        self.eraser = Eraser(self.model, data, self.ctx.jobs, self.ctx.progress, self.options.exclude)
+        full = sum(t.work(full_counts(t)) for t in terms)
+        # a tenth more than the budget needs: its correction by the measured time may ask for it
+        self.branches, harm = self.eraser.order(savings(self.eraser.branches, terms), (1 - 0.9 * keep) * full)
+        return as_erasures(self.branches, harm, self.families, self.coupling)
+
+    def _decide(
         self,
-        model: ir.Model,
-        ctx: Context,
-        coupling: Coupling,
-        families: list[Candidates],
         ranked: list[Family],
-        choice: Choice,
-        mode: str,
-        result: PassResult,
-    ) -> set[int]:
+        terms: Sequence[Term],
+        erasures: Erasures,
+        keep: float,
+        budget: LatencyBudget | None,
+    ) -> Decision:
+        from graphopt.pruning.decision import Decision, built
+        from graphopt.pruning.selection import choose
+        from graphopt.pruning.work import labelled_axes
+
+        axes = labelled_axes(self.coupling)
+
+        def decide(keep: float) -> Decision:
+            choice = choose(
+                ranked, terms, axes, keep=keep, multiple=self.multiple, min_keep=self.options.min_keep,
+                erasures=erasures,
+            )  # fmt: skip
+            return Decision(choice, ranked, self.branches[: choice.erased])
+
+        if budget is None:
+            decision = decide(keep)
+            self._check(decision)
+            return decision
+        settled = budget.settle(
+            self.fraction, decide, lambda found: built(self.model, self.coupling, found, self.eraser)
+        )
+        if settled.ratio is None or settled.ratio > self.fraction * (1 + TOLERANCE):
+            self._check(settled.choice)
+        self._tell_time(settled)
+        return settled.choice
+
+    # -- doing it ----------------------------------------------------------------------------------------------------
+
+    def _carry_out(self, decision: Decision) -> None:
+        from graphopt.analysis.remove import remove_units
         from graphopt.pipeline.clone import private_clone
+        from graphopt.pruning.batchnorm_means import batchnorm_means
+
+        dense = private_clone(self.model)
+        removed, touched = self._erase(decision)
+        dead = self._refit(dense, removed, touched)
+        values = None
+        if self.ctx.calibration is None and self.options.reconstruct != "none":
+            values, used = batchnorm_means(self.coupling)
+            self.result.notes.append(
+                f"means behind {used} BatchNormalization nodes stand in for what was cut"
+                if used
+                else "no BatchNormalization is left whose means could stand in for what was cut (prune before fold)"
+            )
+        report = remove_units(self.model, self.coupling, dead, values)
+        self._tell(decision, dead)
+        if self.reconstruct == "none":
+            unknown = "a removed input held an unknown value, taken as 0"
+            self.result.notes += [f"{name}: {unknown}" for name in report.assumed_zero]
+
+    def _erase(self, decision: Decision) -> tuple[list[list[int]], frozenset[str]]:
+        """Erase the branches; the units that go by family in what is left, and what must be refitted for it."""
+        from graphopt.analysis.units import analyse
+        from graphopt.pruning.decision import regroup, translate
+        from graphopt.pruning.families import candidates
+        from graphopt.pruning.layers import layers_of
+
+        if not decision.branches or self.eraser is None:
+            return [list(units) for units in decision.removed], frozenset()
+        erased = self.eraser.apply(self.model, decision.branches)
+        dense, self.coupling = self.coupling, analyse(self.model)
+        self.layers = layers_of(self.model)[0]
+        self.families, _ = candidates(self.coupling, self.layers, self.options.exclude, refitted=True)
+        units = translate(dense, self.coupling, [u for units in decision.removed for u in units])
+        return regroup(self.families, units), frozenset(n for e in erased for n in (e.key, e.total) if n)
+
+    def _refit(self, dense: ir.Model, removed: list[list[int]], touched: frozenset[str]) -> set[int]:
+        """Refit what is disturbed; the units that go, which the refit may have chosen anew."""
         from graphopt.pruning.importance import silence
         from graphopt.pruning.reconstruct import Plan, reconstruct
 
-        if mode == "none" or ctx.calibration is None:
-            return set(choice.dead)
-        removed = [f.units[:k] for f, k in zip(ranked, choice.removed, strict=True)]
-        dense = private_clone(model)
+        ctx, options = self.ctx, self.options
+        if self.reconstruct == "none" or ctx.calibration is None:
+            return {u for units in removed for u in units}
         # what another operator than a refitted layer reads is zeroed first, as it will be missing in the end
-        seen_elsewhere = {u for f, units in zip(families, removed, strict=True) if f.others for u in units}
-        silence(model, coupling, seen_elsewhere)
+        seen_elsewhere = {u for f, units in zip(self.families, removed, strict=True) if f.others for u in units}
+        silence(self.model, self.coupling, seen_elsewhere)
         outcome = reconstruct(
             Plan(
                 dense=dense,
-                model=model,
-                coupling=coupling,
-                families=families,
+                model=self.model,
+                coupling=self.coupling,
+                families=self.families,
                 removed=removed,
                 calibration=ctx.calibration,
-                mode="ls" if mode == "ls" else "mean",
-                samples=self.samples,
+                mode="ls" if self.reconstruct == "ls" else "mean",
+                samples=options.samples,
                 threads=ctx.jobs,
                 progress=ctx.progress,
-                reselect=self.score == "obs",
+                reselect=options.score == "obs",
+                touched=touched,
             )
         )
-        result.notes += outcome.notes
-        what = "by least squares" if mode == "ls" else "in their biases"
-        result.notes.append(
-            f"{outcome.refitted} layers refitted {what} on {self.samples or ctx.calibration.samples or 'all'} samples"
-        )
+        self.result.notes += outcome.notes
+        what = "by least squares" if self.reconstruct == "ls" else "in their biases"
+        samples = options.samples or ctx.calibration.samples or "all"
+        self.result.notes.append(f"{outcome.refitted} layers refitted {what} on {samples} samples")
         if outcome.rows:
-            result.details["refitted layers"] = outcome.rows
+            self.result.details["refitted layers"] = outcome.rows
         return outcome.dead
 
-    def _check(self, choice: Choice, families: list[Family], ctx: Context) -> None:
-        if not choice.least:
+    # -- telling -----------------------------------------------------------------------------------------------------
+
+    def _check(self, decision: Decision) -> None:
+        """Raise where the budget is out of reach."""
+        least = decision.choice.least
+        if not least:
             return
-        multiple = self.multiple or ctx.target.channel_multiple
-        name, fraction = self._budget
-        units = sum(len(f.units) for f in families)
+        units = sum(len(f.units) for f in decision.ranked)
         raise UsageError(
-            f"{name}={fraction:g} cannot be met: with all {units} candidate units gone that multiple={multiple} and "
-            f"min_keep={self.min_keep} let go, {choice.least:.3f} is left",
+            f"{self.name}={self.fraction:g} cannot be met: with all {units} candidate units gone that "
+            f"multiple={self.multiple} and min_keep={self.options.min_keep} let go, {least:.3f} "
+            f"of the {BUDGETS[self.name]} is left",
             where="prune",
             hint="raise the budget, set multiple=1, or see `graphopt inspect --units` for what is frozen",
         )
 
-    def _summary(self, choice: Choice, families: list[Family], dead: set[int], ctx: Context) -> list[str]:
-        what = BUDGETS[self._budget[0]]
+    def _tell_time(self, settled: Settled[Decision]) -> None:
+        """The measured time, and where it misses the budget, by how much."""
+        ratio, what = settled.ratio, "as int8 " if self.options.precision == "int8" else ""
+        if ratio is None:
+            self.result.notes.append("warning: the target cannot run here, so the time was taken from the table alone")
+            return
+        text = f"the result {what}takes {ratio:.3f} of the time of this pass's input, measured at batch 1"
+        over = ratio - self.fraction
+        if over > TOLERANCE * self.fraction:
+            text = f"warning: {text}: {over:.3f} above the budget, which no choice of units met"
+        self.result.notes.append(text)
+
+    def _tell(self, decision: Decision, dead: set[int]) -> None:
+        choice, ranked = decision.choice, decision.ranked
         touched = sum(k > 0 for k in choice.removed)
-        return [
-            f"removed {len(dead)} of {sum(len(f.units) for f in families)} units in {touched} of {len(families)} "
-            f"families; {choice.kept:.4f} of the {what} stay, widths in multiples of "
-            f"{self.multiple or ctx.target.channel_multiple}"
+        if decision.branches:
+            labels = ", ".join(b.label for b in decision.branches)
+            self.result.notes.append(
+                f"erased {len(decision.branches)} branches with their sums, which ended in {labels}"
+            )
+        self.result.notes.append(
+            f"removed {len(dead)} of {sum(len(f.units) for f in ranked)} units in {touched} of {len(ranked)} "
+            f"families; {choice.kept:.4f} of the {BUDGETS[self.name]} stay, widths in multiples of {self.multiple}"
+        )
+        self.result.details["families"] = [
+            {"family": f.name, "units": len(f.units), "removed": k, "harm": float(f.harm[k])}
+            for f, k in zip(ranked, choice.removed, strict=True)
         ]

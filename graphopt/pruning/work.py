@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from graphopt.analysis.rules import node_key
+from graphopt.analysis.scope import initializers
 from graphopt.analysis.units import Coupling
 from graphopt.pruning.selection import Term, Vector
 
@@ -52,7 +54,7 @@ def mac_terms(model: ir.Model, coupling: Coupling, feeds: Mapping[str, npt.NDArr
 
 def parameter_terms(coupling: Coupling, *, in_bytes: bool = False) -> list[Term]:
     """Elements, or bytes, of the weights; constants that are no weights (integers of a shape) do not count."""
-    readers = _readers(coupling.model)
+    readers = readers_of(coupling.model)
     terms: list[Term] = []
     for name, value in initializers(coupling.model).items():
         tensor = value.const_value
@@ -67,7 +69,7 @@ def parameter_terms(coupling: Coupling, *, in_bytes: bool = False) -> list[Term]
 
 def unit_terms(coupling: Coupling) -> list[Term]:
     """One for each unit."""
-    readers = _readers(coupling.model)
+    readers = readers_of(coupling.model)
     groups: dict[frozenset[str], list[int]] = {}
     for unit in coupling.units:
         nodes = frozenset().union(*(readers.get(m.parameter, frozenset({""})) for m in unit.members))
@@ -86,14 +88,14 @@ def labelled_axes(coupling: Coupling) -> list[Vector]:
     return list(found.values())
 
 
-def _readers(model: ir.Model) -> dict[str, frozenset[str]]:
-    """Keys of the nodes that read each initializer."""
-    from graphopt.analysis.rules import node_key
-from graphopt.analysis.scope import initializers
+def full_counts(term: Term) -> list[int]:
+    """Lengths of a term's axes."""
+    return [int(np.atleast_2d(axis).shape[1]) for axis in term.axes]
 
-    return {
-        name: frozenset(node_key(use.node) for use in value.uses()) for name, value in initializers(model).items()
-    }
+
+def readers_of(model: ir.Model) -> dict[str, frozenset[str]]:
+    """Keys of the nodes that read each initializer."""
+    return {name: frozenset(node_key(use.node) for use in value.uses()) for name, value in initializers(model).items()}
 
 
 def _all_counted(model: ir.Model, coupling: Coupling) -> bool:

@@ -9,6 +9,7 @@ from text_graph import graph
 
 from graphopt import model as models
 from graphopt.analysis.cost import model_stats
+from graphopt.analysis.units import analyse
 from graphopt.base import Context
 from graphopt.calibration import load
 from graphopt.errors import UsageError
@@ -41,15 +42,21 @@ def difference(one, other, feeds):
 TEST = {"x": np.random.default_rng(99).normal(size=(16, 3, 8, 8)).astype(np.float32)}
 
 
-@pytest.mark.parametrize("budget", ["macs", "params"])
+@pytest.mark.parametrize("budget", ["macs", "params", "bytes", "units"])
 def test_a_doubled_network_is_halved_without_a_trace(budget):
     model = redundant()
     # half of every width is a quarter of most work; the first layer's input and the last one's output stay
-    small, result = pruned(model, images(model), **{budget: 0.35})
+    share = 0.5 if budget == "units" else 0.35
+    small, result = pruned(model, images(model), **{budget: share})
     assert difference(model, small, TEST) < 1e-4
     before, after = model_stats(model), model_stats(small)
-    kept = after.macs / before.macs if budget == "macs" else after.parameters / before.parameters
-    assert kept <= 0.35 + 1e-9
+    kept = {
+        "macs": after.macs / before.macs,
+        "params": after.parameters / before.parameters,
+        "bytes": after.bytes / before.bytes,
+        "units": len(analyse(small).units) / len(analyse(model).units),
+    }
+    assert kept[budget] <= share + 1e-9
     assert any("removed" in note for note in result.notes)
 
 

@@ -1,0 +1,1 @@
+"""Times of single layers on a target, measured once and remembered: what a budget of latency is made of."""

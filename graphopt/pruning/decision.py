@@ -1,0 +1,83 @@
+"""What was decided, carried out on a model: branches erased first, then units cut out of what is left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from graphopt.analysis.remove import remove_units
+from graphopt.analysis.units import Coupling, analyse
+from graphopt.pipeline.clone import private_clone
+from graphopt.pruning.branches import Branch
+from graphopt.pruning.erasing import Eraser
+from graphopt.pruning.families import Candidates
+from graphopt.pruning.selection import Choice, Family
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What goes.
+
+    Attributes:
+        choice: of the solver.
+        ranked: its families.
+        branches: those that are erased.
+    """
+
+    choice: Choice
+    ranked: Sequence[Family]
+    branches: Sequence[Branch]
+
+    @property
+    def removed(self) -> list[tuple[int, ...]]:
+        """Units by family, in the order in which they go."""
+        return [f.units[:k] for f, k in zip(self.ranked, self.choice.removed, strict=True)]
+
+    @property
+    def empty(self) -> bool:
+        """True where nothing goes."""
+        return not self.choice.dead and not self.branches
+
+
+def built(model: ir.Model, coupling: Coupling, decision: Decision, eraser: Eraser | None) -> ir.Model:
+    """The model of a decision without any reconstruction: right in its shapes, so that it can be timed."""
+    copy = private_clone(model)
+    if decision.branches and eraser is not None:
+        eraser.apply(copy, decision.branches)
+        after = analyse(copy)
+        dead = set(translate(coupling, after, [u for units in decision.removed for u in units]))
+        remove_units(copy, after, dead)
+    else:
+        remove_units(copy, coupling, set(decision.choice.dead))
+    return copy
+
+
+def translate(old: Coupling, new: Coupling, units: Sequence[int]) -> list[int]:
+    """Unit ids of a smaller graph for those of a larger one, by the slices they own; units that are gone are left out.
+
+    Raises:
+        ValueError: an id that does not exist.
+    """
+    places: dict[tuple[str, int, int], int] = {
+        (m.parameter, m.axis, index): unit.id for unit in new.units for m in unit.members for index in m.indices
+    }
+    found: dict[int, None] = {}
+    for number in units:
+        if not 1 <= number <= len(old.units):
+            raise ValueError(f"there is no unit {number}")
+        unit = old.units[number - 1]
+        owners = {places.get((m.parameter, m.axis, index)) for m in unit.members for index in m.indices}
+        found.update((owner, None) for owner in sorted(o for o in owners if o is not None))
+    return list(found)
+
+
+def regroup(families: Sequence[Candidates], units: Sequence[int]) -> list[list[int]]:
+    """Units by family, in the order given."""
+    home = {u: i for i, f in enumerate(families) for u in f.units}
+    removed: list[list[int]] = [[] for _ in families]
+    for unit in units:
+        if unit in home:
+            removed[home[unit]].append(unit)
+    return removed
