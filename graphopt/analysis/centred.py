@@ -130,9 +130,26 @@ def gain_index(node: ir.Node) -> int | None:
     if node.op_type != "Mul":
         return None
     for index in (0, 1):
-        inner = standard(uncast(node.inputs[1 - index]), "Div", "Mul")
-        if inner is not None and shapes.constant_tensor(node.inputs[index]) is not None:
-            sides = inner.inputs if inner.op_type == "Mul" else inner.inputs[:1]
-            if any(shifted(side) is not None for side in sides):
-                return index
+        if shapes.constant_tensor(node.inputs[index]) is not None and _normalised(node.inputs[1 - index]):
+            return index
     return None
+
+
+def _normalised(value: ir.Value | None) -> bool:
+    """Whether a value is a centred tensor, divided or multiplied, or groups of channels normalised and put back."""
+    inner = standard(uncast(value), "Div", "Mul", "Reshape")
+    if inner is None:
+        return False
+    if inner.op_type == "Reshape":
+        return standard(inner.inputs[0], "InstanceNormalization") is not None
+    sides = inner.inputs if inner.op_type == "Mul" else inner.inputs[:1]
+    return any(shifted(side) is not None for side in sides)
+
+
+def has_gain_behind(norm: ir.Node) -> bool:
+    """Whether groups of channels, normalised as one channel each, are put back and get a constant gain by channel."""
+    readers = [use.node for use in norm.outputs[0].uses()]
+    if len(readers) != 1 or readers[0].op_type != "Reshape" or norm.outputs[0].is_graph_output():
+        return False
+    behind = [use.node for use in readers[0].outputs[0].uses()]
+    return bool(behind) and all(gain_index(node) is not None for node in behind)

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -28,6 +27,7 @@ import onnx_ir as ir
 from graphopt.analysis import shapes
 from graphopt.analysis.dead_values import DeadValues, Floats, elementwise_value
 from graphopt.analysis.labels import Axes
+from graphopt.analysis.padding import own_axis, pad_to_dense, shortened, spans
 from graphopt.analysis.remove import Removal
 from graphopt.analysis.rules import Labeller, OpRule, Role, rule, where
 
@@ -63,13 +63,13 @@ class _Norm(OpRule):
         labels = _sum_labels(node, g, addends, rank)
         for axis in range(first, rank):
             for index, own in parameters.items():
-                if _spans(node, index, axis, rank) and (axis in labels or own):
-                    theirs = own.get(_own(node, index, axis, rank), ())
+                if spans(node, index, axis, rank) and (axis in labels or own):
+                    theirs = own.get(own_axis(node, index, axis, rank), ())
                     labels[axis] = g.equate(labels.get(axis, ()), theirs, f"{name}: its channels are never removed")
             for index, own in addends.items():
-                if _own(node, index, axis, rank) in own:
+                if own_axis(node, index, axis, rank) in own:
                     reason = f"{name}: normalises a value that is not zero"
-                    g.sink(node, index, _own(node, index, axis, rank), "zero", reason)
+                    g.sink(node, index, own_axis(node, index, axis, rank), "zero", reason)
         refused = self._refused(node)
         if refused is not None:
             g.freeze(labels, f"{name}: {refused}", only=range(first, rank))
@@ -114,12 +114,6 @@ class _Norm(OpRule):
             return np.zeros(d.size(node.outputs[0], axis))
         return elementwise_value(node, index, node.outputs[0], axis, d)
 
-    def _left(self, node: ir.Node, r: Removal) -> dict[int, tuple[int, int]]:
-        """Axes that become shorter -> positions before and after."""
-        rank = len(shapes.dims(node.outputs[0]) or ())
-        masks = {axis: r.mask(node.outputs[0], axis) for axis in range(_first(node, rank), rank)}
-        return {axis: (len(mask), int(mask.sum())) for axis, mask in masks.items() if mask is not None}
-
 
 def _rank(node: ir.Node) -> int | None:
     """Rank of the result; None where that of an operand is unknown."""
@@ -132,23 +126,11 @@ def _first(node: ir.Node, rank: int) -> int:
     return int(node.attributes.get_int("axis", -1) or 0) % max(rank, 1)
 
 
-def _own(node: ir.Node, index: int, axis: int, rank: int) -> int:
-    """The axis of an operand that meets an axis of the result; negative where it has none."""
-    value = node.inputs[index]
-    return axis - rank + len(shapes.dims(value) or ()) if value is not None else -1
-
-
-def _spans(node: ir.Node, index: int, axis: int, rank: int) -> bool:
-    """Whether an operand has a value of its own at each position of an axis of the result."""
-    own, value = _own(node, index, axis, rank), node.inputs[index]
-    return own >= 0 and value is not None and (shapes.dims(value) or ())[own] != 1
-
-
 def _sum_labels(node: ir.Node, g: Labeller, addends: dict[int, Axes], rank: int) -> Axes:
     """Labels of a sum with broadcasting."""
     total: Axes = {}
     for axis in range(rank):
-        sides = [addends[i].get(_own(node, i, axis, rank), ()) for i in addends if _spans(node, i, axis, rank)]
+        sides = [addends[i].get(own_axis(node, i, axis, rank), ()) for i in addends if spans(node, i, axis, rank)]
         if any(sides):
             total[axis] = next(side for side in sides if side)
             for side in sides:
@@ -164,7 +146,9 @@ class _RootMeanSquare(_Norm):
         return np.where((x == 0) | (gain == 0), 0.0, np.nan)
 
     def rewrite(self, node: ir.Node, r: Removal) -> None:
-        ratio = math.prod(before / after for before, after in self._left(node, r).values())
+        rank = len(shapes.dims(node.outputs[0]) or ())
+        left = shortened(node, range(_first(node, rank), rank), r)
+        ratio = math.prod(before / after for before, after in left.values())
         if ratio == 1:
             return
         epsilon = node.attributes.get_float("epsilon", 1e-5)
@@ -222,29 +206,14 @@ class _Layer(_Norm):
         return f"what is left of it cannot be padded before opset {_FIRST_OPSET_OF_PADS}"
 
     def rewrite(self, node: ir.Node, r: Removal) -> None:
-        left = self._left(node, r)
-        if not left:
-            return
         rank = len(shapes.dims(node.outputs[0]) or ())
-        for index in (*self._addends(node), *self._parameters(node)):
-            missing = {
-                _own(node, index, axis, rank): before - after
-                for axis, (before, after) in left.items()
-                if _spans(node, index, axis, rank)
-            }
-            if missing and not r.change_operand(node, index, partial(_with_zeros, missing)):
-                r.pad_operand(node, index, missing)
-        sizes = {axis: after for axis, (_, after) in left.items()}
-        for index in (0,) if self.sum_output is None else (0, self.sum_output):
-            r.cut_output(node, index, sizes)
+        results = (0,) if self.sum_output is None else (0, self.sum_output)
+        operands = (*self._addends(node), *self._parameters(node))
+        pad_to_dense(node, range(_first(node, rank), rank), operands, r, results)
 
 
 _FIRST_OPSET_OF_PADS = 11
 """Before it, the pads of Pad were an attribute."""
-
-
-def _with_zeros(missing: dict[int, int], array: Floats) -> Floats:
-    return np.pad(array, [(0, missing.get(axis, 0)) for axis in range(array.ndim)])
 
 
 @rule

@@ -11,8 +11,10 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis import shapes
+from graphopt.analysis.centred import has_gain_behind
 from graphopt.analysis.dead_values import DeadValues
 from graphopt.analysis.labels import Factors
+from graphopt.analysis.padding import pad, pad_to_dense
 from graphopt.analysis.remove import Removal
 from graphopt.analysis.rules import Labeller, OpRule, Role, rule, where
 
@@ -72,16 +74,26 @@ class BatchNormalization(_ChannelNorm):
 
 @rule
 class InstanceNormalization(_ChannelNorm):
-    """Each channel of each sample normalised over its positions: a constant channel becomes its bias."""
+    """Each channel of each sample normalised over its positions: a constant channel becomes its bias.
+
+    Exporters write group normalisation as a reshape of each group to one channel, this operator, the reshape back and
+    a gain for each true channel. There the positions are channels in part, which may go if their gain goes with them:
+    as in `graphopt.analysis.ops.layer_norm`, what is left is padded with zeros before the norm and cut behind it.
+    """
 
     ops = ("InstanceNormalization",)
     roles = ("producer", "producer")
 
     def label(self, node: ir.Node, g: Labeller) -> None:
-        g.freeze(g.operand(node, 0), f"{where(node)}: the axis is normalised over", but=(0, 1))
+        x = g.operand(node, 0)
+        if has_gain_behind(node):
+            for axis in (axis for axis in x if axis > 1):
+                g.sink(node, 0, axis, "zero", f"{where(node)}: normalises a value that is not zero")
+        else:
+            g.freeze(x, f"{where(node)}: the axis is normalised over", but=(0, 1))
+            x = {axis: x[axis] for axis in (0, 1) if axis in x}
         super().label(node, g)
-        labels = g.of(node.outputs[0])
-        g.set(node.outputs[0], {axis: labels[axis] for axis in (0, 1) if axis in labels})
+        g.set(node.outputs[0], {**x, **{a: f for a, f in g.of(node.outputs[0]).items() if a <= 1}})
 
     def dead(self, node: ir.Node, d: DeadValues) -> None:
         output = node.outputs[0]
@@ -90,6 +102,9 @@ class InstanceNormalization(_ChannelNorm):
             if scale is not None and bias is not None:
                 constant = (scale == 0) if x is None else (scale == 0) | ~np.isnan(x)
                 d.set(output, 1, np.where(constant, bias, np.nan))
+
+    def rewrite(self, node: ir.Node, r: Removal) -> None:
+        pad_to_dense(node, range(2, len(shapes.dims(node.outputs[0]) or ())), (0,), r)
 
 
 @rule
@@ -125,10 +140,17 @@ class AxisTogether(OpRule):
 class GroupNormalization(OpRule):
     """Each group of channels of each sample normalised together: whole groups go, and `num_groups` shrinks.
 
-    Scale and bias are per channel, before opset 21 per group. A group that holds one constant becomes its bias.
+    Scale and bias are per channel, before opset 21 per group. A group that holds one constant becomes its bias. Of one
+    group with a scale for each channel single channels go, with their scale: what is left is padded to the dense width.
     """
 
     ops = ("GroupNormalization",)
+
+    @staticmethod
+    def _single(node: ir.Node) -> bool:
+        """Whether there is one group, in which each channel has a scale of its own."""
+        sizes = shapes.sizes(node.inputs[1])
+        return int(node.attributes.get_int("num_groups", 1) or 1) == 1 and sizes is not None and sizes[-1:] != [1]
 
     def label(self, node: ir.Node, g: Labeller) -> None:
         name = where(node)
@@ -142,8 +164,11 @@ class GroupNormalization(OpRule):
         channels = g.table.product(x[1])
         count = int(node.attributes.get_int("num_groups", 1) or 1)
         rows = channels.reshape(count, -1)
-        g.table.equate(rows, rows[:, :1], f"{name}: shares a group with a channel that is never removed")
-        if count == 1:
+        if self._single(node):
+            g.sink(node, 0, 1, "zero", f"{name}: normalises a value that is not zero")
+        else:
+            g.table.equate(rows, rows[:, :1], f"{name}: shares a group with a channel that is never removed")
+        if count == 1 and not self._single(node):
             g.freeze(x, f"{name}: all channels are normalised together", only=(1,))
         for index in (1, 2):
             own = g.operand(node, index, role="producer").get(0, ())
@@ -157,6 +182,9 @@ class GroupNormalization(OpRule):
         if 1 not in d.axes(output) or scale is None or bias is None:
             return
         size = d.size(output, 1)
+        if self._single(node):
+            d.set(output, 1, np.where(scale == 0, bias, np.nan))
+            return
         x = d.operand(node, 0, 1)
         rows = np.full(size, np.nan) if x is None else x
         rows = rows.reshape(int(node.attributes.get_int("num_groups", 1) or 1), -1)
@@ -166,7 +194,11 @@ class GroupNormalization(OpRule):
 
     def rewrite(self, node: ir.Node, r: Removal) -> None:
         mask = r.mask(node.outputs[0], 1)
-        if mask is not None:
+        if mask is not None and self._single(node):
+            for index in (1, 2):  # first: a result that is cut leaves its name, which the node is known by
+                pad(node, index, {0: len(mask) - int(mask.sum())}, r)
+            pad_to_dense(node, (1,), (0,), r)
+        elif mask is not None:
             count = int(node.attributes.get_int("num_groups", 1) or 1)
             node.attributes.add(ir.AttrInt64("num_groups", int(mask.reshape(count, -1).any(axis=1).sum())))
 

@@ -82,3 +82,37 @@ def test_a_residual_stream_through_a_norm_is_exact(name: str) -> None:
     assert certificate.effect > 1e-2
     assert certificate.control is not None
     assert certificate.control > 1e-2
+
+
+EXPORTED = """r = Reshape({0}, {1})  i = InstanceNormalization(r, o{2}, z{2})  q = Reshape(i, {3})  k = Mul(q, gc)
+    n = Add(k, bc)"""
+GROUPS = {  # units, and the norm
+    "one group": (16, "n = GroupNormalization<num_groups=1>(s, g, b)"),
+    "four groups": (4, "n = GroupNormalization<num_groups=4>(s, g, b)"),
+    "one group as exported": (16, EXPORTED.format("s", "one", 1, "sizes")),
+    "two groups as exported": (2 + 8, EXPORTED.format("s", "two", 2, "sizes")),
+    "four groups, a free size": (4, f"sh = Shape(t)  {EXPORTED.format('t', 'four', 4, 'sh')}"),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_groups_lose_channels_or_go_whole(name: str) -> None:
+    units, norm = GROUPS[name]
+    free = "(t, four)" in norm
+    body = f"{'t' if free else 's'} = Conv(x, w, c)  {norm}  a = Relu(n)  y = Conv(a, v)"
+    constants = {name: np.full(int(name[1]), value, np.float32) for name, value in
+                 [("o1", 1), ("o2", 1), ("o4", 1), ("z1", 0), ("z2", 0), ("z4", 0)]}  # fmt: skip
+    parameters = {
+        "w": (16, 3, 3, 3), "c": (16,), "v": (5, 16, 1, 1), "g": (16,), "b": (16,), "gc": (16, 1, 1), "bc": (16, 1, 1),
+        **{name: np.array([0, groups, -1]) for name, groups in [("one", 1), ("two", 2), ("four", 4)]},
+        "sizes": np.array([2, 16, 6, 6]), **constants,
+    }  # fmt: skip
+    read = set(re.findall(r"\w+", body))
+    used = {name: value for name, value in parameters.items() if name in read}
+    rows, result = ("float[n,3,h,8] x", "float[n,5,k,6] y") if free else ("float[2,3,8,8] x", "float[2,5,6,6] y")
+    model = graph(f"({rows}) => ({result})", body, opset=21, **used)
+    coupling = analyse(model)
+    assert len(exact(coupling)) == len(coupling.units) == units
+    certificate = certify(model, coupling, choose(coupling, 0.5, 3))
+    assert certificate.holds, certificate
+    assert certificate.effect > 1e-2
