@@ -6,6 +6,7 @@ from graphopt.analysis.ops import (  # noqa: F401
     control,
     convolution,
     elementwise,
+    filling,
     frozen,
     fused,
     indexing,

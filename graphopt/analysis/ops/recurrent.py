@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from graphopt.analysis import shapes
 from graphopt.analysis.dead_values import DeadValues
+from graphopt.analysis.ops.filling import uniform
 from graphopt.analysis.remove import Removal
 from graphopt.analysis.rules import CostView, Labeller, OpRule, Product, rule, where
 
@@ -34,6 +35,11 @@ def _zero_preserving(node: ir.Node) -> bool:
         for start in range(0, len(given), count)
         for place in _STATE_ACTIVATIONS[node.op_type]
     )
+
+
+def _computed_zeros(state: ir.Value | None) -> bool:
+    """An initial state of zeros for a batch of unknown size: no state at all means the same, whatever the size."""
+    return shapes.constant_tensor(state) is None and uniform(state) == 0
 
 
 @rule
@@ -67,7 +73,7 @@ class Recurrent(OpRule):
         g.freeze(g.operand(node, 4), f"{name}: lengths are no units")
         for index in (5, 6):
             state = node.inputs[index] if index < len(node.inputs) else None
-            if state is not None:
+            if state is not None and not _computed_zeros(state):
                 given = g.operand(node, index, role="producer", only=(2,))
                 g.freeze(given, tie, but=(2,))
                 whose = f"is the input '{state.name}' of the graph" if state.is_graph_input() else "is never shortened"
@@ -86,7 +92,8 @@ class Recurrent(OpRule):
         size = d.size(*axes[0])
         quiet = np.ones(size, dtype=bool)
         for index in (5, 6):
-            if index < len(node.inputs) and node.inputs[index] is not None:
+            given = node.inputs[index] if index < len(node.inputs) else None
+            if given is not None and not _computed_zeros(given):
                 state = d.operand(node, index, 2)
                 quiet &= (state == 0) if state is not None else False
         if not d.hypothetical:
@@ -114,5 +121,10 @@ class Recurrent(OpRule):
 
     def rewrite(self, node: ir.Node, r: Removal) -> None:
         mask = r.operand_mask(node, 2, 2)
-        if mask is not None and "hidden_size" in node.attributes:
+        if mask is None:
+            return
+        if "hidden_size" in node.attributes:
             node.attributes.add(ir.AttrInt64("hidden_size", int(mask.sum())))
+        for index in (5, 6):
+            if index < len(node.inputs) and _computed_zeros(node.inputs[index]):
+                node.replace_input_with(index, None)

@@ -53,7 +53,7 @@ class Source(OpRule):
     """Operators without data operands."""
 
     ops = (
-        *("Constant", "ConstantOfShape", "Range", "RandomNormal", "RandomUniform"),
+        *("Constant", "Range", "RandomNormal", "RandomUniform"),
         *("HannWindow", "HammingWindow", "BlackmanWindow", "MelWeightMatrix"),
     )
 
