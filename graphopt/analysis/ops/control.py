@@ -66,7 +66,7 @@ def _agreed(values: Sequence[Floats | None]) -> Floats | None:
 
 @rule
 class If(OpRule):
-    """One of two branches; both give tensors for each output, position by position the same units."""
+    """Both branches are walked; what they give for an output is one tensor, position by position the same units."""
 
     ops = ("If",)
 
@@ -232,7 +232,10 @@ class _Repeated(OpRule):
 
 @rule
 class Loop(_Repeated):
-    """Inputs: trip count, condition, states. Body: (number, condition, states) -> (condition, states, slices)."""
+    """Its body is walked; what it carries is one tensor before, within and after all runs; results are stacked.
+
+    Inputs: trip count, condition, states. Body: (number, condition, states) -> (condition, states, slices).
+    """
 
     ops = ("Loop",)
 
@@ -261,7 +264,10 @@ class Loop(_Repeated):
 
 @rule
 class Scan(_Repeated):
-    """Inputs: states, then tensors of which each run takes a slice. Body: (states, slices) -> (states, slices)."""
+    """Its body is walked; what it carries is one tensor before, within and after all runs; slices lose an axis.
+
+    Inputs: states, then tensors of which each run takes a slice. Body: (states, slices) -> (states, slices).
+    """
 
     ops = ("Scan",)
 
