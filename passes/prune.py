@@ -107,20 +107,25 @@ class Prune(Pass):
         from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
         from graphopt.pruning.layers import drop_zero_biases, give_biases
-        from graphopt.rewriting.edit import allow_private_initializers
+        from graphopt.rewriting.centring import restore_layer_norms
+        from graphopt.rewriting.edit import Names, allow_private_initializers
         from graphopt.rewriting.prepare import prepare
 
         result = PassResult(changed=True)
         prepared, note = prepare(model), allow_private_initializers(model)
         result.notes += [*prepared, note] if note else prepared
         LiftConstantsToInitializersPass(lift_all_constants=False, size_limit=1)(model)
+        # channels of a stream between RMS norms go without a trace; copies of shared tables would spoil the budget
+        centred = ctx.resolve("center-norms")(copies=0.0).run(model, ctx)  # type: ignore[call-arg]
         score, reconstruct = self._fallbacks(ctx, result)
         bare = give_biases(model) if reconstruct != "none" else []
         done = _Run(self, model, ctx, result, score, reconstruct).go()
         drop_zero_biases(bare)
+        if centred.changed and (norms := restore_layer_norms(model.graph, Names(model))):
+            result.notes.append(f"{norms} layer norms whose channels were cut are RMS norms now (see center-norms)")
         if not done:
             result.notes.append("nothing had to go: the budget is met already")
-            result.changed = bool(prepared or note)
+            result.changed = bool(prepared or note or centred.changed)
         return result
 
     def _fallbacks(self, ctx: Context, result: PassResult) -> tuple[str, str]:

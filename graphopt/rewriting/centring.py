@@ -16,11 +16,15 @@ decided for any graph. LayerNormalization before opset 23 becomes the operators 
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.analysis.centred import centred
+from graphopt.analysis import shapes
+from graphopt.analysis.centred import centred, standard, uncast
 from graphopt.rewriting.edit import (
+    FOLDED_FROM,
     Float64,
     Names,
     constant,
@@ -32,11 +36,15 @@ from graphopt.rewriting.edit import (
     new_initializer,
     remove_node,
     replace_value,
+    sole_use,
 )
 from graphopt.rewriting.streams import Place, Stream, is_layer_norm, is_skip_norm
 
 RMS_OPSET = 23
 """The first version of the standard operators with RMSNormalization."""
+
+LAYER_NORM = "graphopt.layer_norm"
+"""Key in `metadata_props` of the node that applies gamma: name, width and epsilon of the layer norm that it was of."""
 
 
 def copied_bytes(stream: Stream) -> dict[str, int]:
@@ -136,16 +144,83 @@ def _to_rms(node: ir.Node, names: Names) -> None:
         result = build.single(gamma, epsilon)
     else:
         result = build.written_out(gamma, epsilon)
+    old, stash = node.outputs[0], int(node.attributes.get_int("stash_type", 1) or 1)
+    gain = result.producer()
+    assert gain is not None
+    shape = shapes.dims(old)
+    if shape is not None and not is_skip_norm(node):
+        gain.metadata_props[LAYER_NORM] = json.dumps([label(node), shape[-1], epsilon, stash])
     shift = float64(beta)
     if beta is not None and (shift is None or shift.any()):
         result = build.node("Add", [result, beta], "shifted")
-    old = node.outputs[0]
     name = str(old.name)
     given_out = old.is_graph_output()
     replace_value(old, result)
     if not given_out:
         old.name, result.name = names.fresh(f"{name}_layer"), name
     remove_node(node)
+
+
+def restore_layer_norms(graph: ir.Graph, names: Names) -> int:
+    """Write norms that still have all their channels as LayerNormalization again, which has one operator everywhere.
+
+    On a stream that is free of its mean both give the same. Sums with a norm in one operator stay.
+
+    Returns:
+        How many stay RMS norms, because channels of their stream are gone.
+    """
+    kept = 0
+    for gain in list(graph):
+        told = gain.metadata_props.pop(LAYER_NORM, None)
+        if told is None:
+            continue
+        name, width, epsilon, stash = json.loads(told)
+        gamma = next((v for v in gain.inputs[:2] if constant(v) is not None), None)
+        source = gain.inputs[0] if is_onnx(gain, "RMSNormalization") else _normalised_by(gain, name)
+        tensor = constant(gamma)
+        if gamma is None or source is None or tensor is None or tensor.shape[-1] != width:
+            kept += 1
+            continue
+        use = sole_use(gain.outputs[0])
+        add = use.node if use is not None and is_onnx(use.node, "Add") and name in _origins(use.node) else None
+        beta = next((v for v in add.inputs if constant(v) is not None), None) if add is not None else None
+        last = add if add is not None and beta is not None else gain
+        inputs = [source, gamma] if beta is None else [source, gamma, beta]
+        given = {"axis": -1, "epsilon": epsilon, "stash_type": stash}
+        norm = ir.node("LayerNormalization", inputs, given, name=names.fresh(name))
+        graph.insert_before(last, norm)
+        old, new = last.outputs[0], norm.outputs[0]
+        new.name, new.type, new.shape = names.fresh(f"{old.name}_layer"), old.type, old.shape
+        given_out, wanted = old.is_graph_output(), old.name
+        replace_value(old, new)
+        if not given_out:
+            old.name, new.name = new.name, wanted
+        _remove_unread(last)
+    return kept
+
+
+def _origins(node: ir.Node) -> list[str]:
+    return node.metadata_props.get(FOLDED_FROM, "").split(",")
+
+
+def _normalised_by(gain: ir.Node, name: str) -> ir.Value | None:
+    """x of gamma (x / root), as `_Builder.written_out` writes it."""
+    quotient = standard(uncast(next((v for v in gain.inputs if constant(v) is None), None)), "Div")
+    source = quotient.inputs[0] if quotient is not None else None
+    wide = standard(source, "Cast")
+    return wide.inputs[0] if wide is not None and name in _origins(wide) else source
+
+
+def _remove_unread(node: ir.Node) -> None:
+    """Remove a node nobody reads, and what only it read."""
+    pending = [node]
+    while pending:
+        last = pending.pop()
+        if last.graph is None or any(v.uses() or v.is_graph_output() for v in last.outputs):
+            continue
+        above = [v.producer() for v in last.inputs if v is not None]
+        remove_node(last)
+        pending += [p for p in above if p is not None]
 
 
 def _parameter(node: ir.Node, index: int) -> ir.Value | None:

@@ -13,6 +13,9 @@ from graphopt.analysis.certificate import certify, choose
 from graphopt.analysis.units import analyse
 from graphopt.base import PassResult
 from graphopt.passes.center_norms import CenterNorms
+from graphopt.registry import pass_class
+from graphopt.rewriting.centring import restore_layer_norms
+from graphopt.rewriting.edit import Names
 from graphopt.verify import compare, random_feeds
 
 CENTER = CenterNorms()
@@ -236,3 +239,39 @@ def test_grouped_convolutions_cannot_be_centred() -> None:
         w=(6, 1, 1, 1), g=(6,),
     )  # fmt: skip
     assert "it is a grouped convolution" in reasons(result)
+
+
+# -- back, and prune ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("opset", [17, 18, 23])
+def test_norms_that_lost_nothing_are_written_back(opset: int) -> None:
+    model = graph(
+        "(float[n,6] x) => (float[n,8] y)",
+        "[first] s = MatMul(x, w)  [norm] n = LayerNormalization<epsilon=0.5>(s, g, b)  [last] y = MatMul(n, h)",
+        opset=opset, w=(6, 8), g=(8,), b=(8,), h=(8, 8),
+    )  # fmt: skip
+    centred = model.clone()
+    CENTER.run(centred, context())
+    assert restore_layer_norms(centred.graph, Names(centred)) == 0
+    assert [n.op_type for n in centred.graph] == ["MatMul", "LayerNormalization", "MatMul"]
+    assert [n.name for n in centred.graph] == ["first", "norm", "last"]
+    assert [v.name for n in centred.graph for v in n.outputs] == ["s", "n", "y"]
+    assert compare(model, centred, random_feeds(model, 0)).worst_relative < 1e-5
+
+
+def test_prune_keeps_rms_norms_where_channels_of_their_stream_went() -> None:
+    model = vit()
+    result = pass_class("prune")(params=0.4, score="l2", multiple=1).run(model, context())
+    assert "3 layer norms whose channels were cut are RMS norms now (see center-norms)" in result.notes
+    assert not any(node.op_type in {"LayerNormalization", "Pad"} for node in model.graph)
+    run(model, golden_feeds(model))
+
+
+def test_prune_keeps_layer_norms_where_the_stream_stays() -> None:
+    """Whoever excludes the head keeps the stream that it reads."""
+    model = vit()
+    result = pass_class("prune")(params=0.6, score="l2", multiple=1, exclude=("head",)).run(model, context())
+    assert sum(node.op_type == "LayerNormalization" for node in model.graph) == 3
+    assert not any("RMS norms" in note for note in result.notes)
+    run(model, golden_feeds(model))
