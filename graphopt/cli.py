@@ -238,19 +238,42 @@ def compare(
 @click.option("--calib", metavar="DATA", help=f"Real inputs, one batch; without: random inputs. {DATA}")
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Samples per run, with --calib.")
 @click.option("--seconds", type=click.FloatRange(0.1), default=2.0, show_default=True, help="Time to measure for.")
+@click.option("--table", "layers", is_flag=True, help="Measure single layers instead, at the widths of pruning.")
 @threads_option
 @dim_option
 @common
-def bench(models: Sequence[str], target: str | None, as_json: bool, **options: Any) -> None:
-    """Measure MODELS in turn; ratios are to the first, below 1 is faster."""
+def bench(models: Sequence[str], target: str | None, layers: bool, as_json: bool, **options: Any) -> None:
+    """Measure MODELS in turn; ratios are to the first, below 1 is faster.
+
+    With --table: measure the layers of each model at all widths that pruning can give them, which prune{latency=X}
+    goes by. Times are kept for this machine in $GRAPHOPT_CACHE, by default graphopt/ in the user's cache folder, and
+    only what is missing is measured; --json prints the table, for prune{table=FILE} on another machine.
+    """
     from graphopt.jobs import bench as measure
     from graphopt.report import tables
 
+    if layers:
+        _bench_layers(models, target or "cpu", as_json, options)
+        return
     found = measure(models, target or "cpu", **options)
     if as_json:
         _json(tables.bench_dict(models, found))
     else:
         tables.print_bench(tables.console(sys.stdout), models, found)
+
+
+def _bench_layers(models: Sequence[str], target: str, as_json: bool, options: dict[str, Any]) -> None:
+    from graphopt.jobs import latency_table
+
+    taken = {name: options[name] for name in ("calib", "threads", "dim")}
+    found = [latency_table(model, target, **taken) for model in models]
+    if as_json:
+        _json(found[-1].table.to_dict())
+        return
+    for each in found:
+        _print_rows(each.rows(), False)
+    new = sum(each.new for each in found)
+    click.echo(f"{new} times measured now; the table is {found[-1].path}")
 
 
 @cli.command(short_help="Write the deployable bundle of a target.")

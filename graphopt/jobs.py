@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from graphopt.analysis.units import Coupling
     from graphopt.backend import BenchResult
     from graphopt.data.feeds import InputSpec
+    from graphopt.latency.report import Measured
     from graphopt.report.units import UnitGroup
     from graphopt.target import Target
     from graphopt.verify import Comparison
@@ -169,6 +170,35 @@ def bench(
     _check_same_inputs(loaded, [_name(model, f"model {number}") for number, model in enumerate(models, 1)])
     feeds = None if calib is None else _one_batch(calib, loaded[0], batch)
     return registry.backend(chosen.backend).bench(loaded, chosen, feeds, threads=threads, seconds=seconds)
+
+
+def latency_table(
+    model: ir.Model | str | os.PathLike[str],
+    target: Target | str = "cpu",
+    *,
+    calib: Any = None,
+    threads: int = 1,
+    dim: Mapping[str, int] | None = None,
+) -> Measured:
+    """Measure the layers of a model at all widths that pruning can give them, and keep the times for this machine.
+
+    Args:
+        model: an ONNX file or a loaded model; not changed.
+        target: where to run; it must be able to run here.
+        calib: data whose first sample gives the sizes that the model leaves open; None: each of them is 1.
+        threads: threads of one session.
+        dim: fixed sizes of symbolic input dimensions.
+
+    Raises:
+        MissingBackendError: the target cannot run here.
+        ModelError, DataError: the model, the data or the file of the table is not valid.
+    """
+    from graphopt.latency.report import measured
+    from graphopt.verify import random_feeds
+
+    loaded = _model(model, dim)
+    feeds = random_feeds(loaded, 0, samples=1)[0] if calib is None else _one_batch(calib, loaded, 1)
+    return measured(loaded, as_target(target), feeds, threads)
 
 
 def lower(

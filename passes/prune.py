@@ -71,7 +71,9 @@ class Prune(Pass):
     )
     table: str | None = option(None, "with latency=: file of a table measured on another device (bench --table --json)")
     erase: bool | None = option(None, "whole residual branches may go; default: with latency= and data")
-    score: Literal["obs", "l2", "random"] = option("obs", "how units are ranked; obs needs data, l2 is taken without")
+    score: Literal["obs", "taylor", "flap", "l2", "l1", "lamp", "fpgm", "random"] = option(
+        "obs", "how units are ranked; obs, flap and taylor (which needs torch) need data, l2 is taken without"
+    )
     reconstruct: Literal["ls", "mean", "none"] = option(
         "ls", "ls refits weights and biases, mean only biases, none just cuts; ls and mean need data"
     )
@@ -132,12 +134,13 @@ class Prune(Pass):
         """Score and reconstruction that are possible with the data at hand; says so where they are not those asked."""
         if ctx.calibration is not None:
             return self.score, self.reconstruct
-        if self.score == "obs" or self.reconstruct != "none":
+        needs = self.score in {"obs", "flap", "taylor"}
+        if needs or self.reconstruct != "none":
             result.notes.append(
                 "warning: pruned without calibration data: units are chosen by their weights and no layer is refitted, "
                 "so accuracy will suffer; give data with --calib"
             )
-        return ("l2" if self.score == "obs" else self.score), "none"
+        return ("l2" if needs else self.score), "none"
 
 
 class _Run:
@@ -215,21 +218,17 @@ class _Run:
         return budget
 
     def _rank(self) -> list[Family]:
-        from graphopt.pruning.importance import Setting, at_random, by_reconstruction, by_weight
+        from graphopt.pruning.rank import rank
         from graphopt.pruning.turning import turn_heads
 
-        if self.score == "random":
-            return at_random(self.families, self.ctx.seed)
-        if self.score == "l2" or self.ctx.calibration is None:
-            return by_weight(self.coupling, self.families)
-        model, ctx, data, samples = self.model, self.ctx, self.ctx.calibration, self.options.samples
-        strengths = {}
-        if self.reconstruct == "ls":
-            self.turned, notes = turn_heads(model, self.layers, data, samples=samples, threads=ctx.jobs)
+        ctx, data, samples = self.ctx, self.ctx.calibration, self.options.samples
+        if self.score == "obs" and self.reconstruct == "ls" and data is not None:
+            self.turned, notes = turn_heads(self.model, self.layers, data, samples=samples, threads=ctx.jobs)
             self.result.notes += notes
-            strengths = self.turned.strengths()
-        setting = Setting(model, self.coupling, self.layers, data, samples, ctx.jobs, ctx.progress, strengths)
-        ranked, notes = by_reconstruction(setting, self.families)
+        ranked, notes = rank(
+            self.score, self.model, self.coupling, self.layers, self.families, ctx, samples=samples,
+            centred=self.reconstruct != "none", strengths=self.turned.strengths() if self.turned else {},
+        )  # fmt: skip
         self.result.notes += notes
         return ranked
 
@@ -266,19 +265,15 @@ class _Run:
         axes = labelled_axes(self.coupling)
 
         def decide(keep: float) -> Decision:
-            choice = choose(
-                ranked, terms, axes, keep=keep, multiple=self.multiple, min_keep=self.options.min_keep,
-                erasures=erasures,
-            )  # fmt: skip
+            limits = {"multiple": self.multiple, "min_keep": self.options.min_keep}
+            choice = choose(ranked, terms, axes, keep=keep, erasures=erasures, **limits)
             return Decision(choice, ranked, self.branches[: choice.erased])
 
         if budget is None:
             decision = decide(keep)
             self._check(decision)
             return decision
-        settled = budget.settle(
-            self.fraction, decide, lambda found: built(self.model, self.coupling, found, self.eraser)
-        )
+        settled = budget.settle(self.fraction, decide, lambda d: built(self.model, self.coupling, d, self.eraser))
         if settled.ratio is None or settled.ratio > self.fraction * (1 + TOLERANCE):
             self._check(settled.choice)
         self._tell_time(settled)

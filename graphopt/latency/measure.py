@@ -18,7 +18,7 @@ from graphopt.latency.shapes import LayerShape
 from graphopt.latency.table import LatencyTable, Point, cache_path, load, machine_of
 from graphopt.progress import Progress, Silent
 from graphopt.target import Target
-from graphopt.timing import paired, undisturbed
+from graphopt.timing import undisturbed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,7 +30,7 @@ Feeds = Mapping[str, npt.NDArray[Any]]
 BATCH = 12
 """Layers measured in turn with each other."""
 
-SECONDS = 0.6
+SECONDS = 0.8
 """Measured time of a batch."""
 
 WHOLE_SECONDS = 2.0
@@ -110,10 +110,12 @@ def _measure(table: LatencyTable, points: Sequence[Point], target: Target, threa
                 model = micro(shape, widths, count)
                 model = as_int8(model, target) if shape.precision == "int8" else model
                 calls.append(_call(stack, model, target, threads, None))
-        found = paired(calls, SECONDS)
-    table.reference_ms = table.reference_ms or found.milliseconds[0]
-    pairs = zip(points, found.ratios[1::2], found.ratios[2::2], strict=True)
-    return {(shape, w): max(0.0, (many - one) / copies(shape, w)) for (shape, w), one, many in pairs}
+        reference, *times = undisturbed(calls, SECONDS)
+    table.reference_ms = table.reference_ms or 1e3 * reference
+    return {
+        (shape, widths): max(0.0, many - one) / copies(shape, widths) / reference
+        for (shape, widths), one, many in zip(points, times[::2], times[1::2], strict=True)
+    }
 
 
 def _reference() -> ir.Model:

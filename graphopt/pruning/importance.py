@@ -1,17 +1,13 @@
 """What it harms to remove the units of each family, one after the other.
 
-Three ways to rank (`score`):
+The score `obs`: the rise of the squared error of every layer that reads the unit, once its other inputs compensate,
+relative to the layer's signal (`graphopt.numerics.obs`), units going one by one with exact downdates. Where a unit ends
+in something else than a linear layer, or in one too wide for a covariance matrix, its share of the power that arrives
+there stands in. The other scores are in `graphopt.pruning.scores`.
 
-obs     the rise of the squared error of every layer that reads the unit, once its other inputs compensate, relative to
-        the layer's signal (`graphopt.numerics.obs`), units going one by one with exact downdates. Where a unit ends in
-        something else than a linear layer, or in one too wide for a covariance matrix, its share of the power that
-        arrives there stands in.
-l2      the share of the family's squared weights, all members of a unit counted.
-random  any order.
-
-The errors of different layers do not weigh alike: what one layer gets wrong the next may absorb. So with `obs` each
-family is halved once in the dense model, the disturbance of the outputs is measured, and the family's curve is scaled
-to go through that point. Data: moments are streamed, families in groups whose matrices fit into `MATRIX_BYTES`.
+The errors of different layers do not weigh alike: what one layer gets wrong the next may absorb. So each family is
+halved once in the dense model, the disturbance of the outputs is measured, and the family's curve is scaled to go
+through that point. Data: moments are streamed, families in groups whose matrices fit into `MATRIX_BYTES`.
 """
 
 from __future__ import annotations
@@ -69,38 +65,6 @@ class Setting:
     strengths: Mapping[str, Floats] = field(default_factory=dict)
 
 
-def by_weight(coupling: Coupling, families: Sequence[Candidates]) -> list[Family]:
-    """Rank by squared weights; harm is the share of the family's total that goes."""
-    from graphopt.analysis import shapes
-    from graphopt.analysis.scope import values_by_name
-
-    norms: dict[tuple[str, int], Floats] = {}
-    values = values_by_name(coupling.model)
-    power: dict[int, float] = {}
-    for unit in coupling.units:
-        total = 0.0
-        for member in unit.members:
-            key = (member.parameter, member.axis)
-            if key not in norms:
-                array = shapes.constant(values.get(member.parameter))
-                flat = np.zeros((1, 0)) if array is None else np.moveaxis(array, member.axis, 0)
-                norms[key] = np.square(flat.reshape(len(flat), -1).astype(np.float64)).sum(axis=1)
-            total += float(norms[key][list(member.indices)].sum()) if norms[key].size else 0.0
-        power[unit.id] = total
-    return [_ranked(f, np.array([power[u] for u in f.units])) for f in families]
-
-
-def at_random(families: Sequence[Candidates], seed: int) -> list[Family]:
-    """Any order; every unit of a family harms alike."""
-    rng = np.random.default_rng(seed)
-    found = []
-    for family in families:
-        order = rng.permutation(len(family.units))
-        harm = np.arange(len(order) + 1) / max(1, len(order))
-        found.append(Family(family.name, tuple(family.units[i] for i in order), harm))
-    return found
-
-
 def by_reconstruction(setting: Setting, families: Sequence[Candidates]) -> tuple[list[Family], list[str]]:
     """Rank by the error left after compensation, scaled by what it does to the outputs; and notes for the report."""
     from graphopt.quantization.sensitivity import Reference
@@ -123,13 +87,6 @@ def by_reconstruction(setting: Setting, families: Sequence[Candidates]) -> tuple
         names = ", ".join(setting.layers[k].label for k in wide[:3])
         notes.append(f"{len(wide)} layers have more than {WIDEST} inputs ({names}, ...): ranked by power, not by OBS")
     return [found[i] for i in range(len(families))], notes
-
-
-def _ranked(family: Candidates, power: Floats) -> Family:
-    order = np.argsort(power, kind="stable")
-    harm = np.concatenate([[0.0], np.cumsum(power[order])])
-    total = harm[-1] if harm[-1] > 0 else 1.0
-    return Family(family.name, tuple(family.units[i] for i in order), harm / total)
 
 
 # -- moments -----------------------------------------------------------------------------------------------------------
