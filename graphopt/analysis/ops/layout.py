@@ -16,9 +16,10 @@ import onnx_ir as ir
 
 from graphopt.analysis import shapes
 from graphopt.analysis.dead_values import DeadValues
+from graphopt.analysis.labels import Axes
 from graphopt.analysis.movement import Array, Move, Movement, same
 from graphopt.analysis.remove import Removal
-from graphopt.analysis.rules import rule
+from graphopt.analysis.rules import Labeller, rule
 
 
 def _shapes(node: ir.Node) -> tuple[tuple[shapes.Dim, ...], tuple[shapes.Dim, ...]] | str:
@@ -192,9 +193,34 @@ def _copies(count: int) -> Callable[[Array], Array]:
     return lambda vector: np.tile(vector, count)
 
 
+class _Copying(Movement):
+    """What is repeated along an axis of size 1 is as long as the graph needs it: every copy is a label of its own."""
+
+    def label(self, node: ir.Node, g: Labeller) -> None:
+        super().label(node, g)
+        output, labels = node.outputs[0], g.of(node.outputs[0])
+        source, shape = node.inputs[0], shapes.dims(output)
+        before = shapes.dims(source) if source is not None else None
+        if before is None or shape is None:
+            return
+        copies: Axes = {}
+        for axis, size in enumerate(shape):
+            own = axis - len(shape) + len(before)
+            if isinstance(size, int) and size > 1 and (own < 0 or before[own] == 1):
+                copies[axis] = (g.table.axis(size, "copy"),)
+        g.set(output, {**labels, **copies})
+
+    def dead(self, node: ir.Node, d: DeadValues) -> None:
+        super().dead(node, d)
+        value, output = shapes.scalar(node.inputs[0]), node.outputs[0]
+        if value is not None:  # copies of one number
+            for axis in d.axes(output):
+                d.set(output, axis, np.full(d.size(output, axis), value))
+
+
 @rule
-class Expand(Movement):
-    """Broadcast to a larger shape: axes that keep their size pass."""
+class Expand(_Copying):
+    """Broadcast to a larger shape: axes that keep their size pass, along the others copies come and go."""
 
     ops = ("Expand",)
 
@@ -211,8 +237,8 @@ class Expand(Movement):
 
 
 @rule
-class Tile(Movement):
-    """Whole copies, one behind the other: a position and its copies are one unit."""
+class Tile(_Copying):
+    """Whole copies, one behind the other: a position and its copies are one unit; of one position, copies go."""
 
     ops = ("Tile",)
 
@@ -221,3 +247,18 @@ class Tile(Movement):
         if repeats is None:
             return "its repeats are computed"
         return [Move(a, (a,), _copies(repeats[a])) for a in axes]
+
+    def label(self, node: ir.Node, g: Labeller) -> None:
+        if shapes.ints(node.inputs[1]) is None:  # its repeats cannot be rewritten
+            Movement.label(self, node, g)
+        else:
+            super().label(node, g)
+
+    def rewrite(self, node: ir.Node, r: Removal) -> None:
+        source, repeats = node.inputs[0], shapes.ints(node.inputs[1])
+        before = shapes.dims(source) if source is not None else None
+        if before is None or repeats is None:
+            return
+        left = [r.count(node.outputs[0], a, k) if before[a] == 1 else k for a, k in enumerate(repeats)]
+        if left != repeats:
+            r.set_input(node, 1, np.asarray(left, dtype=np.int64))
