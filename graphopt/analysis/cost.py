@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from graphopt.analysis import shapes
 from graphopt.analysis.rules import CostView, OpRule, rule_for
+from graphopt.rewriting.edit import bodies
 
 
 @dataclass(frozen=True)
@@ -20,9 +21,9 @@ class ModelStats:
         nodes: in the main graph and all subgraphs; constants do not count as nodes.
         parameters: elements of all floating-point and quantised weights.
         bytes: of all constant tensors.
-        macs: multiply-accumulates of the main graph's convolutions and matrix products at the recorded shapes, a named
-            symbolic dimension counted as 1 (so per sample for a symbolic batch); None where a shape is unknown, or
-            where bodies of If, Loop or Scan hold such nodes: how often these run is not known before they do.
+        macs: multiply-accumulates of convolutions and matrix products at the recorded shapes, a named symbolic
+            dimension counted as 1 (so per sample for a symbolic batch); None where a shape is unknown, or where such
+            nodes stand in the body of an If, Loop or Scan of which only the data tells how often it runs.
         ops: nodes by operator.
         macs_unknown: why `macs` is None, and what to try.
     """
@@ -61,24 +62,40 @@ def model_stats(model: ir.Model) -> ModelStats:
 
 def _macs(model: ir.Model) -> tuple[int | None, str | None]:
     """MACs, or None and the reason."""
+    try:
+        return int(np.rint(_work(model, model.graph))), None
+    except _UnknownError as unknown:
+        return None, str(unknown)
+
+
+class _UnknownError(Exception):
+    """Work that cannot be counted, and why."""
+
+
+def _work(model: ir.Model, graph: ir.Graph) -> float:
+    """MACs of one run of a graph."""
     view = CostView(lambda node, index, axis: (), lambda value, axis: ())
     total = 0.0
-    for node in model.graph:
-        handler = _costed(node)
-        if handler is None:
+    for node in graph:
+        handler = rule_for(node)
+        runs = dict(handler.bodies(node)) if handler is not None else {}
+        for body in bodies(node):
+            times = runs.get(body)
+            costed = next((n for n in body.all_nodes() if _costed(n) is not None), None)
+            if times is not None:
+                total += times * _work(model, body)
+            elif costed is not None:
+                raise _UnknownError(
+                    f"{costed.op_type} {costed.name or '(unnamed)'} stands in the body of an If, Loop or Scan, "
+                    "and how often that runs depends on the data"
+                )
+        if handler is None or _costed(node) is None:
             continue
         products = handler.cost(node, view)
         if not products and any(shapes.static_dims(v) is None for v in (*node.inputs, *node.outputs) if v is not None):
-            return None, _unknown_shape(model, node)
+            raise _UnknownError(_unknown_shape(model, node))
         total += sum(coefficient for coefficient, _ in products)
-    for graph in model.graph.subgraphs():
-        for node in graph:
-            if _costed(node) is not None:
-                return None, (
-                    f"{node.op_type} {node.name or '(unnamed)'} stands in the body of an If, Loop or Scan, "
-                    "and how often that runs depends on the data"
-                )
-    return int(np.rint(total)), None
+    return total
 
 
 def _costed(node: ir.Node) -> OpRule | None:

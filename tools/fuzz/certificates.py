@@ -1,7 +1,8 @@
-"""Certificates on thousands of random graphs: python tools/fuzz/certificates.py 0 5000
+"""Certificates on thousands of random graphs: python tools/fuzz/certificates.py 0 5000 [if,loop,scan,state,nested]
 
-For each graph: EXACT units hold their certificate, any units can be removed from a graph that then still runs, and
-shrink keeps the function. Prints the seeds that fail; exit code 1 if there are any.
+With kinds of bodies given, every graph has a stretch of its nodes moved into one (`wrapped_graphs`). For each graph:
+EXACT units hold their certificate, any units can be removed from a graph that then still runs, and shrink keeps the
+function. Prints the seeds that fail; exit code 1 if there are any.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "models")
 
 import numpy as np
 from random_graphs import random_graph
+from wrapped_graphs import wrapped_graph
 
 from graphopt.analysis.certificate import certify, choose, spare_axes, zero_units
 from graphopt.analysis.remove import remove_units
@@ -50,23 +52,28 @@ def check(seed: int, coupling: Coupling) -> str | None:
     return None
 
 
-def main(first: int, last: int) -> int:
-    units = exact = failures = 0
+def main(first: int, last: int, kinds: tuple[str, ...] = ()) -> int:
+    units = exact = failures = graphs = 0
     for seed in range(first, last):
+        kind = kinds[seed % len(kinds)] if kinds else ""
         try:
-            coupling = analyse(random_graph(seed))
+            model = wrapped_graph(seed, kind) if kind else random_graph(seed)
+            if model is None:
+                continue
+            coupling = analyse(model)
             wrong = check(seed, coupling)
         except Exception:
             traceback.print_exc()
             wrong = "an exception"
+        graphs += 1
         if wrong:
             failures += 1
-            print(f"seed {seed}: {wrong}", flush=True)
+            print(f"seed {seed} {kind}: {wrong}", flush=True)
         units += len(coupling.units)
         exact += sum(unit.exact for unit in coupling.units)
-    print(f"{last - first} graphs, {failures} failures; {units} units, {exact} exact")
+    print(f"{graphs} graphs, {failures} failures; {units} units, {exact} exact")
     return int(failures > 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2]), tuple(sys.argv[3].split(",")) if len(sys.argv) > 3 else ()))

@@ -12,6 +12,7 @@ from text_graph import graph
 from wrapped_graphs import KINDS, wrapped_graph
 
 from graphopt.analysis.certificate import certify, choose, zero_units
+from graphopt.analysis.cost import model_stats
 from graphopt.analysis.remove import remove_units
 from graphopt.analysis.units import Coupling, analyse
 from graphopt.base import Context
@@ -172,6 +173,9 @@ def test_work_in_a_body_counts_as_often_as_it_runs() -> None:
         **WEIGHTS,
     )
     assert {t.node: t for t in analyse(unknown).terms}["a"].coefficient == 1
+    # per sample: 5 x 3 x 4 projected, 5 x (4 x 6 + 6 x 6) in the cell, 5 x 6 x 2 classified; and 1 x 6 for the state
+    assert model_stats(rnn(SCAN)).macs == 60 + 300 + 60 + 6
+    assert "depends on the data" in (model_stats(unknown).macs_unknown or "")
 
 
 def test_a_state_without_declared_shape_is_shown_to_keep_it() -> None:
