@@ -224,6 +224,15 @@ def _bound(node: ir.Node, index: int, name: str, default: float) -> float | None
     return default if attribute is None else float(attribute)
 
 
+def _outer(node: ir.Node, index: int) -> dict[int, Role]:
+    """Axes of a factor that no other operand spans: it alone brings them in, as the weight of an outer product does."""
+    if node.op_type != "Mul" or shapes.constant_tensor(node.inputs[index]) is None:
+        return {}
+    sizes, others = (shapes.dims(v) or () for v in (node.inputs[index], node.inputs[1 - index]) if v is not None)
+    full = (1,) * (len(sizes) - len(others)) + tuple(others)
+    return {a: "producer" for a in range(len(sizes)) if full[len(full) - len(sizes) + a] == 1}
+
+
 @rule
 class ElementwiseVariadic(OpRule):
     """f(x, y, ...), position by position after broadcasting."""
@@ -250,7 +259,7 @@ class ElementwiseVariadic(OpRule):
             g.freeze_node(node, f"{name}: the rank of an operand is unknown")
             return
         operands = [
-            (g.operand(node, index, role=self.role(node, index)), shapes.dims(value) or (), value)
+            (g.operand(node, index, _outer(node, index), self.role(node, index)), shapes.dims(value) or (), value)
             for index, value in used
             if value is not None
         ]

@@ -10,6 +10,7 @@ import pytest
 from text_graph import graph
 
 from graphopt.analysis.certificate import certify, choose
+from graphopt.analysis.remove import remove_units
 from graphopt.analysis.units import Coupling, analyse
 
 CONTRIB = '"com.microsoft" : 1'
@@ -25,6 +26,17 @@ NORMS = {
     "layer norm by Mul and Reciprocal": """
         m = ReduceMean(s, last)  d = Sub(s, m)  d2 = Sub(s, m)  p = Mul(d, d)  v = ReduceMean(p, last)
         e = Add(eps, v)  r = Sqrt(e)  i = Reciprocal(r)  n = Mul(d2, i)  h = Mul(g, n)""",
+    "layer norm by SquaredDifference": """
+        m = ReduceMean(s, last)  d = Sub(s, m)  p = Mul(d, d)  v = ReduceMean(p, last)  e = Add(v, eps)  r = Sqrt(e)
+        i = Reciprocal(r)  k = Mul(i, g)  sk = Mul(s, k)  mk = Mul(m, k)  bm = Sub(b, mk)  h = Add(sk, bm)""",
+    "layer norm with statistics in double precision": """
+        w = Cast<to=11>(s)  m = ReduceMean(w, last)  d = Sub(w, m)  p = Pow(d, two)  v = ReduceMean(p, last)
+        e = Add(v, eps2)  r = Sqrt(e)  n = Div(d, r)  c = Cast<to=1>(n)  hg = Mul(c, g)  h = Add(hg, b)""",
+    "RMS norm with statistics in double precision": """
+        w = Cast<to=11>(s)  p = Pow(w, two)  v = ReduceMean(p, last)  e = Add(v, eps2)  r = Sqrt(e)
+        n = Div(w, r)  c = Cast<to=1>(n)  h = Mul(g, c)""",
+    "RMS norm by a power of -1/2": """
+        p = Mul(s, s)  v = ReduceMean(p, last)  e = Add(v, eps)  r = Pow(e, half)  n = Mul(s, r)  h = Mul(g, n)""",
     "RMS norm by Div": """
         p = Pow(s, two)  v = ReduceMean(p, last)  e = Add(v, eps)  r = Sqrt(e)  n = Div(s, r)  h = Mul(n, g)""",
     "RMS norm by Reciprocal": """
@@ -60,6 +72,7 @@ def stream(norm: str) -> ir.Model:
         "w0": (6, 16), "c0": (16,), "w1": (16, 16), "c1": (16,), "w2": (16, 5), "g": (16,), "b": (16,),
         "g2": (3, 16), "b2": (3, 16), "w3": (16, 4), "both": np.array([1, 2]),
         "last": np.array([-1]), "two": np.float32(2), "eps": np.float32(0.1), "one": np.float32(1),
+        "half": np.float32(-0.5), "eps2": np.float64(0.1),
     }  # fmt: skip
     read = set(re.findall(r"\w+", body))
     used = {name: value for name, value in parameters.items() if name in read}
@@ -116,3 +129,35 @@ def test_groups_lose_channels_or_go_whole(name: str) -> None:
     certificate = certify(model, coupling, choose(coupling, 0.5, 3))
     assert certificate.holds, certificate
     assert certificate.effect > 1e-2
+
+
+def test_a_norm_over_channels_first_and_one_for_each_head() -> None:
+    """Convolution, written-out layer norm over axis 1, then heads whose places are normalised one by one."""
+    model = graph(
+        "(float[n,3,4,4] x) => (float[n,16,16] y)",
+        """s = Conv(x, w, c)  m = ReduceMean<axes=[1]>(s)  d = Sub(s, m)  p = Mul(d, d)  v = ReduceMean<axes=[1]>(p)
+        e = Add(v, eps)  r = Sqrt(e)  q = Div(d, r)  k = Mul(q, g)  h = Add(k, b)
+        u = Conv(h, wq)  t = Reshape(u, heads)  f = Transpose<perm=[0,1,3,2]>(t)
+        one = LayerNormalization(f, gh, bh)  two = Transpose<perm=[0,1,3,2]>(t)  o = MatMul(one, t)
+        y = ReduceMean<axes=[1],keepdims=0>(o)""",
+        opset=17, w=(12, 3, 1, 1), c=(12,), g=(12, 1, 1), b=(12, 1, 1), wq=(10, 12, 1, 1), gh=(5,), bh=(5,),
+        eps=np.float32(0.1), heads=np.array([0, 2, 5, 16]),
+    )  # fmt: skip
+    coupling = analyse(model)
+    stream = [u for u in coupling.units if any(m.parameter == "w" for m in u.members)]
+    heads = [u for u in coupling.units if any(m.parameter == "gh" for m in u.members)]
+    assert len(stream) == 12
+    assert len(heads) == 5
+    assert all(unit.exact for unit in [*stream, *heads])
+    certificate = certify(model, coupling, choose(coupling, 0.4, 2))
+    assert certificate.holds, certificate
+    assert certificate.effect > 1e-2
+
+
+def test_a_written_out_rms_norm_stays_what_runtimes_fuse() -> None:
+    """No operator is added: epsilon and gamma take the factor of the mean."""
+    model = stream(NORMS["RMS norm by Div"])
+    coupling = analyse(model)
+    pruned = model.clone()
+    remove_units(pruned, coupling, choose(coupling, 0.5, 1))
+    assert [n.op_type for n in pruned.graph] == [n.op_type for n in model.graph]
