@@ -33,7 +33,7 @@ from array_api_compat import array_namespace
 
 from graphopt.numerics.sparsity.blocks import Blocks, identity, left_update, right_update, transposed
 from graphopt.numerics.sparsity.descent import Sweep
-from graphopt.numerics.sparsity.moments import check_weight, damped
+from graphopt.numerics.sparsity.moments import check_weight
 from graphopt.numerics.sparsity.one_shot import normalise, nowag, sparsegpt
 from graphopt.numerics.sparsity.patterns import Pattern
 
@@ -102,7 +102,7 @@ def block_size(m: int, n: int, overhead: float, wrappers: Wrappers, pattern: Pat
 
 def armor(
     weight: Any,
-    second: Any,
+    metric: Any,
     pattern: Pattern,
     *,
     block: int,
@@ -116,7 +116,7 @@ def armor(
 
     Args:
         weight: W, (m, n), float32 or float64; columns tap by tap.
-        second: E[x x^T], (n, n), not damped.
+        metric: H, (n, n), positive definite (`moments.damped`).
         pattern: of the core; N:M.
         block: b, see `block_size`.
         objective: what is minimised.
@@ -126,7 +126,7 @@ def armor(
         seconds: at most; the result then depends on the machine's speed.
 
     Raises:
-        ValueError: weight or moments are not finite, or all zero; a pattern without groups; no wrappers to fit.
+        ValueError: the weight is not finite or all zero; a pattern without groups; no wrappers to fit.
     """
     check_weight(weight)
     if not pattern.of:
@@ -134,7 +134,7 @@ def armor(
     if wrappers != "none" and (block < 2 or block % pattern.of):
         raise ValueError(f"blocks of {block} do not hold whole groups of {pattern.of}")
     xp = array_namespace(weight)
-    metric = xp.astype(damped(second), weight.dtype)
+    metric = xp.astype(metric, weight.dtype)
     rows = columns = None
     target = weight
     if objective == "paper":

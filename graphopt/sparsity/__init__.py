@@ -1,0 +1,1 @@
+"""What the passes that make weights sparse share: which layers, what they read, how factors are written."""
