@@ -170,16 +170,30 @@ class Removal:
         new = {k: self.count(output, a, 0) for k, a in enumerate(sized) if self.shortened(output, a)}
         if not new:
             return
-        constant = shapes.constant(operand)
-        if constant is not None:
-            array = constant.copy()
+        known = shapes.elements(operand)
+        if known is not None:
+            new = {k: size for k, size in new.items() if not isinstance(known[k], int) or known[k] > 1}  # type: ignore[operator]
+        if new:
+            self.set_entries(node, index, new, length)
+
+    def set_entries(self, node: ir.Node, index: int, new: dict[int, int], length: int) -> None:
+        """Change entries of a vector of sizes, privately for this node; a computed one is patched.
+
+        Args:
+            node: the node; `index`: its operand.
+            new: entries by place.
+            length: of the vector.
+        """
+        operand = node.inputs[index]
+        assert operand is not None
+        array = shapes.integer_array(operand)
+        if array is not None:
+            changed = array.copy()
             for place, size in new.items():
-                if array[place] > 1:
-                    array[place] = size
-            self.set_input(node, index, array)
+                changed[place] = size
+            self.set_input(node, index, changed.astype((operand.dtype or ir.DataType.INT64).numpy()))
         else:
-            patched = self._patch_vector(node, operand, new, length, before=True)
-            node.replace_input_with(index, patched)
+            node.replace_input_with(index, self._patch_vector(node, operand, new, length, before=True))
 
     def pin_output(self, node: ir.Node, values: dict[int, int], length: int) -> None:
         """Keep entries of a computed size vector at given values for all its consumers."""
@@ -199,7 +213,7 @@ class Removal:
         nodes: list[ir.Node] = []
         for place in range(length):
             if place in values:
-                size = np.asarray([values[place]], dtype=np.int64)
+                size = np.asarray([values[place]], dtype=(vector.dtype or ir.DataType.INT64).numpy())
                 pieces.append(self._constant(f"{vector.name}_pinned", size, node.graph))
                 continue
             index = self._constant(f"{vector.name}_place", np.asarray([place], dtype=np.int64), node.graph)

@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from graphopt.files.integers import entries, integers
+
 Dim = int | str | None
 """A known size, the name of a symbolic one, or None where nothing is known."""
 
@@ -69,9 +71,24 @@ def constant(value: ir.Value | None) -> npt.NDArray[np.generic] | None:
 
 
 def ints(value: ir.Value | None) -> list[int] | None:
-    """A constant integer tensor as a flat list; None where it is absent or computed."""
-    array = constant(value)
+    """An integer tensor as a flat list; None where it is absent or depends on more than known sizes."""
+    array = integer_array(value)
     return None if array is None else [int(i) for i in array.ravel()]
+
+
+def integer_array(value: ir.Value | None) -> npt.NDArray[np.int64] | None:
+    """A constant integer tensor, or one that is computed from nothing but constants and known sizes."""
+    array = constant(value)
+    return integers(value) if array is None else array.astype(np.int64)
+
+
+def elements(value: ir.Value | None) -> list[Dim] | None:
+    """Elements of an integer vector, known or not; None where it is absent or not even their number is known."""
+    array = constant(value)
+    if array is not None:
+        return [int(i) for i in array.ravel()]
+    found = entries(value)
+    return None if found is None else [e if isinstance(e, int | str) else None for e in found.ravel()]
 
 
 def scalar(value: ir.Value | None) -> float | None:

@@ -14,8 +14,10 @@ import onnx_ir as ir
 from graphopt.errors import ModelError, UsageError
 from graphopt.files.body_shapes import BodyInputs, repeat_constants
 from graphopt.files.contrib_shapes import stand_in
-from graphopt.files.reshape_targets import open_results, result_dims
+from graphopt.files.integers import dimensions
+from graphopt.files.reshape_targets import is_open, known_operands, result_dims
 from graphopt.files.weights import all_graphs, reference, with_placeholders
+from graphopt.rewriting.edit import Names, new_initializer
 
 if TYPE_CHECKING:
     import onnx
@@ -47,10 +49,15 @@ def _infer_told(model: ir.Model) -> ir.Model:
         value.shape = None
         value.type = None
     _infer(model, light)
-    left = set(open_results(model))
+    names = Names(light)
+    for _ in range(ROUNDS):
+        if not _tell(model, light, names):
+            break
+        _infer(model, light)
     inputs = BodyInputs(model, light)
     for _ in range(ROUNDS):
-        told = bool(left) and _tell(model, light, left)
+        # What bodies suppose of their inputs may be taken back: no constants are made from it.
+        told = _tell(model, light)
         if not (inputs.step() or told):
             break
         _infer(model, light)
@@ -82,18 +89,35 @@ def annotated(model: ir.Model) -> ir.Model:
     return clone
 
 
-def _tell(model: ir.Model, light: ir.Model, left: set[ir.Value]) -> bool:
-    """Give results that inference left open what is known of their shapes; False if that is nothing new."""
+def _tell(model: ir.Model, light: ir.Model, names: Names | None = None) -> bool:
+    """Tell inference what is known of results that it left open; False if that is nothing new.
+
+    Args:
+        model: what is known so far.
+        light: the model that inference sees, changed in place.
+        names: of constants that take the place of known sizes; None: only shapes are told.
+    """
     changed = False
     for node, twin in zip(model.graph.all_nodes(), light.graph.all_nodes(), strict=True):
-        if not node.outputs or node.outputs[0] not in left:
+        if not any(is_open(output) for output in node.outputs):
             continue
-        dims, source, value = result_dims(node), node.inputs[0], twin.outputs[0]
-        if dims is None or source is None or source.type is None:
+        for index, array in known_operands(node) if names is not None else ():
+            operand, graph = twin.inputs[index], twin.graph
+            if names is not None and operand is not None and operand.producer() is not None:
+                assert isinstance(graph, ir.Graph)
+                constant = new_initializer(graph, names.fresh(f"{operand.name}_known"), array, ir.DataType.INT64)
+                twin.replace_input_with(index, constant)
+                changed = True
+        dims, source, value = result_dims(node), node.inputs[0] if node.inputs else None, twin.outputs[0]
+        kind = node.outputs[0].type or (source.type if source is not None else None)
+        if dims is None or kind is None:
             continue
-        shape = ir.Shape(dims)
-        if value.shape != shape:
-            value.type, value.shape, changed = source.type, shape, True
+        known = dimensions(node.outputs[0]) or [None] * len(dims)
+        if len(known) != len(dims):
+            continue
+        shape = ir.Shape([one if one is not None else other for one, other in zip(known, dims, strict=True)])
+        if value.shape != shape and any(d is not None for d in dims):
+            value.type, value.shape, changed = kind, shape, True
     return changed
 
 

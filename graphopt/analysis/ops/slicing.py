@@ -26,25 +26,29 @@ def _rank(node: ir.Node) -> int:
     return len(shapes.dims(node.inputs[0]) or ()) if node.inputs[0] is not None else 0
 
 
-def slices(node: ir.Node) -> dict[int, slice] | None:
-    """Axis -> slice of a Slice node; None where they are computed."""
+def slices(node: ir.Node) -> dict[int, slice | None] | None:
+    """Axis -> slice of a Slice node, None where its bounds are computed; None where even its axes are."""
     rank = _rank(node)
     if not rank:
         return None
     if shapes.opset(node) < 10:
-        starts = list(node.attributes.get_ints("starts", ()) or ())
-        ends = list(node.attributes.get_ints("ends", ()) or ())
+        starts: list[shapes.Dim] = list(node.attributes.get_ints("starts", ()) or ())
+        ends: list[shapes.Dim] = list(node.attributes.get_ints("ends", ()) or ())
         axes, steps = list(node.attributes.get_ints("axes", ()) or range(len(starts))), [1] * len(starts)
     else:
-        given = [shapes.ints(v) for v in node.inputs[1:]]
-        present = [v is not None for v in node.inputs[1:]]
-        if any(there and found is None for there, found in zip(present, given, strict=True)):
+        bounds = [shapes.elements(node.inputs[k]) for k in (1, 2)]
+        rest = [shapes.ints(v) for v in node.inputs[3:]]
+        given = [found or (None if v is None else []) for v, found in zip(node.inputs[3:], rest, strict=True)]
+        if [] in given or bounds[0] is None or bounds[1] is None:
             return None
-        starts, ends = given[0] or [], given[1] or []
-        axes = (given[2] if len(given) > 2 else None) or list(range(len(starts)))
-        steps = (given[3] if len(given) > 3 else None) or [1] * len(starts)
-    result = {}
+        starts, ends = bounds[0], bounds[1]
+        axes = (given[0] if given else None) or list(range(len(starts)))
+        steps = (given[1] if len(given) > 1 else None) or [1] * len(starts)
+    result: dict[int, slice | None] = {}
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+        if not isinstance(start, int) or not isinstance(end, int):
+            result[axis % rank] = None
+            continue
         # numpy wraps a negative end; ONNX's "past the front" is any number below -size.
         stop = None if step < 0 and end < -(2**31) + 1 else end
         result[axis % rank] = slice(start, stop, step)
@@ -60,55 +64,81 @@ class Slice(Movement):
     def moves(self, node: ir.Node, axes: Sequence[int], output: int) -> list[Move] | str:
         found = slices(node)
         if found is None:
-            return "its bounds are computed"
-
-        return [Move(axis, (axis,), taking(found[axis]) if axis in found else same) for axis in axes]
+            return "its axes are computed"
+        moves = [Move(axis, (axis,), same) for axis in axes if axis not in found]
+        cuts = ((axis, found[axis]) for axis in axes if axis in found)
+        return moves + [Move(axis, (axis,), taking(cut)) for axis, cut in cuts if cut is not None]
 
     def rewrite(self, node: ir.Node, r: Removal) -> None:
         found = slices(node) or {}
-        masks = {axis: mask for axis in found if (mask := r.operand_mask(node, 0, axis)) is not None}
-        if not masks:
-            return
         gathers: dict[int, Array] = {}
-        for axis, mask in masks.items():
-            places = r.operand_places(node, 0, axis, np.arange(len(mask))[found[axis]])
+        new: dict[int, slice] = {}
+        for axis, cut in found.items():
+            mask = r.operand_mask(node, 0, axis)
+            if mask is None or cut is None:
+                continue
+            places = r.operand_places(node, 0, axis, np.arange(len(mask))[cut])
             step = int(places[1] - places[0]) if len(places) > 1 else 1
             if len(places) and step and (np.diff(places) == step).all():
                 stop = int(places[-1]) + (1 if step > 0 else -1)
-                found[axis] = slice(int(places[0]), stop if stop >= 0 else -_END, step)
+                new[axis] = slice(int(places[0]), stop if stop >= 0 else -_END, step)
             else:
-                del found[axis]
+                new[axis] = slice(0, _END, 1)
                 gathers[axis] = places
-        ordered = sorted(found.items())
+        if not new:
+            return
+        order = list(found)
         columns = {
-            "starts": [cut.start for _, cut in ordered],
-            "ends": [-_END if cut.stop is None else cut.stop for _, cut in ordered],
-            "axes": [axis for axis, _ in ordered],
-            "steps": [cut.step for _, cut in ordered],
+            "starts": {order.index(axis): int(cut.start) for axis, cut in new.items()},
+            "ends": {order.index(axis): int(cut.stop) for axis, cut in new.items()},
+            "steps": {order.index(axis): int(cut.step) for axis, cut in new.items()},
         }
         if shapes.opset(node) < 10:
-            for name in ("starts", "ends", "axes"):
-                node.attributes.add(ir.AttrInt64s(name, columns[name]))
+            for name in ("starts", "ends"):
+                listed = list(node.attributes.get_ints(name, ()) or ())
+                node.attributes.add(ir.AttrInt64s(name, [columns[name].get(k, v) for k, v in enumerate(listed)]))
         else:
-            for index, name in enumerate(("starts", "ends", "axes", "steps"), start=1):
-                r.set_input(node, index, np.asarray(columns[name], dtype=np.int64))
+            r.set_entries(node, 1, columns["starts"], len(order))
+            r.set_entries(node, 2, columns["ends"], len(order))
+            kind = (node.inputs[1].dtype if node.inputs[1] is not None else None) or ir.DataType.INT64
+            if len(node.inputs) < 4 or node.inputs[3] is None:
+                r.set_input(node, 3, np.asarray(order, dtype=kind.numpy()))
+            old = (shapes.ints(node.inputs[4]) if len(node.inputs) > 4 else None) or [1] * len(order)
+            steps = [columns["steps"].get(k, v) for k, v in enumerate(old)]
+            r.set_input(node, 4, np.asarray(steps, dtype=kind.numpy()))
         for axis, places in gathers.items():
             r.insert_gather(node, axis, places)
 
 
 @rule
 class Gather(Movement):
-    """Positions of an axis by index. Constant indices are followed; computed ones freeze the axis they look up."""
+    """Positions of an axis by index. Known indices are followed; computed ones freeze the axis they look up.
+
+    Each position of the result can go by itself. That matters where an index is listed more than once: the copies of a
+    head of keys for the queries that share it.
+    """
 
     ops = ("Gather",)
 
     def label(self, node: ir.Node, g: Labeller) -> None:
         g.freeze(g.of(node.inputs[1]), f"{where(node)}: indices are no units")
         super().label(node, g)
+        axis, places = self._axis(node), self._places(node)
+        labels = g.of(node.outputs[0])
+        if axis in labels and places is not None and len(np.unique(places)) < places.size:
+            g.set(node.outputs[0], {**labels, axis: (*labels[axis], g.table.axis(places.size, "copy"))})
 
     @staticmethod
     def _axis(node: ir.Node) -> int:
         return int(node.attributes.get_int("axis", 0) or 0) % max(_rank(node), 1)
+
+    def _places(self, node: ir.Node) -> Array | None:
+        """Known indices, at most a vector of them, counted from the front."""
+        source, found = node.inputs[0], shapes.integer_array(node.inputs[1])
+        size = (shapes.dims(source) or ())[self._axis(node)] if source is not None else None
+        if found is None or found.ndim > 1 or not isinstance(size, int):
+            return None
+        return np.where(found < 0, found + size, found)
 
     def moves(self, node: ir.Node, axes: Sequence[int], output: int) -> list[Move] | str:
         axis = self._axis(node)
@@ -117,18 +147,22 @@ class Gather(Movement):
         if shape is None:
             return "the rank of its indices is unknown"
         moves = [Move(a, (a if a < axis else a + len(shape) - 1,), same) for a in axes if a != axis]
-        constant = shapes.constant(indices)
-        if axis in axes and constant is not None and constant.ndim == 1:
-            moves.append(Move(axis, (axis,), taking(constant.astype(np.int64))))
+        places = self._places(node)
+        if axis in axes and places is not None:  # one position leaves no axis: it stays, and others may go
+            moves.append(Move(axis, (axis,) if places.ndim else (), taking(places)))
         return moves
 
     def rewrite(self, node: ir.Node, r: Removal) -> None:
-        axis, indices = self._axis(node), shapes.constant(node.inputs[1])
+        axis, places = self._axis(node), self._places(node)
+        if places is None:
+            return
+        left = r.mask(node.outputs[0], axis) if places.ndim else None
+        kept = places if left is None else places[left]
         mask = r.operand_mask(node, 0, axis)
-        if mask is not None and indices is not None and indices.ndim == 1:
-            positions = indices.astype(np.int64)
-            places = r.operand_places(node, 0, axis, np.where(positions < 0, positions + len(mask), positions))
-            r.set_input(node, 1, places.astype(indices.dtype))
+        moved = kept if mask is None else (np.cumsum(mask) - 1)[kept]
+        if moved.shape != places.shape or (moved != places).any():
+            kind = node.inputs[1].dtype if node.inputs[1] is not None else None
+            r.set_input(node, 1, moved.astype(np.int32 if kind == ir.DataType.INT32 else np.int64))
 
 
 def pads(node: ir.Node) -> dict[int, tuple[int, int]] | None:
