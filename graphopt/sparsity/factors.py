@@ -69,6 +69,7 @@ class _Writer:
         assert weight is not None
         assert weight.const_value is not None
         self._dtype = weight.const_value.dtype
+        self._rank = len(layer.layer.linear.input.shape or ())
 
     def wrapper(self, x: ir.Value, blocks: Floats, side: str, *, before: ir.Node) -> ir.Value:
         """Blocks applied to the channels of x, in front of a node."""
@@ -99,7 +100,7 @@ class _Writer:
             kernel = (1,) * len(window.kernel)
             weight = self._constant(f"{side}_blocks", blocks.reshape(count * size, size, *kernel))
             return [self._node("Conv", [x, weight], side, group=count, kernel_shape=kernel)]
-        rank = len(self._layer.layer.linear.input.shape or ())
+        rank = self._rank
         lead = list(range(rank - 1))
         blocked = self._integers(f"{side}_blocked", [0] * len(lead) + [count, size])
         flat = self._integers(f"{side}_flat", [0] * len(lead) + [count * size])
