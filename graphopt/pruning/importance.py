@@ -27,6 +27,7 @@ from graphopt.numerics.obs import Elimination
 from graphopt.progress import Progress
 from graphopt.pruning.families import Candidates, columns_of, rows_of
 from graphopt.pruning.layers import Layer, layers_of
+from graphopt.pruning.scores import norms_of_units
 from graphopt.pruning.selection import Family
 
 Floats = npt.NDArray[np.float64]
@@ -128,8 +129,9 @@ def _moments(
     narrow = [setting.layers[k] for k in keys if setting.layers[k].width <= WIDEST]
     points = {(s.value, s.axis) for f in families for s in f.others}
     points |= {_power_point(setting.layers[k]) for k in keys if setting.layers[k].width > WIDEST}
+    inside = {point for point in points if point[0] not in _streamed(setting.model)}
     full = {layer.key: [Moments(full=True) for _ in range(layer.groups)] for layer in narrow}
-    power = {point: Moments() for point in sorted(points)}
+    power = {point: Moments() for point in sorted(points - inside)}
     names = [(layer.source, layer.output) for layer in narrow] + [(value,) for value, _ in power]
     total = setting.samples or setting.calibration.samples
     for batch in activations(setting.model, names, setting.calibration, limit=setting.samples, threads=setting.threads):
@@ -149,7 +151,22 @@ def _moments(
         layer.key: _Seen(layer, [m.covariance for m in full[layer.key]], [m.mean for m in full[layer.key]])
         for layer in narrow
     }
-    return seen, {point: np.asarray(m.second) for point, m in power.items()}
+    found = {point: np.asarray(m.second) for point, m in power.items()}
+    return seen, found | (_unseen(setting.coupling, inside) if inside else {})
+
+
+def _streamed(model: ir.Model) -> set[str | None]:
+    """Tensors that can be looked at while the model runs: those of the main graph."""
+    return {v.name for node in model.graph for v in node.outputs} | {v.name for v in model.graph.inputs}
+
+
+def _unseen(coupling: Coupling, points: set[tuple[str, int]]) -> dict[tuple[str, int], Floats]:
+    """For tensors in bodies of If, Loop and Scan: the weights of a position's units stand for its power."""
+    weights = norms_of_units(coupling, absolute=False)
+    return {
+        (value, axis): np.sum([[weights.get(int(u), 0.0) for u in f] for f in coupling.axis_units(value, axis)], axis=0)
+        for value, axis in points
+    }
 
 
 def _batches(total: int | None, x: npt.NDArray[Any]) -> float:

@@ -46,7 +46,7 @@ def by_weight(coupling: Coupling, families: Sequence[Candidates], score: str = "
     """
     if score == "fpgm":
         return [ranked(f, _distances(coupling, f)) for f in families]
-    power = _norms(coupling, absolute=score == "l1")
+    power = norms_of_units(coupling, absolute=score == "l1")
     found = []
     for family in families:
         values = np.array([power[u] for u in family.units])
@@ -125,7 +125,7 @@ def ranked(family: Candidates, values: Floats, total: float | None = None) -> Fa
     return Family(family.name, tuple(family.units[i] for i in order), harm / whole)
 
 
-def _norms(coupling: Coupling, *, absolute: bool) -> dict[int, float]:
+def norms_of_units(coupling: Coupling, *, absolute: bool) -> dict[int, float]:
     """Sum of squares, or of absolute values, of all slices of each unit."""
     values = values_by_name(coupling.model)
     sums: dict[tuple[str, int], Floats] = {}

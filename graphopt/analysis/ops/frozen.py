@@ -12,7 +12,7 @@ from graphopt.analysis.rules import Labeller, OpRule, rule, where
 
 _EVERY = "its result depends on every element"
 _RANDOM = "random numbers are drawn for every element"
-_SEQUENCE = "units are not followed through sequences and optional values"
+_SEQUENCE = "units are not followed through sequences and optional values (fold resolves lists of fixed length)"
 _TEXT = "it reads text"
 _CLASSES = "all classes are judged together"
 _BOXES = "boxes are compared with each other"
