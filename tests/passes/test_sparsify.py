@@ -11,6 +11,7 @@ from graphopt.errors import DataError, UsageError
 from graphopt.executor import Session
 from graphopt.model import check
 from graphopt.numerics.sparsity.patterns import holds, parse
+from graphopt.passes.quantize import Quantize
 from graphopt.passes.sparsify import Sparsify
 
 
@@ -101,3 +102,14 @@ def test_data_is_asked_for_where_it_is_needed() -> None:
 def test_an_unknown_pattern_is_refused_before_any_work() -> None:
     with pytest.raises(UsageError, match="pattern"):
         Sparsify(pattern="4:2")
+
+
+def test_quantised_afterwards_the_zeros_stay_zeros() -> None:
+    model = layer_model("Conv")
+    run = context(model, mixed("Conv"))
+    Sparsify().run(model, run)
+    Quantize(sensitive="none").run(model, run)
+    stored = {v.name: v.const_value.numpy() for v in model.graph.initializers.values() if v.const_value is not None}
+    weight = next(array for array in stored.values() if array.dtype == np.int8 and array.ndim == 4)
+    assert holds(along_inputs(weight, "Conv"), parse("2:4"))
+    assert (weight != 0).mean() > 0.45
