@@ -38,7 +38,7 @@ class LayerShape:
         extent: Conv: batch and spatial sizes of the input; Gemm, MatMul: rows; Product: other batches, rows.
         kernel, strides, pads, dilations: of a convolution; () for the others.
         groups: of a convolution; 0 means depthwise, one group a channel.
-        bias: whether something constant is added.
+        bias: whether something constant is added; always for Conv and Gemm, which add it on the way.
         add: whether the result enters a sum with a tensor of its shape.
         activation: operator behind that; "" for none.
     """
@@ -158,8 +158,7 @@ def _dims(value: ir.Value | None) -> list[int] | None:
 
 def _behind(node: ir.Node) -> tuple[bool, bool, str]:
     """Whether a constant is added to the result, whether a tensor is, and the activation behind that."""
-    bias = len(node.inputs) > 2 and node.inputs[2] is not None
-    add = False
+    bias, add = not is_onnx(node, "MatMul"), False
     value = node.outputs[0]
     while (use := sole_use(value)) is not None:
         other = use.node.inputs[1 - use.idx] if is_onnx(use.node, "Add") else None

@@ -153,8 +153,8 @@ class Eraser:
             if chosen:
                 copy = private_clone(self.model)
                 self.apply(copy, chosen)
-                there = {(b.total, b.operand) for b in find_branches(copy)}
-                left = {k: b for k, b in left.items() if (b.total, b.operand) in there}
+                there = {b.output for b in find_branches(copy)}  # sums have other names now
+                left = {k: b for k, b in left.items() if k in there}
             best = None
             while left and best is None:
                 name = min(left, key=lambda k: self._price(k, known, harm, saved))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from redundant_net import images, redundant
+from residual_nets import residual_blocks
 from text_graph import graph
 
 from graphopt import model as models
@@ -14,9 +15,13 @@ from graphopt.base import Context
 from graphopt.calibration import load
 from graphopt.errors import UsageError
 from graphopt.executor import Session
+from graphopt.latency.shapes import sites
+from graphopt.latency.table import LatencyTable
+from graphopt.latency.terms import points_of
 from graphopt.passes.prune import Prune
 from graphopt.progress import Silent
 from graphopt.pruning.layers import drop_zero_biases, give_biases
+from graphopt.pruning.work import sized
 from graphopt.target import Target
 
 TARGET = Target("test", "ort", channel_multiple=1)
@@ -250,3 +255,72 @@ def test_without_data_the_statistics_of_batch_normalisation_stand_in():
     bare, _ = pruned(model, macs=0.5, reconstruct="none")
     assert any("stand in for what was cut" in note for note in result.notes)
     assert difference(model, small, TEST) < 0.02 < 0.2 < difference(model, bare, TEST)
+
+
+def stairs(model, path, block=4):
+    """A table in which every layer takes the product of its widths, each rounded up to a block."""
+    table = LatencyTable({}, 1.0)
+    sample = {"x": np.zeros((1, 3, 8, 8), np.float32)}
+    points = points_of(list(sites(sized(model, sample), analyse(model))), 1)
+    table.add({(s, w): float(np.prod([-(-n // block) * block for n in w])) for s, w in points})
+    table.save(path)
+    return table
+
+
+def table_time(model, table):
+    sample = {"x": np.zeros((1, 3, 8, 8), np.float32)}
+    return sum(table.time(s.shape, s.widths) for s in sites(sized(model, sample), analyse(model)))
+
+
+def test_a_budget_of_latency_is_spent_on_whole_treads(tmp_path):
+    model, path = redundant(), tmp_path / "table.json"
+    table = stairs(model, path)
+    small, result = pruned(model, images(model), latency=0.6, table=str(path), erase=False)
+    assert table_time(small, table) <= 0.6 * table_time(model, table)
+    widths = {n: v.const_value.shape[0] for n, v in small.graph.initializers.items() if n in {"w0", "w1"}}
+    assert all(w % 4 == 0 for w in widths.values())
+    assert difference(model, small, TEST) < 1e-4
+    assert any(n.startswith("warning: the target cannot run here") for n in result.notes)
+    again, _ = pruned(model, images(model), latency=0.6, table=str(path), erase=False)
+    assert {n: v.const_value.tobytes() for n, v in again.graph.initializers.items()} == {
+        n: v.const_value.tobytes() for n, v in small.graph.initializers.items()
+    }
+
+
+def test_a_branch_that_hardly_matters_is_erased_with_its_sum(tmp_path):
+    model, path = residual_blocks([0.7, 0.02, 0.7]), tmp_path / "table.json"
+    table = stairs(model, path, block=8)
+    small, result = pruned(model, images(model), latency=0.75, table=str(path))
+    assert not {"v1", "u1"} & set(small.graph.initializers)
+    assert {"v0", "u0", "v2", "u2"} <= set(small.graph.initializers)
+    assert table_time(small, table) <= 0.75 * table_time(model, table)
+    assert any("erased 1 branches" in n for n in result.notes)
+    assert difference(model, small, TEST) < 0.05
+    kept, _ = pruned(model, images(model), latency=0.75, table=str(path), exclude=("v1",))
+    assert "v1" in kept.graph.initializers
+    assert difference(model, kept, TEST) > difference(model, small, TEST)
+
+
+def test_branches_may_go_for_any_budget_if_asked():
+    model = residual_blocks([0.7, 0.02, 0.7])
+    small, _ = pruned(model, images(model), macs=0.75, erase=True, multiple=8)
+    assert "v1" not in small.graph.initializers
+    assert model_stats(small).macs <= 0.75 * model_stats(model).macs
+    stays, _ = pruned(model, images(model), macs=0.75)
+    assert "v1" in stays.graph.initializers
+    _, result = pruned(model, macs=0.75, erase=True)
+    assert any(n.startswith("warning: no branch is erased") for n in result.notes)
+
+
+@pytest.mark.parametrize("score", ["l1", "lamp", "fpgm", "flap"])
+def test_every_score_meets_the_budget(score):
+    model = redundant()
+    small, _ = pruned(model, images(model), macs=0.5, score=score)
+    assert model_stats(small).macs <= 0.5 * model_stats(model).macs
+
+
+def test_a_latency_out_of_reach_is_refused(tmp_path):
+    model, path = redundant(), tmp_path / "table.json"
+    stairs(model, path)
+    with pytest.raises(UsageError, match=r"latency=0.01 cannot be met"):
+        pruned(model, images(model), latency=0.01, table=str(path), erase=False)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphopt.pruning.selection import Family, choose
+from graphopt.pruning.selection import Erasures, Family, choose
 from graphopt.pruning.work import Product as Term
 
 
@@ -153,3 +153,69 @@ def test_a_unit_in_two_families_is_refused():
     families, terms, axes = chain([4])
     with pytest.raises(ValueError, match="two families"):
         choose([families[0], families[0]], terms, axes, keep=0.5)
+
+
+class Stair:
+    """Time in blocks of 4."""
+
+    def __init__(self, axis, node):
+        self.axes, self.nodes = (axis,), frozenset({node})
+
+    def work(self, counts):
+        return float(-(-counts[0] // 4))
+
+
+def blocks(count=3, width=8):
+    """Independent families of a width, each one layer, whose harm grows with the number of the family."""
+    axes = [np.arange(1 + i * width, 1 + (i + 1) * width) for i in range(count)]
+    families = [
+        Family(f"f{i}", tuple(map(int, axis)), np.linspace(0, 1.0 + i, width + 1)) for i, axis in enumerate(axes)
+    ]
+    return families, [Stair(axis, f"n{i}") for i, axis in enumerate(axes)], axes
+
+
+def test_only_whole_treads_of_a_stair_are_spent():
+    families, stairs, axes = blocks()
+    choice = choose(families, stairs, axes, keep=0.7)
+    # 6 treads; two go, of the two families that they harm least: half of each
+    assert choice.removed == (4, 4, 0)
+    assert choice.kept == pytest.approx(4 / 6)
+
+
+def test_a_branch_goes_where_that_is_cheaper_than_its_units():
+    families, stairs, axes = blocks()
+    nodes, homes = (frozenset({"n2"}), frozenset({"n0"})), ((2,), (0,))
+    cheap = Erasures(nodes, homes, np.array([0.0, 0.1, 5.0]))
+    choice = choose(families, stairs, axes, keep=0.7, erasures=cheap)
+    assert (choice.erased, choice.removed, choice.harm) == (1, (0, 0, 0), pytest.approx(0.1))
+    assert choice.kept == pytest.approx(4 / 6)
+    dear = Erasures(nodes, homes, np.array([0.0, 4.0, 5.0]))
+    assert choose(families, stairs, axes, keep=0.7, erasures=dear).erased == 0
+
+
+def test_units_of_erased_branches_do_not_count():
+    families, stairs, axes = blocks(2)
+    # cheap at first, so that units of f0 go before its branch does
+    families[0] = Family("f0", families[0].units, np.array([0, 0, 0, 0, 0.01, 9, 9, 9, 9.0]))
+    erasures = Erasures((frozenset({"n0"}),), ((0,),), np.array([0.0, 0.5]))
+    choice = choose(families, stairs, axes, keep=0.5, erasures=erasures)
+    assert (choice.erased, choice.removed, choice.dead) == (1, (0, 0), frozenset())
+    assert choice.harm == pytest.approx(0.5)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 10_000), st.floats(0.2, 0.9))
+def test_branches_and_units_together_stay_within_the_budget(seed, keep):
+    rng = np.random.default_rng(seed)
+    families, stairs, axes = blocks(4)
+    families = [Family(f.name, f.units, np.append(0, np.cumsum(rng.exponential(size=8)))) for f in families]
+    order = rng.permutation(4)
+    harm = np.append(0, np.cumsum(rng.exponential(4, size=4)))
+    erasures = Erasures(tuple(frozenset({f"n{i}"}) for i in order), tuple((int(i),) for i in order), harm)
+    choice = choose(families, stairs, axes, keep=keep, erasures=erasures)
+    gone = {int(i) for i in order[: choice.erased]}
+    left = sum(0 if i in gone else -(-(8 - k) // 4) for i, k in enumerate(choice.removed)) / 8
+    assert choice.kept == pytest.approx(left)
+    assert choice.kept <= keep * (1 + 1e-9)
+    assert all(choice.removed[i] == 0 for i in gone)
+    assert choice.harm == pytest.approx(harm_of(families, choice.dead) + harm[choice.erased])
