@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from graphopt.analysis import shapes
 from graphopt.analysis.dead_values import DeadValues
 from graphopt.analysis.labels import Axes
 from graphopt.analysis.rules import Labeller, OpRule, where
@@ -61,6 +62,7 @@ class Movement(OpRule):
         name = where(node)
         # A parameter that is rearranged before its use: zeroing its slices zeroes the unit wherever they end up.
         x = g.operand(node, 0, role="producer")
+        taken: list[Array] = []
         for index, output in enumerate(node.outputs):
             moves = self.moves(node, list(x), index) if x else []
             if isinstance(moves, str):
@@ -72,10 +74,19 @@ class Movement(OpRule):
             for move in moves:
                 for factor in x[move.source]:
                     kept = None if move.keep is None else move.results.index(move.keep)
-                    for place, factors in g.table.box(move.apply(factor), name, kept).items():
+                    moved = move.apply(factor)
+                    taken.append(moved.ravel())
+                    for place, factors in g.table.box(moved, name, kept).items():
                         axis = move.results[place]
                         result[axis] = (*result.get(axis, ()), *factors)
             g.set(output, result)
+        source = node.inputs[0]
+        if x and shapes.constant_tensor(source) is not None and source is not None and not shapes.is_tied(source):
+            # A vector is labelled for this use alone: positions that it leaves to other uses are no units of it.
+            used = np.concatenate([np.zeros(1, np.int64), *taken])
+            for factors in x.values():
+                left = [np.where(np.isin(factor, used), 0, factor) for factor in factors]
+                g.table.freeze(left, f"{name}: it leaves these positions out")
 
     def dead(self, node: ir.Node, d: DeadValues) -> None:
         source = node.inputs[0]

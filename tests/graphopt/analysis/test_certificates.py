@@ -63,6 +63,7 @@ def _samples(data_dir: Path, name: str) -> list[dict] | None:
         ("basic_pitch", 50),
         ("minilm_l6", 9000),
         ("stories260k", 500),
+        ("silero_vad_v5_if", 700),
     ],
 )
 def test_real_models_hold_their_certificates(data_dir: Path, name: str, units: int) -> None:
@@ -75,7 +76,7 @@ def test_real_models_hold_their_certificates(data_dir: Path, name: str, units: i
     assert certificate.control > 100 * certificate.difference
 
 
-@pytest.mark.parametrize("name", ["dtln_1", "gtcrn", "magika_v3_3", "silero_vad_v5_if", "stories260k_kv"])
+@pytest.mark.parametrize("name", ["dtln_1", "gtcrn", "magika_v3_3", "stories260k_kv"])
 def test_what_cannot_be_followed_is_frozen_with_a_reason(data_dir: Path, name: str) -> None:
     coupling = analyse(models.load(data_dir / "models" / f"{name}.onnx"))
     assert all(frozen.reason for frozen in coupling.frozen)

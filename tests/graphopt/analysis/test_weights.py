@@ -162,3 +162,20 @@ def test_tied_embeddings_lose_columns_on_both_sides(head: str, tmp_path: Path) -
     table = model.graph.initializers["e"].const_value
     assert table is not None and tuple(table.shape.numpy()) == (9, 4)
     assert sum("e" in name for name in model.graph.initializers) == 1  # still one table
+
+
+def test_parts_of_a_vector_that_are_taken_elsewhere_are_no_units() -> None:
+    """Two slices of one bias, each for a layer of its own: 3 + 3 units, not 6 + 6."""
+    model = graph(
+        "(float[n,3] x) => (float[n,2] y)",
+        """b1 = Slice(b, zero, three)  b2 = Slice(b, three, six)
+           h = Gemm(x, w1, b1)  g = Gemm(h, w2, b2)  y = MatMul(g, w3)""",
+        b=(6,),
+        w1=(3, 3),
+        w2=(3, 3),
+        w3=(3, 2),
+        zero=np.array([0]),
+        three=np.array([3]),
+        six=np.array([6]),
+    )
+    assert len(analyse(model).units) == 6
