@@ -141,15 +141,23 @@ def _normalised(value: ir.Value | None) -> bool:
     if inner is None:
         return False
     if inner.op_type == "Reshape":
-        return standard(inner.inputs[0], "InstanceNormalization") is not None
+        cut = standard(inner.inputs[0], "Slice")  # what a removal padded is cut
+        return standard(cut.inputs[0] if cut is not None else inner.inputs[0], "InstanceNormalization") is not None
     sides = inner.inputs if inner.op_type == "Mul" else inner.inputs[:1]
     return any(shifted(side) is not None for side in sides)
 
 
 def has_gain_behind(norm: ir.Node) -> bool:
     """Whether groups of channels, normalised as one channel each, are put back and get a constant gain by channel."""
-    readers = [use.node for use in norm.outputs[0].uses()]
-    if len(readers) != 1 or readers[0].op_type != "Reshape" or norm.outputs[0].is_graph_output():
+    reader = _only_reader(norm)
+    if reader is not None and reader.op_type == "Slice":
+        reader = _only_reader(reader)
+    if reader is None or reader.op_type != "Reshape":
         return False
-    behind = [use.node for use in readers[0].outputs[0].uses()]
+    behind = [use.node for use in reader.outputs[0].uses()]
     return bool(behind) and all(gain_index(node) is not None for node in behind)
+
+
+def _only_reader(node: ir.Node) -> ir.Node | None:
+    uses = list(node.outputs[0].uses())
+    return uses[0].node if len(uses) == 1 and not node.outputs[0].is_graph_output() else None

@@ -15,6 +15,26 @@ from graphopt.analysis import shapes
 from graphopt.analysis.dead_values import Floats
 from graphopt.analysis.remove import Removal
 
+_FIRST_OPSET = 11
+"""Before it, the pads of Pad were an attribute."""
+
+
+def cannot_pad(node: ir.Node) -> str | None:
+    """Why what a removal leaves of a node's input cannot be padded; None where it can."""
+    imports = node.graph.opset_imports if node.graph is not None else {}
+    if imports.get("", _FIRST_OPSET) >= _FIRST_OPSET:
+        return None
+    return f"what is left of it cannot be padded before opset {_FIRST_OPSET}"
+
+
+def feeds_norm(pad: ir.Node) -> bool:
+    """Whether a Pad brings what it pads to the width of the norms behind it, as `pad_to_dense` makes them."""
+    readers = [use.node.op_type for use in pad.outputs[0].uses()]
+    return bool(readers) and all(op_type in _NORMS for op_type in readers)
+
+
+_NORMS = {"LayerNormalization", "SkipLayerNormalization", "InstanceNormalization", "GroupNormalization"}
+
 
 def own_axis(node: ir.Node, index: int, axis: int, rank: int) -> int:
     """The axis of an operand that meets an axis of the result in broadcasting; negative where it has none."""

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
+from random_norms import NormSteps
 from random_steps import MoreSteps
 
 from graphopt.model import infer_shapes
@@ -29,7 +30,7 @@ _UNARY = [
 ]
 
 
-class GraphBuilder(MoreSteps):
+class GraphBuilder(MoreSteps, NormSteps):
     """Grows one graph."""
 
     def __init__(self, seed: int, opset: int = 17) -> None:
@@ -118,6 +119,7 @@ class GraphBuilder(MoreSteps):
             self._gather,
             self._computed_reshape,
             *self.more(),
+            *self.norms(),
         ]
         while True:
             found = moves[int(self.random.integers(len(moves)))](x, pool)

@@ -27,7 +27,7 @@ import onnx_ir as ir
 from graphopt.analysis import shapes
 from graphopt.analysis.dead_values import DeadValues, Floats, elementwise_value
 from graphopt.analysis.labels import Axes
-from graphopt.analysis.padding import own_axis, pad_to_dense, shortened, spans
+from graphopt.analysis.padding import cannot_pad, own_axis, pad_to_dense, shortened, spans
 from graphopt.analysis.remove import Removal
 from graphopt.analysis.rules import Labeller, OpRule, Role, rule, where
 
@@ -200,20 +200,13 @@ class _Layer(_Norm):
         return np.where(gain == 0, shift, np.nan)
 
     def _refused(self, node: ir.Node) -> str | None:
-        imports = node.graph.opset_imports if node.graph is not None else {}
-        if imports.get("", 13) >= _FIRST_OPSET_OF_PADS:
-            return None
-        return f"what is left of it cannot be padded before opset {_FIRST_OPSET_OF_PADS}"
+        return cannot_pad(node)
 
     def rewrite(self, node: ir.Node, r: Removal) -> None:
         rank = len(shapes.dims(node.outputs[0]) or ())
         results = (0,) if self.sum_output is None else (0, self.sum_output)
         operands = (*self._addends(node), *self._parameters(node))
         pad_to_dense(node, range(_first(node, rank), rank), operands, r, results)
-
-
-_FIRST_OPSET_OF_PADS = 11
-"""Before it, the pads of Pad were an attribute."""
 
 
 @rule

@@ -14,7 +14,7 @@ from graphopt.analysis import shapes
 from graphopt.analysis.centred import has_gain_behind
 from graphopt.analysis.dead_values import DeadValues
 from graphopt.analysis.labels import Factors
-from graphopt.analysis.padding import pad, pad_to_dense
+from graphopt.analysis.padding import cannot_pad, pad, pad_to_dense
 from graphopt.analysis.remove import Removal
 from graphopt.analysis.rules import Labeller, OpRule, Role, rule, where
 
@@ -86,7 +86,7 @@ class InstanceNormalization(_ChannelNorm):
 
     def label(self, node: ir.Node, g: Labeller) -> None:
         x = g.operand(node, 0)
-        if has_gain_behind(node):
+        if has_gain_behind(node) and cannot_pad(node) is None:
             for axis in (axis for axis in x if axis > 1):
                 g.sink(node, 0, axis, "zero", f"{where(node)}: normalises a value that is not zero")
         else:

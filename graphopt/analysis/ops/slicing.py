@@ -16,6 +16,7 @@ from graphopt.analysis import shapes
 from graphopt.analysis.dead_values import DeadValues
 from graphopt.analysis.labels import Axes
 from graphopt.analysis.movement import Array, Move, Movement, same, taking
+from graphopt.analysis.padding import feeds_norm
 from graphopt.analysis.remove import Removal
 from graphopt.analysis.rules import Labeller, OpRule, rule, where
 
@@ -210,7 +211,9 @@ class Pad(OpRule):
             elif not constant:
                 g.freeze(x, f"{name}: copies positions of the axis to its border", only=(axis,))
             else:
-                head, tail = g.table.fresh(max(before, 0)), g.table.fresh(max(after, 0))
+                # What a norm is padded with stands for positions that are gone already.
+                new = np.zeros_like if feeds_norm(node) else np.asarray
+                head, tail = (new(g.table.fresh(max(count, 0))) for count in (before, after))
                 kept = [_crop(vector, before, after) for vector in factors]
                 first = np.concatenate([head, kept[0], tail])
                 rest = [np.concatenate([0 * head, vector, 0 * tail]) for vector in kept[1:]]

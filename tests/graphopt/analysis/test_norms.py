@@ -108,9 +108,7 @@ GROUPS = {  # units, and the norm
 }
 
 
-@pytest.mark.parametrize("name", GROUPS)
-def test_groups_lose_channels_or_go_whole(name: str) -> None:
-    units, norm = GROUPS[name]
+def grouped(units: int, norm: str) -> ir.Model:
     free = "(t, four)" in norm
     body = f"{'t' if free else 's'} = Conv(x, w, c)  {norm}  a = Relu(n)  y = Conv(a, v)"
     constants = {name: np.full(int(name[1]), value, np.float32) for name, value in
@@ -123,12 +121,29 @@ def test_groups_lose_channels_or_go_whole(name: str) -> None:
     read = set(re.findall(r"\w+", body))
     used = {name: value for name, value in parameters.items() if name in read}
     rows, result = ("float[n,3,h,8] x", "float[n,5,k,6] y") if free else ("float[2,3,8,8] x", "float[2,5,6,6] y")
-    model = graph(f"({rows}) => ({result})", body, opset=21, **used)
+    return graph(f"({rows}) => ({result})", body, opset=21, **used)
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_groups_lose_channels_or_go_whole(name: str) -> None:
+    model = grouped(*GROUPS[name])
     coupling = analyse(model)
-    assert len(exact(coupling)) == len(coupling.units) == units
+    assert len(exact(coupling)) == len(coupling.units) == GROUPS[name][0]
     certificate = certify(model, coupling, choose(coupling, 0.5, 3))
     assert certificate.holds, certificate
     assert certificate.effect > 1e-2
+
+
+@pytest.mark.parametrize("name", [*NORMS, *GROUPS])
+def test_what_was_pruned_can_be_pruned_again(name: str) -> None:
+    model = stream(NORMS[name]) if name in NORMS else grouped(*GROUPS[name])
+    coupling = analyse(model)
+    remove_units(model, coupling, choose(coupling, 0.4, 1))
+    again = analyse(model)
+    assert {frozenset(m.parameter for m in u.members) for u in again.units if u.exact}
+    certificate = certify(model, again, choose(again, 0.4, 2))
+    assert certificate.holds, certificate
+    assert certificate.effect > 1e-3
 
 
 def test_a_norm_over_channels_first_and_one_for_each_head() -> None:
