@@ -79,3 +79,11 @@ def test_short_calls_are_repeated() -> None:
 def test_nothing_to_time() -> None:
     with pytest.raises(ValueError, match="nothing"):
         timing.paired([], 1.0)
+
+
+def test_undisturbed_forgets_what_others_took() -> None:
+    clock = Clock()
+    # two runs of three are interrupted, for a while that differs
+    burst = [clock.work(str(s), lambda n, s=s: s * (1 if n % 3 == 0 else 5 + n % 7)) for s in (1e-3, 3e-3)]
+    assert timing.undisturbed(burst, 0.5, clock) == pytest.approx([1e-3, 3e-3])
+    assert clock.log.count("0.001") == clock.log.count("0.003") >= timing.QUIET_ROUNDS
