@@ -60,7 +60,8 @@ def test_a_state_that_only_depends_on_another_one_follows_it() -> None:
     """The first state takes over the second in every run, and that one grows."""
     model = graph(
         "(float[1,4] x) => (float[a,b] y)",
-        """y, z = Loop <body = b (int64 n, bool on, float[k,4] p, float[m,4] q) => (bool on1, float[i,4] p1, float[j,4] q1)
+        """y, z = Loop <body = b (int64 n, bool on, float[k,4] p, float[m,4] q)\
+                          => (bool on1, float[i,4] p1, float[j,4] q1)\
                   { p1 = Identity(q)  q1 = Concat<axis=0>(q, x)  on1 = Identity(on) }> (trips, , x, x)""",
         trips=np.array(3),
     )
