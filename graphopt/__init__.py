@@ -31,6 +31,7 @@ _HOMES = {
         "VerificationError",
     ),
     "fx.from_torch": ("from_torch",),
+    "fx.prune_module": ("PrunedModule", "prune_module"),
     "fx.to_torch": ("to_torch", "update_weights"),
     "jobs": ("Inspection", "bench", "compare", "inspect", "lower", "run"),
     "manager": ("PassManager",),
@@ -63,6 +64,8 @@ if TYPE_CHECKING:
     from graphopt.errors import UsageError as UsageError
     from graphopt.errors import VerificationError as VerificationError
     from graphopt.fx.from_torch import from_torch as from_torch
+    from graphopt.fx.prune_module import PrunedModule as PrunedModule
+    from graphopt.fx.prune_module import prune_module as prune_module
     from graphopt.fx.to_torch import to_torch as to_torch
     from graphopt.fx.to_torch import update_weights as update_weights
     from graphopt.jobs import Inspection as Inspection

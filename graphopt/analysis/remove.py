@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 Mask = npt.NDArray[np.bool_]
 
+KEPT = "graphopt.kept"
+"""Key of a node's `meta`: by operand and axis, the positions of the parameter as it once was that are left."""
+
 
 @dataclass
 class RemovalReport:
@@ -69,6 +72,7 @@ def remove_units(
             handler.rewrite(node, removal)
     removal.slice_parameters()
     removal.shorten_annotations()
+    removal.remember_kept()
     return removal.report
 
 
@@ -490,6 +494,21 @@ class Removal:
         """Take out an initializer that only had copies made of it; one that is listed as an input stays an input."""
         if not value.is_graph_input() and isinstance(value.graph, ir.Graph):
             del value.graph.initializers[value.name or ""]
+
+    def remember_kept(self) -> None:
+        """Tell every node which positions of its parameters are left, counted from the first removal of all."""
+        for use in self.coupling.uses:
+            for axis, factors in use.axes.items():
+                mask = self._mask(self.coupling.solution.units(factors))
+                node = self._nodes.get(use.node)
+                if mask is not None and node is not None:
+                    known = node.meta.get(KEPT, {})
+                    left = known.get(use.index, {}).get(axis)
+                    if left is None or len(left) != len(mask):  # a norm's gain is as wide as it was: see `padding`
+                        left = np.arange(len(mask))
+                    left = left[mask]
+                    # never in place: clones share what is in `meta`
+                    node.meta[KEPT] = {**known, use.index: {**known.get(use.index, {}), axis: left}}
 
     def shorten_annotations(self) -> None:
         """Bring the recorded shapes of activations up to date."""
