@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from graphopt.analysis import shapes
 from graphopt.analysis.dead_values import DeadValues
-from graphopt.analysis.labels import Axes
+from graphopt.analysis.labels import Axes, Factors, varying_axes
 from graphopt.analysis.rules import Labeller, OpRule, where
 
 Array = npt.NDArray[Any]
@@ -72,8 +72,8 @@ class Movement(OpRule):
             g.freeze(x, f"{name}: the axis cannot be followed", only=[a for a in x if a not in followed])
             result: Axes = {}
             for move in moves:
-                for factor in x[move.source]:
-                    kept = None if move.keep is None else move.results.index(move.keep)
+                kept = None if move.keep is None else move.results.index(move.keep)
+                for factor in _together(g, move, x[move.source]):
                     moved = move.apply(factor)
                     taken.append(moved.ravel())
                     for place, factors in g.table.box(moved, name, kept).items():
@@ -111,3 +111,12 @@ class Movement(OpRule):
                         # Several axes may have become this one: what is known along either is known of it.
                         known = d.of(output, axis)
                         d.set(output, axis, found if known is None else np.where(np.isnan(known), found, known))
+
+
+def _together(g: Labeller, move: Move, factors: Factors) -> Factors:
+    """Factors that end along one axis each; those that end along several are one: their product is what is split."""
+    mixed = [len(varying_axes(move.apply(factor))) > 1 for factor in factors]
+    if sum(mixed) < 2:
+        return factors
+    rest = g.table.product([factor for factor, several in zip(factors, mixed, strict=True) if several])
+    return (*(factor for factor, several in zip(factors, mixed, strict=True) if not several), rest)
