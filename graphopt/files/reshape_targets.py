@@ -59,6 +59,8 @@ def result_dims(node: ir.Node) -> list[Entry] | None:
         return _range_dims(node)
     if node.op_type == "ConstantOfShape":
         return _vector(source)
+    if node.op_type == "Slice":
+        return _sliced(node, dimensions(source))
     wanted = _vector(target) if node.op_type in {"Reshape", "Expand"} else None
     if wanted is None:
         return None
@@ -66,6 +68,33 @@ def result_dims(node: ir.Node) -> list[Entry] | None:
     if node.op_type == "Expand":
         return None if dims is None else _expanded(dims, wanted)
     return _reshaped(dims, wanted, copies=not node.attributes.get_int("allowzero", 0))
+
+
+def as_read(value: ir.Value) -> list[Entry] | None:
+    """Dimensions of a tensor as the weights tell that it is multiplied with; None where none do."""
+    dims = dimensions(value)
+    for use in value.uses() if dims else ():
+        if use.idx != 0 or use.node.op_type not in {"MatMul", "Gemm"} or use.node.attributes.get_int("transA", 0):
+            continue
+        weight = use.node.inputs[1]
+        sizes = dimensions(weight) if weight is not None else None
+        inner = None if not sizes else sizes[-1 if use.node.attributes.get_int("transB", 0) else max(len(sizes) - 2, 0)]
+        if isinstance(inner, int):
+            return [*[None] * (len(dims or ()) - 1), inner]
+    return None
+
+
+def _sliced(node: ir.Node, dims: Sequence[Entry] | None) -> list[Entry] | None:
+    """Axes that are not cut keep their size, also where it is not known how the others are cut."""
+    axes = node.attributes.get_ints("axes", None)
+    if axes is None:
+        given = integers(node.inputs[3]) if len(node.inputs) > 3 else None
+        count = _vector(node.inputs[1]) if len(node.inputs) > 1 else None
+        axes = list(range(len(count))) if given is None and count is not None and len(node.inputs) < 4 else given
+    if dims is None or axes is None:
+        return None
+    cut = {int(axis) % len(dims) for axis in axes}
+    return [None if axis in cut else size for axis, size in enumerate(dims)]
 
 
 def _vector(value: ir.Value | None) -> list[Entry] | None:

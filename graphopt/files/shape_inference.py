@@ -15,7 +15,7 @@ from graphopt.errors import ModelError, UsageError
 from graphopt.files.body_shapes import BodyInputs, repeat_constants
 from graphopt.files.contrib_shapes import stand_in
 from graphopt.files.integers import dimensions
-from graphopt.files.reshape_targets import is_open, known_operands, result_dims
+from graphopt.files.reshape_targets import as_read, is_open, known_operands, result_dims
 from graphopt.files.weights import all_graphs, reference, with_placeholders
 from graphopt.rewriting.edit import Names, new_initializer
 
@@ -108,7 +108,7 @@ def _tell(model: ir.Model, light: ir.Model, names: Names | None = None) -> bool:
                 constant = new_initializer(graph, names.fresh(f"{operand.name}_known"), array, ir.DataType.INT64)
                 twin.replace_input_with(index, constant)
                 changed = True
-        dims, source, value = result_dims(node), node.inputs[0] if node.inputs else None, twin.outputs[0]
+        dims, source, value = _dims(node), node.inputs[0] if node.inputs else None, twin.outputs[0]
         kind = node.outputs[0].type or (source.type if source is not None else None)
         if dims is None or kind is None:
             continue
@@ -119,6 +119,14 @@ def _tell(model: ir.Model, light: ir.Model, names: Names | None = None) -> bool:
         if value.shape != shape and any(d is not None for d in dims):
             value.type, value.shape, changed = kind, shape, True
     return changed
+
+
+def _dims(node: ir.Node) -> list[int | str | None] | None:
+    """What its operands and its readers tell of the dimensions of a node's first result."""
+    made, read = result_dims(node), as_read(node.outputs[0])
+    if made is None or read is None or len(made) != len(read):
+        return made if read is None else read if made is None else None
+    return [other if one is None else one for one, other in zip(made, read, strict=True)]
 
 
 def _infer(model: ir.Model, light: ir.Model, *, invented: bool = False) -> None:
