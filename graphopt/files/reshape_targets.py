@@ -130,10 +130,13 @@ def _reshaped(source: Sequence[Entry] | None, wanted: Iterable[Entry], copies: b
     return result
 
 
-def _quotient(source: Sequence[Entry] | None, others: Sequence[Entry]) -> int | None:
-    """The product of `source` over that of `others`, if symbolic factors cancel."""
+def _quotient(source: Sequence[Entry] | None, others: Sequence[Entry]) -> Entry:
+    """The product of `source` over that of `others`: a number, or the one symbolic factor that does not cancel."""
     if source is None or None in source or None in others:
         return None
-    names = [Counter(d for d in dims if isinstance(d, str)) for dims in (source, others)]
-    above, below = (math.prod(d for d in dims if isinstance(d, int)) for dims in (source, others))
-    return above // below if names[0] == names[1] and below > 0 and above % below == 0 else None
+    above, below = (Counter(d for d in dims if isinstance(d, str)) for dims in (source, others))
+    top, bottom = (math.prod(d for d in dims if isinstance(d, int)) for dims in (source, others))
+    left = list((above - below).elements())
+    if below - above or bottom <= 0 or top % bottom or len(left) > 1:
+        return None
+    return top // bottom if not left else left[0] if top == bottom else None
