@@ -108,8 +108,8 @@ class DeadValues:
             dead: (units + 1,), the units that died.
 
         Returns:
-            One number a position; NaN where it is unknown. Of several dead units of a position the first known is told:
-            what follows from one of them follows whatever else dies.
+            One number a position; NaN where it is unknown or infinite. Of several dead units of a position the first
+            known is told: what follows from one of them follows whatever else dies.
         """
         factors = self.solution.units(self.labels[value.name or ""][axis])
         result = np.full(self.size(value, axis), np.nan)
@@ -118,7 +118,8 @@ class DeadValues:
             if found is None:
                 continue
             mine = [dead[f] & ((self.colours[f] == colour) | (not self.hypothetical)) for f in factors]
-            result = np.where(np.isnan(result) & np.logical_or.reduce(mine), found, result)
+            known = np.logical_or.reduce(mine) & np.isfinite(found)
+            result = np.where(np.isnan(result) & known, found, result)
         return result
 
     def of(self, value: ir.Value, axis: int) -> Floats | None:
@@ -126,11 +127,12 @@ class DeadValues:
         return self.values.get((value.name or "", axis))
 
     def set(self, value: ir.Value, axis: int, dead: Floats) -> None:
-        """Record dead values of an output; what its type cannot hold (infinity, fractions) counts as unknown."""
+        """Record dead values of an output: what its type overflows at is infinite, a fraction in integers unknown."""
         largest = _LARGEST_HALF if value.dtype == ir.DataType.FLOAT16 else _LARGEST
-        holds = np.abs(dead) <= largest
+        holds = ~np.isnan(dead)
+        dead = np.where(np.abs(dead) > largest, np.copysign(np.inf, dead), dead)
         if value.dtype is not None and value.dtype.is_integer():
-            holds &= dead == np.rint(dead)
+            holds &= np.isfinite(dead) & (dead == np.rint(dead))
         if self.hypothetical:
             holds &= self._asked(value.name or "", axis)
         self.values[value.name or "", axis] = np.where(holds, dead, np.nan)

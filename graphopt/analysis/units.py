@@ -154,7 +154,7 @@ class Coupling:
                     if held is None or sink.accepts == "none":
                         bad = np.ones(len(vector), dtype=bool)
                     else:
-                        bad = np.isnan(held) if sink.accepts == "constant" else ~(held == sink.zero)
+                        bad = ~np.isfinite(held) if sink.accepts == "constant" else ~(held == sink.zero)
                     for unit in np.unique(vector[bad & (vector != 0) & (values.colours[vector] == colour)]):
                         reasons.setdefault(int(unit), sink.reason)
         return reasons

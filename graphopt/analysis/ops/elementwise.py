@@ -126,8 +126,8 @@ UNARY: dict[str, Unary] = {
 
 
 def _product(*values: Floats) -> Floats:
-    """0 times anything finite is 0, known or not."""
-    zero = np.logical_or.reduce([v == 0 for v in values])
+    """0 times anything finite is 0, known or not; what is not known is taken as finite, as it is where a unit lives."""
+    zero = np.logical_or.reduce([v == 0 for v in values]) & ~np.logical_or.reduce([np.isinf(v) for v in values])
     result = values[0]
     for other in values[1:]:
         result = result * other

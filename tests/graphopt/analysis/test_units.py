@@ -48,6 +48,18 @@ def test_a_constant_that_reaches_padding_is_only_approximate() -> None:
     assert "padding" in coupling.units[0].reason
 
 
+def test_zero_times_infinity_is_not_zero() -> None:
+    """Demodulation without an epsilon: where the weights are zero, so is the norm that divides by."""
+    model = graph(
+        "(float[n,3] x, float[n,1] s) => (float[n,2] y)",
+        "h = MatMul(x, w1)  q = Mul(s, w1norm)  r = Sqrt(q)  i = Reciprocal(r)  z = Mul(h, i)  y = MatMul(z, w2)",
+        w1=(3, 4),
+        w1norm=np.arange(1.0, 5.0, dtype=np.float32),
+        w2=(4, 2),
+    )
+    assert [unit.exact for unit in analyse(model).units] == [False] * 4
+
+
 def test_a_constant_folds_into_the_bias_without_padding() -> None:
     model = graph(
         "(float[n,3,8,8] x) => (float[n,2,6,6] y)",
