@@ -7,6 +7,7 @@ import onnx_ir as ir
 import pytest
 from golden import assert_close, context, expect, reasons, run
 from golden import random_feeds as golden_feeds
+from random_graphs import random_graph
 from text_graph import graph
 
 from graphopt.analysis.certificate import certify, choose
@@ -239,6 +240,20 @@ def test_grouped_convolutions_cannot_be_centred() -> None:
         w=(6, 1, 1, 1), g=(6,),
     )  # fmt: skip
     assert "it is a grouped convolution" in reasons(result)
+
+
+def test_random_graphs_compute_what_they_did() -> None:
+    fired = 0
+    for seed in range(200):
+        model = random_graph(seed)
+        centred = model.clone()
+        if not CENTER.run(centred, context()).changed:
+            continue
+        fired += 1
+        assert compare(model, centred, random_feeds(model, seed)).worst_relative < 1e-4, seed
+        restore_layer_norms(centred.graph, Names(centred))
+        assert compare(model, centred, random_feeds(model, seed)).worst_relative < 1e-4, seed
+    assert fired >= 3
 
 
 # -- back, and prune ---------------------------------------------------------------------------------------------------
