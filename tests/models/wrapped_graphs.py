@@ -116,6 +116,7 @@ class _Wrapper:
             and not n.outputs[0].is_graph_output()
             and not any(self._leaves(v, nodes[a + 1 : b + 1]) for k in nodes[a + 1 : b] for v in k.outputs)
             and any(v is m.outputs[0] for k in nodes[a + 1 : b + 1] for v in k.inputs)
+            and not any(k.op_type == "Exp" for k in nodes[a + 1 : b + 1])  # exp(exp(x)) is soon beyond float32
         ]
         if not pairs:
             return False
