@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from graphopt.files.integers import entries, integers
+from graphopt.files.integers import entries, integers, product_of
 
 Dim = int | str | None
 """A known size, the name of a symbolic one, or None where nothing is known."""
@@ -122,10 +122,12 @@ def _prefixes(shape: Sequence[Dim], side: str) -> list[tuple[object, ...]]:
     number, symbols = 1, []
     keys: list[tuple[object, ...]] = [(1,)]
     for position, dim in enumerate(shape):
-        if isinstance(dim, int):
-            number *= dim
+        if dim is None:
+            symbols.append(f"?{side}{position}")
         else:
-            symbols.append(dim if dim is not None else f"?{side}{position}")
+            factor, names = product_of([dim])
+            number *= factor
+            symbols += names
         keys.append((number, *sorted(symbols)))
     return keys
 

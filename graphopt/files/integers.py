@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -161,10 +161,31 @@ def _folded(function: Callable[[Any, Any], Any]) -> Rule:
 
 
 def _times(one: Entry, other: Entry) -> Entry:
-    """A product; 1 leaves a symbolic size as it is."""
+    """A product, of symbolic sizes too: "12*batch"."""
     if isinstance(one, int | float) and isinstance(other, int | float):
         return one * other
-    return one if other == 1 else other if one == 1 else None
+    if one is None or other is None or isinstance(one, float) or isinstance(other, float) or 0 in (one, other):
+        return 0 if 0 in (one, other) else one if other == 1 else other if one == 1 else None
+    return product(*product_of([one, other]))
+
+
+def product_of(dims: Iterable[int | str]) -> tuple[int, list[str]]:
+    """A product of dimensions as its number and its symbolic factors, sorted: "12*batch" has one of each."""
+    number, names = 1, []
+    for dim in dims:
+        parts = str(dim).split("*")
+        known = all(part.isidentifier() or part.isdecimal() for part in parts)
+        for part in parts if known else [str(dim)]:
+            if part.lstrip("-").isdecimal():
+                number *= int(part)
+            else:
+                names.append(part)
+    return number, sorted(names)
+
+
+def product(number: int, names: Sequence[str]) -> int | str:
+    """The dimension that `product_of` takes apart."""
+    return "*".join([*([str(number)] if number != 1 else []), *names]) if names else number
 
 
 def _quotient(one: Any, other: Any) -> Any:

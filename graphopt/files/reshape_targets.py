@@ -9,7 +9,6 @@ dimension, which makes the positions of a transformer as many as its tokens.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -17,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from graphopt.files.integers import dimensions, entries, integers
+from graphopt.files.integers import dimensions, entries, integers, product, product_of
 
 Entry = int | str | None
 _SIZES = {
@@ -59,6 +58,8 @@ def result_dims(node: ir.Node) -> list[Entry] | None:
         return _range_dims(node)
     if node.op_type == "ConstantOfShape":
         return _vector(source)
+    if node.op_type == "Pad":
+        return _padded(dimensions(source), _vector(target)) if len(node.inputs) < 4 else None
     if node.op_type == "Slice":
         return _sliced(node, dimensions(source))
     wanted = _vector(target) if node.op_type in {"Reshape", "Expand"} else None
@@ -105,11 +106,23 @@ def _vector(value: ir.Value | None) -> list[Entry] | None:
 def _expanded(dims: Sequence[Entry], wanted: Sequence[Entry]) -> list[Entry]:
     """Sizes of 1 on either side give way to those of the other."""
     rank = max(len(dims), len(wanted))
-    sides = [[1] * (rank - len(side)) + list(side) for side in (dims, wanted)]
+    one_each: list[Entry] = [1]
+    sides = [[*one_each * (rank - len(side)), *side] for side in (dims, wanted)]
     return [
         other if one == 1 else one if other in (1, one) or (other is None and one is not None) else None
         for one, other in zip(*sides, strict=True)
     ]
+
+
+def _padded(dims: Sequence[Entry] | None, pads: Sequence[Entry] | None) -> list[Entry] | None:
+    """Axes without pads keep their size; numbers add up."""
+    if dims is None or pads is None or len(pads) != 2 * len(dims):
+        return None
+    result: list[Entry] = []
+    for dim, before, after in zip(dims, pads, pads[len(dims) :], strict=False):
+        numbers = [k for k in (dim, before, after) if isinstance(k, int)]
+        result.append(dim if before == after == 0 else sum(numbers) if len(numbers) == 3 else None)
+    return result
 
 
 def _range_dims(node: ir.Node) -> list[Entry] | None:
@@ -131,12 +144,11 @@ def _reshaped(source: Sequence[Entry] | None, wanted: Iterable[Entry], copies: b
 
 
 def _quotient(source: Sequence[Entry] | None, others: Sequence[Entry]) -> Entry:
-    """The product of `source` over that of `others`: a number, or the one symbolic factor that does not cancel."""
+    """The product of `source` over that of `others`, where its factors are among those of `source`."""
     if source is None or None in source or None in others:
         return None
-    above, below = (Counter(d for d in dims if isinstance(d, str)) for dims in (source, others))
-    top, bottom = (math.prod(d for d in dims if isinstance(d, int)) for dims in (source, others))
-    left = list((above - below).elements())
-    if below - above or bottom <= 0 or top % bottom or len(left) > 1:
+    above, names = product_of(d for d in source if d is not None)
+    below, gone = product_of(d for d in others if d is not None)
+    if below <= 0 or above % below or Counter(gone) - Counter(names):
         return None
-    return top // bottom if not left else left[0] if top == bottom else None
+    return product(above // below, sorted((Counter(names) - Counter(gone)).elements()))

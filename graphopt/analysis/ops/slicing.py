@@ -136,7 +136,8 @@ class Gather(Movement):
     def _places(self, node: ir.Node) -> Array | None:
         """Known indices, at most a vector of them, counted from the front."""
         source, found = node.inputs[0], shapes.integer_array(node.inputs[1])
-        size = (shapes.dims(source) or ())[self._axis(node)] if source is not None else None
+        shape = shapes.dims(source) if source is not None else None
+        size = shape[self._axis(node)] if shape else None
         if found is None or found.ndim > 1 or not isinstance(size, int):
             return None
         return np.where(found < 0, found + size, found)
@@ -166,17 +167,19 @@ class Gather(Movement):
             r.set_input(node, 1, moved.astype(np.int32 if kind == ir.DataType.INT32 else np.int64))
 
 
-def pads(node: ir.Node) -> dict[int, tuple[int, int]] | None:
-    """Axis -> (before, after) of a Pad node; None where they are computed."""
+def pads(node: ir.Node) -> dict[int, tuple[int, int] | None] | None:
+    """Axis -> (before, after) of a Pad node, None for an axis whose pads are not known; None where no axis is told."""
     rank = _rank(node)
-    given = list(node.attributes.get_ints("pads", ()) or ()) if shapes.opset(node) < 11 else shapes.ints(node.inputs[1])
+    given: Sequence[shapes.Dim] | None = node.attributes.get_ints("pads", None)
+    if given is None and len(node.inputs) > 1:
+        given = shapes.elements(node.inputs[1])
     axes: list[int] | None = list(range(rank))
     if len(node.inputs) > 3 and node.inputs[3] is not None:
         axes = shapes.ints(node.inputs[3])
-    if given is None or axes is None:
+    if given is None or axes is None or len(given) != 2 * len(axes):
         return None
-    half = len(given) // 2
-    return {axis % rank: (given[k], given[half + k]) for k, axis in enumerate(axes)}
+    pairs = zip(axes, given, given[len(axes) :], strict=False)
+    return {a % rank: (one, two) if isinstance(one, int) and isinstance(two, int) else None for a, one, two in pairs}
 
 
 def _pad_value(node: ir.Node) -> float:
@@ -205,10 +208,15 @@ class Pad(OpRule):
         constant = node.attributes.get_string("mode", "constant") == "constant"
         result: Axes = {}
         for axis, factors in x.items():
-            before, after = found.get(axis, (0, 0))
-            if not before and not after:
+            edges = found.get(axis, (0, 0))
+            if edges == (0, 0):
                 result[axis] = factors
-            elif not constant:
+                continue
+            if edges is None or None in found.values():
+                g.freeze(x, f"{name}: its pads are computed", only=(axis,))
+                continue
+            before, after = edges
+            if not constant:
                 g.freeze(x, f"{name}: copies positions of the axis to its border", only=(axis,))
             else:
                 # What a norm is padded with stands for positions that are gone already.
@@ -221,23 +229,22 @@ class Pad(OpRule):
         g.set(node.outputs[0], result)
 
     def dead(self, node: ir.Node, d: DeadValues) -> None:
-        found, value = pads(node), _pad_value(node)
+        found, value = pads(node) or {}, _pad_value(node)
         for axis in d.axes(node.outputs[0]):
             values = d.operand(node, 0, axis)
-            before, after = (found or {}).get(axis, (0, 0))
+            before, after = found.get(axis) or (0, 0)
             if values is None:
                 values = np.full(d.size(node.outputs[0], axis) - before - after, np.nan)
             kept = _crop(values, before, after)
             # Other axes that are padded put the padded value next to the dead one.
-            elsewhere = any(any(edges) for other, edges in (found or {}).items() if other != axis)
+            elsewhere = any(edges != (0, 0) for other, edges in found.items() if other != axis)
             if elsewhere and node.attributes.get_string("mode", "constant") == "constant":
                 kept = np.where(kept == value, kept, np.nan)
             d.set(node.outputs[0], axis, np.pad(kept, (max(before, 0), max(after, 0)), constant_values=value))
 
     def rewrite(self, node: ir.Node, r: Removal) -> None:
-        found, output = pads(node), node.outputs[0]
-        if found is None:
-            return
+        told, output = pads(node) or {}, node.outputs[0]
+        found = {axis: edges for axis, edges in told.items() if edges is not None}
         changed = False
         for axis, (before, after) in found.items():
             mask, source_mask = r.mask(output, axis), r.operand_mask(node, 0, axis)

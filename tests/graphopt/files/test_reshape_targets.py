@@ -44,11 +44,25 @@ def test_chains_of_reshapes_are_told_from_the_first_on() -> None:
     assert shapes(body, 11)["r"] == ["n", 6, 2, 2]
 
 
-def test_what_is_computed_by_arithmetic_is_unknown_but_its_rank_is_not() -> None:
-    body = (
-        """s = Shape (x) b = Gather (s, zero) k = Mul (b, b) t = Concat <axis = 0> (k, rest, one) r = Reshape (x, t)"""
-    )
-    assert shapes(body, 11)["r"] == [None, None, 1]
+def test_products_are_told_and_other_arithmetic_is_unknown() -> None:
+    body = """s = Shape (x) b = Gather (s, zero) k = {} t = Concat <axis = 0> (k, rest, one) r = Reshape (x, t)"""
+    assert shapes(body.format("Mul (b, b)"), 11)["r"] == ["n*n", None, 1]
+    assert shapes(body.format("Add (b, b)"), 11)["r"] == [None, None, 1]
+
+
+def test_heads_that_were_joined_with_the_batch_are_told_apart_again() -> None:
+    body = """s = Shape (x) b = Gather (s, zero) k = Mul (b, hw) k1 = Gather (k, zero)
+              t = Concat <axis = 0> (k1, rest, one) f = Reshape (x, t) g = Relu (f)
+              t2 = Concat <axis = 0> (b, hw, rest) r = Reshape (g, t2)"""
+    found = shapes(body, 13)
+    assert found["g"] == ["2*n", 12, 1]
+    assert found["r"] == ["n", 2, 2, 6]
+
+
+def test_axes_without_pads_keep_their_size_beside_computed_ones() -> None:
+    body = """s = Shape (x) b = Gather (s, zero) p = Concat <axis = 0> (zero, zero, b, b, zero, zero, one, b)
+              r = Pad (x, p)"""
+    assert shapes(body, 13)["r"] == ["n", 6, None, None]
 
 
 def test_a_target_of_unknown_length_is_left_alone() -> None:

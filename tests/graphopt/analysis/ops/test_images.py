@@ -74,3 +74,19 @@ def test_a_channel_of_zeros_cannot_be_divided_by_its_deviation() -> None:
     coupling = certified(model)
     assert len(coupling.units) == 6
     assert exact(coupling) == 0
+
+
+def test_spatial_pads_that_are_computed_leave_the_channels_alone() -> None:
+    """A U-Net pads what it enlarged to the size of what it joins it with."""
+    model = graph(
+        "(float[b,3,h,w] x) => (float[] y)",
+        """a = Conv<pads=[1,1,1,1]>(x, wa)  p = MaxPool<kernel_shape=[2,2], strides=[2,2]>(a)
+           u = ConvTranspose<strides=[2,2]>(p, wu)
+           sa = Shape<start=2>(a)  su = Shape<start=2>(u)  d = Sub(sa, su)  e = Concat<axis=0>(no, d)
+           pads = Concat<axis=0>(no, no, e)  q = Pad(u, pads)  j = Concat<axis=1>(a, q)  r = Relu(j)  y = Conv(r, v)""",
+        wa=(6, 3, 3, 3),
+        wu=(6, 4, 2, 2),
+        v=(2, 10, 1, 1),
+        no=np.array([0, 0]),
+    )
+    assert exact(certified(model)) == 6 + 4
