@@ -46,7 +46,8 @@ class Prune(Pass):
 
     Algebra: a reader y = W x of units K that stay becomes W' = (C_yx,K + lam W_K)(S_KK + lam I)^-1,
     b' = mean_y - W' mean_x,K, with moments of the calibration data (no labels, no training). See
-    `graphopt.pruning.importance`, `graphopt.pruning.selection` and `graphopt.pruning.reconstruct`.
+    `graphopt.pruning.importance`, `graphopt.pruning.selection` and `graphopt.pruning.reconstruct`. With `distil` all
+    float weights are then trained to match the dense outputs and residual sums (`graphopt.fx.distil`).
 
     Does not fire on: units that a graph input, output or an unknown operator freezes (`graphopt inspect --units` tells
     which and why), units whose removal is not exact for a reader that cannot be refitted, and what `exclude` names.
@@ -81,6 +82,7 @@ class Prune(Pass):
     min_keep: int = option(1, "channels that every axis keeps at least", low=1)
     exclude: tuple[str, ...] = option((), "globs over node and parameter names that must stay as they are")
     samples: int | None = option(None, "calibration samples to use at most; default: all", low=1)
+    distil: int = option(0, "steps of training to match the dense outputs, without labels; needs data and torch", low=0)
 
     def __post_init__(self) -> None:
         """Check the options.
@@ -114,6 +116,10 @@ class Prune(Pass):
         from graphopt.rewriting.prepare import prepare
 
         result = PassResult(changed=True)
+        if self.distil:
+            from graphopt.fx.after_pruning import check_distillable
+
+            check_distillable(model, ctx)
         prepared, note = prepare(model), allow_private_initializers(model)
         result.notes += [*prepared, note] if note else prepared
         LiftConstantsToInitializersPass(lift_all_constants=False, size_limit=1)(model)
@@ -299,6 +305,15 @@ class _Run:
             )
         report = remove_units(self.model, self.coupling, dead, values)
         self._tell(decision, dead)
+        if self.options.distil:
+            from graphopt.fx.after_pruning import match_dense
+
+            self.result.notes.append(
+                match_dense(
+                    dense, self.model, self.coupling, dead, self.ctx, steps=self.options.distil,
+                    samples=self.options.samples,
+                )
+            )  # fmt: skip
         if self.reconstruct == "none":
             unknown = "a removed input held an unknown value, taken as 0"
             self.result.notes += [f"{name}: {unknown}" for name in report.assumed_zero]
