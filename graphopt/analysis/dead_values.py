@@ -179,15 +179,15 @@ def colours(rows: Iterable[Vector], count: int) -> Vector:
     Returns:
         (count + 1,), from 0.
     """
-    found = [np.empty((0, 2), dtype=np.int64)]
+    keys = [np.empty(0, dtype=np.int64)]
     for each in rows:
         for one in range(each.shape[1]):
             for other in range(one + 1, each.shape[1]):
-                pairs = np.unique(np.sort(each[:, [one, other]], axis=1), axis=0)
-                found.append(pairs[(pairs[:, 0] != 0) & (pairs[:, 0] != pairs[:, 1])])
-    pairs = np.unique(np.concatenate(found), axis=0)
+                low, high = np.minimum(each[:, one], each[:, other]), np.maximum(each[:, one], each[:, other])
+                keys.append(np.unique((high * (count + 1) + low)[(low != 0) & (low != high)]))
+    found = np.unique(np.concatenate(keys))  # by the later unit, then the earlier one
+    pairs = np.stack([found % (count + 1), found // (count + 1)], axis=1)
     result = np.zeros(count + 1, dtype=np.int64)
-    pairs = pairs[np.lexsort((pairs[:, 0], pairs[:, 1]))]
     later, starts, lengths = np.unique(pairs[:, 1], return_index=True, return_counts=True)
     for unit, start, end in zip(later, starts, starts + lengths, strict=True):
         taken = set(result[pairs[start:end, 0]].tolist())

@@ -218,6 +218,11 @@ class Labeller:
             self.table.equate(one, other, reason)
         return left
 
+    def heads(self, factors: Factors) -> None:
+        """Remember that an axis counts the matrices of a batched product of activations."""
+        if factors:
+            self.table.note(self.table.product(factors), "head")
+
     def freeze(self, axes: Axes, reason: str, only: Iterable[int] | None = None, but: Iterable[int] = ()) -> None:
         """Freeze all axes of a tensor, some (`only`), or all but some (`but`)."""
         chosen = axes if only is None else [axis for axis in only if axis in axes]

@@ -18,6 +18,7 @@ import onnx_ir as ir
 from graphopt.analysis import shapes
 from graphopt.analysis.dead_values import DeadValues, colours
 from graphopt.analysis.labels import Axes, Factors, Solution, Vector
+from graphopt.analysis.members import MemberTable, Mode, modes
 from graphopt.analysis.rules import CostTerm, CostView, Labeller, Role, Sink, Use, node_key, rule_for
 from graphopt.analysis.scope import nodes_by_key, scopes
 
@@ -39,21 +40,36 @@ class Member:
     role: Role
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Unit:
     """A minimal removable piece.
 
     Attributes:
         id: from 1, in the order of the graph.
-        members: the slices it consists of.
         exact: removing it from a model in which its producers are zero changes nothing.
         reason: why not, where it is not exact.
+        mode: what kind of unit it is.
+        members: the slices it consists of.
     """
 
     id: int
-    members: tuple[Member, ...]
     exact: bool
-    reason: str = ""
+    reason: str
+    mode: Mode
+    _table: MemberTable = field(repr=False)
+
+    @cached_property
+    def members(self) -> tuple[Member, ...]:  # noqa: D102  (an attribute; the units of a large model are many)
+        return tuple(Member(*found) for found in self._table.of(self.id))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Unit) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def _key(self) -> tuple[object, ...]:
+        return self.id, self.members, self.exact, self.reason, self.mode
 
 
 @dataclass(frozen=True)
@@ -206,41 +222,11 @@ def _only_with_parameters(g: Labeller) -> Solution:
 
 
 def _units(coupling: Coupling) -> list[Unit]:
-    """Collect members by unit: one sort over all labelled parameter positions."""
-    seen: set[tuple[str, int, int]] = set()
-    columns: list[tuple[np.ndarray[tuple[int], np.dtype[np.int64]], int]] = []
-    slots: list[tuple[str, int, Role]] = []
-    for use in coupling.uses:
-        for axis, factors in use.axes.items():
-            for vector in coupling.solution.units(factors):
-                key = (use.parameter, axis, hash(vector.tobytes()))
-                if key in seen and use.roles[axis] != "producer":
-                    continue
-                seen.add(key)
-                columns.append((vector, len(slots)))
-                slots.append((use.parameter, axis, use.roles[axis]))
-    count = coupling.solution.count
-    members: list[dict[tuple[str, int], tuple[list[int], Role]]] = [{} for _ in range(count + 1)]
-    for vector, slot in columns:
-        parameter, axis, role = slots[slot]
-        order = np.argsort(vector, kind="stable")
-        ordered = vector[order]
-        starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
-        for begin, end in zip(starts, [*starts[1:], len(ordered)], strict=True):
-            unit = int(ordered[begin])
-            if unit:
-                old = members[unit].get((parameter, axis))
-                merged = role if old is None or role == "producer" else old[1]
-                members[unit][parameter, axis] = (order[begin:end].tolist(), merged)
+    table, kinds = MemberTable(coupling.uses, coupling.solution), modes(coupling.solution)
     unsafe = coupling.unsafe(coupling.dead_values(hypothetical=True))
     return [
-        Unit(
-            unit,
-            tuple(Member(name, axis, tuple(at), role) for (name, axis), (at, role) in members[unit].items()),
-            unit not in unsafe,
-            unsafe.get(unit, ""),
-        )
-        for unit in range(1, count + 1)
+        Unit(unit, unit not in unsafe, unsafe.get(unit, ""), kinds[unit], table)
+        for unit in range(1, coupling.solution.count + 1)
     ]
 
 

@@ -126,6 +126,7 @@ class Attention(OpRule):
                 self._ends(node, g, layout, part, own, inside)
         for operand, axis in layout.masks.items():
             _tied(g, name, [per_query, operands[operand].get(axis, ())])
+        g.heads(per_query)
         for index, kind in layout.present.items():
             g.set(node.outputs[index], {1: heads, 3: values if kind == "v" else size})
         if layout.split:

@@ -143,6 +143,8 @@ class MatMul(OpRule):
                 for other in sides[1:]:
                     one = g.equate(one, other, f"{name}: a leading axis is never shortened on one side")
                 out[axis] = one
+                if shapes.constant_tensor(left) is None and shapes.constant_tensor(right) is None:
+                    g.heads(one)
         rank = batch + (ra > 1) + (rb > 1) if batch > 0 else (ra > 1) + (rb > 1)
         if ra > 1:
             out[rank - 1 - (rb > 1)] = a.get(ra - 2, ())
