@@ -73,6 +73,7 @@ def by_reconstruction(setting: Setting, families: Sequence[Candidates]) -> tuple
     reference = Reference(setting.model, setting.calibration, samples=PROBES, threads=setting.threads, optimize=True)
     found: dict[int, Family] = {}
     wide = sorted({k for f in families for k in f.layers if setting.layers[k].width > WIDEST})
+    streamed, idle = _streamed(setting.model), list[str]()
     for part in _packs(setting, families):
         layers, powers = _moments(setting, [families[i] for i in part])
         for number in part:
@@ -82,11 +83,20 @@ def by_reconstruction(setting: Setting, families: Sequence[Candidates]) -> tuple
             noise = reference.noise(_halved(setting, family, order, halved))
             middle = harm[len(order) // 2]
             factor = noise / middle if middle > 0 and np.isfinite(noise) else 1.0
+            if noise == 0 and middle > 0 and any(s.value not in streamed for s in family.others):
+                # A branch that the data never takes would be free to go: its weights speak for it instead.
+                factor = 1.0
+                idle.append(family.name)
             found[number] = Family(family.name, tuple(family.units[i] for i in order), harm * factor)
     notes = []
     if wide:
         names = ", ".join(setting.layers[k].label for k in wide[:3])
         notes.append(f"{len(wide)} layers have more than {WIDEST} inputs ({names}, ...): ranked by power, not by OBS")
+    if idle:
+        notes.append(
+            f"warning: {len(idle)} families stand in bodies that the calibration data never runs "
+            f"({', '.join(idle[:3])}{', ...' if len(idle) > 3 else ''}): ranked by weights; give data for every branch"
+        )
     return [found[i] for i in range(len(families))], notes
 
 

@@ -101,7 +101,7 @@ def readers_of(model: ir.Model) -> dict[str, frozenset[str]]:
 def _all_counted(model: ir.Model, coupling: Coupling) -> bool:
     """True where the sizes that the model records tell the work of every linear node."""
     counted = {term.node for term in coupling.terms}
-    linear = (n for n in model.graph if n.op_type in {"Conv", "ConvTranspose", "Gemm", "MatMul"})
+    linear = (n for n in model.graph.all_nodes() if n.op_type in {"Conv", "ConvTranspose", "Gemm", "MatMul"})
     return all(n.outputs[0].name in counted for n in linear)
 
 

@@ -81,3 +81,24 @@ def test_bodies_become_narrower(data: bool) -> None:
         out = Session(small).run(FEEDS | {"c": np.array(taken)})["y"]
         assert out.shape == (5, 8, 2)
         assert np.isfinite(out).all()
+
+
+def test_a_branch_that_the_data_never_takes_is_not_free_to_go() -> None:
+    """Two branches with layers of their own: what is removed follows from weights where no data speaks for them."""
+    random = np.random.default_rng(0)
+    model = graph(
+        "(float[n,6] x, bool c) => (float[n,2] y)",
+        """y = If (c) <then_branch = t () => (float[n,2] u) { u0 = MatMul(x, a)  u1 = Tanh(u0)  u = MatMul(u1, b) },\
+                       else_branch = e () => (float[n,2] v) { v0 = MatMul(x, d)  v1 = Tanh(v0)  v = MatMul(v1, e) }>""",
+        a=random.normal(size=(6, 16)).astype(np.float32),
+        b=random.normal(size=(16, 2)).astype(np.float32),
+        d=random.normal(size=(6, 16)).astype(np.float32),
+        e=random.normal(size=(16, 2)).astype(np.float32),
+    )
+    feeds = {"x": random.normal(size=(32, 6)).astype(np.float32), "c": np.array(True)}
+    small = model.clone()
+    calibration = load(lambda: iter([feeds]), model)
+    result = Prune(params=0.75).run(small, Context(TARGET, calibration, None, 0, 1, Silent()))
+    assert any("never runs" in note and "d[axis 1]" in note for note in result.notes)
+    left = {n: v.const_value.shape.numpy() for n, v in small.graph.initializers.items() if v.const_value is not None}
+    assert left["d"][1] > 8  # not the whole budget is taken from there
