@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from graphopt.analysis.centred import square_of, uncast
 from graphopt.rewriting.edit import Names, array, bypass, is_onnx, label
 
 
@@ -12,14 +13,15 @@ def spatial_means_to_pools(model: ir.Model) -> list[str]:
 
         mean over axes 2.. of (N, C, d1, d2, ...)  =  GlobalAveragePool, of shape (N, C, 1, 1, ...)
 
-    Does not fire where the rank is unknown, or other axes are reduced.
+    Does not fire where the rank is unknown or other axes are reduced, and on the mean of a written-out normalisation,
+    which runtimes fuse by its form: the last axis of a sequence would pass for a spatial one.
 
     Returns:
         The labels of the nodes replaced.
     """
     graph, names, done = model.graph, Names(model), []
     for node in list(graph):
-        if not is_onnx(node, "ReduceMean") or not _is_spatial(node):
+        if not is_onnx(node, "ReduceMean") or not _is_spatial(node) or _normalises(node):
             continue
         source, output = node.inputs[0], node.outputs[0]
         title = label(node)
@@ -39,6 +41,13 @@ def spatial_means_to_pools(model: ir.Model) -> list[str]:
         if bypass(node, new, origin_of=new.producer()) is None:
             done.append(title)
     return done
+
+
+def _normalises(mean: ir.Node) -> bool:
+    """Whether a mean is one of squares, or is subtracted from the tensor it was taken of."""
+    source = uncast(mean.inputs[0])
+    subtracted = (use.node for use in mean.outputs[0].uses() if is_onnx(use.node, "Sub") and use.idx == 1)
+    return square_of(source) is not None or any(uncast(node.inputs[0]) is source for node in subtracted)
 
 
 def _is_spatial(node: ir.Node) -> bool:
