@@ -297,7 +297,11 @@ def test_a_folder_with_other_things_needs_force(tmp_path: Path) -> None:
 
 def test_inspect() -> None:
     found = json.loads(call("inspect", MODEL, "--units", "--json").stdout)
-    assert found["prunable"]["units"] == len(found["units"]) > 0
+    assert found["schema"] == 1
+    assert found["prunable"]["units"] == len(found["units"]) == sum(g["units"] for g in found["groups"]) > 0
+    assert {unit["mode"] for unit in found["units"]} == {"channel"}
+    assert all(unit["saves"]["parameters"] > 0 for unit in found["units"])
+    assert found["prunable"]["exact_macs"] <= found["prunable"]["prunable_macs"] <= found["prunable"]["macs"]
     members = [(m["parameter"], m["axis"]) for unit in found["units"] for m in unit["members"]]
     assert ("head.weight", 1) in members and ("head.weight", 0) not in members
     assert any("output 'logits'" in row["reason"] for row in found["prunable"]["frozen"])

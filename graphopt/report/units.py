@@ -20,6 +20,7 @@ class UnitGroup:
     """Units whose members are slices of the same parameters along the same axes: the channels of one layer, say.
 
     Attributes:
+        mode: what kind of unit they are, see `graphopt.analysis.members.Mode`.
         members: "parameter axis n" of each.
         units: how many there are.
         exact: how many of them are exact to remove once zero.
@@ -28,6 +29,7 @@ class UnitGroup:
         reasons: why some are not exact.
     """
 
+    mode: str
     members: tuple[str, ...]
     units: int = 0
     exact: int = 0
@@ -39,6 +41,7 @@ class UnitGroup:
         """A row of a table."""
         return {
             "units": self.units,
+            "kind": self.mode.replace("_", " "),
             "exact": self.exact,
             "parameters": self.parameters,
             "MACs": self.macs,
@@ -95,11 +98,11 @@ def groups(coupling: Coupling) -> list[UnitGroup]:
     """The units by the parameters and axes they are slices of, those that save most first."""
     from graphopt.analysis import savings
 
-    found: dict[tuple[str, ...], UnitGroup] = {}
+    found: dict[tuple[str, tuple[str, ...]], UnitGroup] = {}
     parameters, macs = savings.parameters(coupling).alone, savings.macs(coupling).alone
     for unit in coupling.units:
-        key = tuple(sorted(f"{member.parameter} axis {member.axis}" for member in unit.members))
-        group = found.setdefault(key, UnitGroup(key))
+        key = unit.mode, tuple(sorted(f"{member.parameter} axis {member.axis}" for member in unit.members))
+        group = found.setdefault(key, UnitGroup(*key))
         group.units += 1
         group.exact += unit.exact
         group.parameters += round(parameters[unit.id])
@@ -117,6 +120,7 @@ def units_to_dicts(coupling: Coupling) -> list[dict[str, Any]]:
     return [
         {
             "id": unit.id,
+            "mode": unit.mode,
             "exact": unit.exact,
             "reason": unit.reason or None,
             "saves": {"parameters": round(parameters[unit.id]), "macs": round(macs[unit.id])},
