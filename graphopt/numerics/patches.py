@@ -152,3 +152,30 @@ def _group(x: Array, window: Window, group: int) -> Array:
         raise ValueError(f"group {group} of {window.groups} of {x.shape[1]} channels")
     size = x.shape[1] // window.groups
     return x[:, group * size : (group + 1) * size]
+
+
+def spread(columns: Array, window: Window, shape: tuple[int, ...]) -> Array:
+    """The adjoint of `patches` for one group: every value is added where it was taken from.
+
+    Args:
+        columns: (C / groups * prod(kernel), N * prod(output)), in the order of `patches`.
+        window: the convolution.
+        shape: (N, C / groups, *spatial) of the group's input.
+
+    Returns:
+        an array of that shape, the columns' dtype: sum over patches, so that <patches(x), c> = <x, spread(c)>.
+    """
+    spatial = shape[2:]
+    output, padding = window.output(spatial), window.padding(spatial)
+    extent = tuple(n + sum(pad) for n, pad in zip(spatial, padding, strict=True))
+    out = np.zeros((shape[1], shape[0], *extent), columns.dtype)
+    parts = columns.reshape(shape[1], *window.kernel, shape[0], *output)
+    for offset in itertools.product(*(range(k) for k in window.kernel)):
+        where: tuple[slice, ...] = tuple(
+            slice(o * d, o * d + (n - 1) * s + 1, s)
+            for o, d, s, n in zip(offset, window.dilations, window.strides, output, strict=True)
+        )
+        position: tuple[slice | int, ...] = (slice(None), *offset)
+        out[(slice(None), slice(None), *where)] += parts[position]
+    inner = tuple(slice(pad[0], pad[0] + n) for pad, n in zip(padding, spatial, strict=True))
+    return out[(slice(None), slice(None), *inner)].swapaxes(0, 1)

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from graphopt.numerics.patches import Window, channel_columns, patch_chunks
+from graphopt.numerics.patches import Window, channel_columns, patch_chunks, spread
 from graphopt.rewriting.edit import constant, is_onnx
 from graphopt.rewriting.linear import Linear, linear_view
 
@@ -199,6 +199,28 @@ class Layer:
         picked = y[grid]
         for part, columns in patch_chunks(x, window, group):
             yield columns, channel_columns(picked[part])
+
+    def pulled_back(self, y: Array, shape: tuple[int, ...]) -> Array:
+        """The transposed map, without the bias: <layer(x) - bias, y> = <x, pulled_back(y)>.
+
+        Args:
+            y: a tensor of the output's shape.
+            shape: of the input.
+        """
+        weight = self.weight().astype(y.dtype)
+        if self.window is None:
+            return np.asarray((y.reshape(-1, y.shape[-1]) @ weight[0]).reshape(shape))
+        per_in, per_out = self.linear.inputs // self.groups, self.linear.outputs // self.groups
+        extent = shape[2:]
+        if self.stuffing:
+            extent = tuple((n - 1) * s + 1 for n, s in zip(extent, self.stuffing, strict=True))
+        out = np.empty((shape[0], shape[1], *extent), y.dtype)
+        for group in range(self.groups):
+            rows = channel_columns(y[:, group * per_out : (group + 1) * per_out])
+            part = spread(weight[group].T @ rows, self.window, (shape[0], per_in, *extent))
+            out[:, group * per_in : (group + 1) * per_in] = part
+        real: tuple[slice, ...] = (slice(None), slice(None), *(slice(None, None, s) for s in self.stuffing))
+        return np.asarray(out[real])
 
 
 def layer_of(node: ir.Node, opset: int) -> Layer | str:

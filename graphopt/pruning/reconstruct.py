@@ -20,7 +20,7 @@ units are chosen anew when that layer is reached, on what really arrives there; 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -34,6 +34,7 @@ from graphopt.numerics.least_squares import Sample, fit, solve
 from graphopt.numerics.moments import Moments
 from graphopt.numerics.obs import Elimination
 from graphopt.progress import Progress
+from graphopt.pruning.blockwise import Block, Descent, block_before
 from graphopt.pruning.families import Candidates, alive_channels, columns_of, rows_of
 from graphopt.pruning.layers import Layer, layers_of
 from graphopt.pruning.walk import Walk
@@ -44,6 +45,12 @@ Array = npt.NDArray[Any]
 ROWS = 1 << 18
 """Observations per layer; regularly thinned where there are more."""
 
+
+DESCENT_STEPS = 4
+"""Steps of the first layer of a block; the second one is refitted after each."""
+
+DESCENT_SAMPLES = 512
+"""Samples on which these steps are computed."""
 
 PARTS = 8
 """Batches at least, where there are as many samples: alternate ones are the halves of the validation."""
@@ -90,6 +97,8 @@ class Plan:
         coupling: analysis of the dense model.
         families: candidates, and how many units of each go (`removed`) in which order (`order`).
         mode: "ls": weights and biases; "mean": only biases, by the means of what goes.
+        sweeps: how often; from the second on, all refits know where a Relu forgives.
+        blockwise: move layers before a cut as well (`graphopt.pruning.blockwise`).
         touched: keys of layers to refit although nothing that they read has changed (`graphopt.pruning.branches`).
     """
 
@@ -105,6 +114,8 @@ class Plan:
     progress: Progress
     reselect: bool = True
     touched: frozenset[str] = frozenset()
+    sweeps: int = 1
+    blockwise: bool = False
 
 
 def reconstruct(plan: Plan) -> Outcome:
@@ -118,20 +129,69 @@ def reconstruct(plan: Plan) -> Outcome:
     layers, refused = layers_of(plan.model)
     reached = _disturbed(plan.model, plan.coupling, outcome.dead, plan.touched)
     work = [layer for layer in layers.values() if layer.linear.node in reached]
-    before, after = (
-        Walk(m, plan.calibration, limit=plan.samples, batch_size=_batch_size(plan), threads=plan.threads)
-        for m in (plan.dense, plan.model)
-    )
     nodes = {node.outputs[0].name: node for node in plan.dense.graph if node.outputs}
-    for number, layer in enumerate(work):
-        plan.progress.step("reconstructing layers", number, len(work))
-        target = _target(layer, {k.linear.node for k in work[number + 1 :]})
-        _refit(plan, layer, target, before, after, outcome)
-        after.advance(layer.linear.add or layer.linear.node)
-        before.advance(nodes[(layer.linear.add or layer.linear.node).outputs[0].name])
+    for sweep in range(plan.sweeps):
+        outcome.refitted, outcome.rows = 0, []
+        before, after = (
+            Walk(m, plan.calibration, limit=plan.samples, batch_size=_batch_size(plan), threads=plan.threads)
+            for m in (plan.dense, plan.model)
+        )
+        for number, layer in enumerate(work):
+            plan.progress.step("reconstructing layers", sweep * len(work) + number, plan.sweeps * len(work))
+            target = _target(layer, {k.linear.node for k in work[number + 1 :]})
+            _refit(plan, layer, target, before, after, outcome, again=sweep > 0)
+            _pass_by(layer, nodes, before, after)
+    if plan.blockwise and plan.mode == "ls":
+        _refine(plan, layers, work, nodes, outcome)
     missed = [(k, why) for k, why in refused.items() if nodes.get(k) is not None and _reads_dead(plan, k, outcome.dead)]
     outcome.notes += [f"{k} was only cut, not refitted: {why}" for k, why in missed]
     return outcome
+
+
+def _pass_by(layer: Layer, nodes: Mapping[str | None, ir.Node], before: Walk, after: Walk) -> None:
+    """Move both walks behind a layer."""
+    last = layer.linear.add or layer.linear.node
+    after.advance(last)
+    before.advance(nodes[last.outputs[0].name])
+
+
+def _refine(
+    plan: Plan,
+    layers: Mapping[str, Layer],
+    work: Sequence[Layer],
+    nodes: Mapping[str | None, ir.Node],
+    outcome: Outcome,
+) -> None:
+    """One more sweep, in which layers before a cut move towards what the layer behind it wants."""
+    size = _batch_size(plan)
+    few = min(DESCENT_SAMPLES, plan.samples or DESCENT_SAMPLES)
+    before, after = (Walk(m, plan.calibration, limit=plan.samples, batch_size=size) for m in (plan.dense, plan.model))
+    goals, part = (Walk(m, plan.calibration, limit=few, batch_size=size) for m in (plan.dense, plan.model))
+    blocks: dict[str, Block] = {}
+    for layer in work:
+        cut = not alive_channels(plan.coupling, layer, outcome.dead, outputs=False).all()
+        block = block_before(layer, layers) if cut else None
+        if block is not None:
+            blocks[block.first.key] = block
+    seconds = {block.second.key for block in blocks.values()}
+    reached = [layer for layer in layers.values() if layer in work or layer.key in blocks]
+    for number, layer in enumerate(reached):
+        plan.progress.step("refining blocks", number, len(reached))
+        block = blocks.get(layer.key)
+        last = layer if block is None else block.second
+        later = {k.linear.node for k in work[1 + work.index(last) :]} if last in work else set()
+        target = _target(last, later)
+        if block is not None:
+            outputs, inputs = (alive_channels(plan.coupling, layer, outcome.dead, outputs=o) for o in (True, False))
+            descent = Descent(block, outputs, inputs, min(few, plan.calibration.samples or few))
+            for _ in range(DESCENT_STEPS):
+                descent.step(target.total, goals, part, target.relu)
+                _refit(plan, last, target, before, after, outcome, again=True)
+        elif layer.key not in seconds:
+            _refit(plan, layer, target, before, after, outcome, again=True)
+        _pass_by(layer, nodes, before, after)
+        _pass_by(layer, nodes, goals, part)
+    outcome.notes.append(f"{len(blocks)} blocks of two layers refined towards what they put out together")
 
 
 def _batch_size(plan: Plan) -> int:
@@ -203,14 +263,16 @@ def _depends(value: ir.Value, nodes: set[ir.Node]) -> bool:
     return False
 
 
-def _refit(plan: Plan, layer: Layer, target: Target, before: Walk, after: Walk, outcome: Outcome) -> None:
+def _refit(
+    plan: Plan, layer: Layer, target: Target, before: Walk, after: Walk, outcome: Outcome, *, again: bool
+) -> None:
     alive = alive_channels(plan.coupling, layer, outcome.dead, outputs=False)
     rows = alive_channels(plan.coupling, layer, outcome.dead, outputs=True)
-    own = _own_families(plan, layer) if plan.reselect and plan.mode == "ls" else []
-    whole = bool(alive.all())
+    own = _own_families(plan, layer) if plan.reselect and plan.mode == "ls" and not again else []
+    fitted_before = again or bool(alive.all())
     halves = [[Moments(full=plan.mode == "ls") for _ in range(2)] for _ in range(layer.groups)]
     wanted = list(dict.fromkeys((layer.source, layer.output, target.total)))
-    clamp = target.relu and whole and plan.mode == "ls"
+    clamp = target.relu and fitted_before and plan.mode == "ls"
     total = plan.samples or plan.calibration.samples
     for number, (dense, now) in enumerate(zip(before.stream([target.total]), after.stream(wanted), strict=True)):
         x, y, goal = now[layer.source], now[layer.output], dense[target.total]
