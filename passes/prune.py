@@ -81,7 +81,12 @@ class Prune(Pass):
     multiple: int | None = option(None, "widths are multiples of this, or full; default: the target's", low=1)
     min_keep: int = option(1, "channels that every axis keeps at least", low=1)
     exclude: tuple[str, ...] = option((), "globs over node and parameter names that must stay as they are")
+    center: bool = option(True, "layer norms whose channels go become RMS norms where that is exact (center-norms)")
     samples: int | None = option(None, "calibration samples to use at most; default: all", low=1)
+    sweeps: int = option(1, "how often all layers are refitted; from the second on where a Relu forgives", low=1)
+    refine: Literal["none", "blockwise"] = option(
+        "none", "blockwise: also move layers before a cut towards what the next layer puts out; about thrice the time"
+    )
     distil: int = option(0, "steps of training to match the dense outputs, without labels; needs data and torch", low=0)
 
     def __post_init__(self) -> None:
@@ -124,16 +129,16 @@ class Prune(Pass):
         result.notes += [*prepared, note] if note else prepared
         LiftConstantsToInitializersPass(lift_all_constants=False, size_limit=1)(model)
         # channels of a stream between RMS norms go without a trace; copies of shared tables would spoil the budget
-        centred = ctx.resolve("center-norms")(copies=0.0).run(model, ctx)  # type: ignore[call-arg]
+        centred = self.center and ctx.resolve("center-norms")(copies=0.0).run(model, ctx).changed  # type: ignore[call-arg]
         score, reconstruct = self._fallbacks(ctx, result)
         bare = give_biases(model) if reconstruct != "none" else []
         done = _Run(self, model, ctx, result, score, reconstruct).go()
         drop_zero_biases(bare)
-        if centred.changed and (norms := restore_layer_norms(model.graph, Names(model))):
+        if centred and (norms := restore_layer_norms(model.graph, Names(model))):
             result.notes.append(f"{norms} layer norms whose channels were cut are RMS norms now (see center-norms)")
         if not done:
             result.notes.append("nothing had to go: the budget is met already")
-            result.changed = bool(prepared or note or centred.changed)
+            result.changed = bool(prepared or note or centred)
         return result
 
     def _fallbacks(self, ctx: Context, result: PassResult) -> tuple[str, str]:
@@ -354,6 +359,8 @@ class _Run:
                 removed=removed,
                 calibration=ctx.calibration,
                 mode="ls" if self.reconstruct == "ls" else "mean",
+                sweeps=options.sweeps,
+                blockwise=options.refine == "blockwise",
                 samples=options.samples,
                 threads=ctx.jobs,
                 progress=ctx.progress,

@@ -83,7 +83,8 @@ def prune_module(
     exported = export(module, example_inputs, dynamic_shapes)
     dense = exported.model
     number_nodes(dense)
-    chosen = registry.pass_class("prune" if options else "shrink")(**options)
+    # a module keeps the norms that it is written with
+    chosen = registry.pass_class("prune" if options else "shrink")(**({"center": False, **options} if options else {}))
     data = _calibration(calib, [v.name or "" for v in dense.graph.inputs])
     result = optimize(dense, [chosen], calib=data, target=target, seed=seed, jobs=jobs, bench=False, units=False)
     sizes = {name: tuple(t.shape) for name, t in module.state_dict().items()}

@@ -150,6 +150,7 @@ def _to_rms(node: ir.Node, names: Names) -> None:
     shape = shapes.dims(old)
     if shape is not None and not is_skip_norm(node):
         gain.metadata_props[LAYER_NORM] = json.dumps([label(node), shape[-1], epsilon, stash])
+        gain.meta[LAYER_NORM] = (dict(node.meta), dict(node.metadata_props))
     shift = float64(beta)
     if beta is not None and (shift is None or shift.any()):
         result = build.node("Add", [result, beta], "shifted")
@@ -189,6 +190,9 @@ def restore_layer_norms(graph: ir.Graph, names: Names) -> int:
         given = {"axis": -1, "epsilon": epsilon, "stash_type": stash}
         norm = ir.node("LayerNormalization", inputs, given, name=names.fresh(name))
         graph.insert_before(last, norm)
+        meta, properties = gain.meta.get(LAYER_NORM, ({}, {}))
+        norm.meta.update(meta)
+        norm.metadata_props.update(properties)
         old, new = last.outputs[0], norm.outputs[0]
         new.name, new.type, new.shape = names.fresh(f"{old.name}_layer"), old.type, old.shape
         given_out, wanted = old.is_graph_output(), old.name
