@@ -90,3 +90,23 @@ def test_equal_seeds_give_equal_scores():
     one, same, other = (taylor_scores(dense, coupling, data, seed=s) for s in (1, 1, 2))
     np.testing.assert_array_equal(one, same)
     assert not np.array_equal(one, other)
+
+
+def test_prune_ranks_by_it():
+    """Of a network whose channels matter unequally, those go that the outputs depend on least."""
+    from graphopt.base import Context
+    from graphopt.passes.prune import Prune
+    from graphopt.progress import Silent
+    from graphopt.target import Target
+
+    dense = model("y = MatMul (f, v)")
+    x = RNG.normal(size=(64, 3, 6, 6)).astype(np.float32)
+    data = load({"x": x}, dense)
+    y = Session(dense).run({"x": x})["y"]
+    gaps = {}
+    for score in ("taylor", "random"):
+        small = dense.clone()
+        context = Context(Target("test", "ort"), data, None, 0, 1, Silent())
+        Prune(params=0.7, score=score, reconstruct="none").run(small, context)
+        gaps[score] = float(np.linalg.norm(Session(small).run({"x": x})["y"] - y) / np.linalg.norm(y))
+    assert gaps["taylor"] < 0.6 * gaps["random"]
