@@ -38,7 +38,7 @@ from graphopt.quantization.sensitivity import Reference
 
 Floats = npt.NDArray[np.float64]
 
-PROBES = 256
+PROBES = 128
 """Samples on which the disturbance of the outputs is measured."""
 
 FITTED = 256
