@@ -2,13 +2,14 @@
 
 With g groups, the weight's axis 0 is split by group and axis 1 is not: Conv [g o, c, k...] reads along axis 1 and
 writes along axis 0, ConvTranspose [g c, o, k...] the other way round. For g = 1 the axis read is tied to the channels
-of the input and the axis written names the output's. For g > 1 groups stay equally wide, so there are two modes:
+of the input and the axis written names the output's. For g > 1 the split axis is a box of groups and positions, and
+either may go (`graphopt.analysis.labels`):
 
-    position  the same positions go in every group; the unsplit axis is one group's channels
-    group     whole groups go; the unsplit axis stays. Depthwise convolution is this mode with c = 1
+    group     a whole group, and `group` is one less; it reads only what dies with it. Depthwise: these alone
+    position  the same position in every group; on the unsplit side, one of its channels
 
-and the one with more units is taken. A dead input channel of constant value v adds v * sum(W[:, channel]) to every
-output, exactly so where no padding mixes zeros in; v = 0 is exact everywhere.
+A dead input channel of constant value v adds v * sum(W[:, channel]) to every output, exactly so where no padding mixes
+zeros in; v = 0 is exact everywhere.
 """
 
 from __future__ import annotations
@@ -46,11 +47,6 @@ def weight_shape(node: ir.Node, index: int = 1) -> list[int] | None:
     return sizes if found and len(sizes) == len(found) else None
 
 
-def _by_position(size: list[int], count: int) -> bool:
-    """Which mode a grouped convolution has: the one with more units."""
-    return sum(n for n in (size[0] // count, size[1]) if n > 1) > count
-
-
 class Convolution(OpRule):
     """What convolutions share.
 
@@ -79,11 +75,11 @@ class Convolution(OpRule):
         g.freeze(w, f"{name}: kernel positions are no units", but=(0, 1))
         w = {axis: (g.table.product(factors),) for axis, factors in w.items()}
         g.freeze(x, f"{name}: the axis is convolved over", but=(0, 1))
-        count = groups(node)
+        count, inside = groups(node), ()
         if count == 1:
             read, out = w.get(self.reads, ()), w.get(self.writes, ())
         else:
-            split, whole = self._grouped(name, g, w, size, count)
+            split, whole, inside = self._grouped(name, g, w, size[1], count)
             read, out = (whole, split) if self.reads == 1 else (split, whole)
         if read or 1 in x:
             g.equate(x.get(1, ()), read, f"{name}: its input channels are never removed")
@@ -91,34 +87,26 @@ class Convolution(OpRule):
         if bias:
             out = g.equate(out, bias, f"{name}: its output channels are never removed")
         g.set(node.outputs[0], {0: x.get(0, ()), 1: out})
-        if 1 in x and count > 1 and not _by_position(size, count):
+        if 1 in x and count > 1:
             g.sink(node, 0, 1, "anything", f"{name}: a whole group reads only what dies with it")
-        elif 1 in x:
-            self.ends(node, g, constants=count == 1 and self.reads == 1)
+        if 1 in x and (count == 1 or inside):
+            self.ends(node, g, constants=count == 1 and self.reads == 1, factors=inside)
 
-    def ends(self, node: ir.Node, g: Labeller, *, constants: bool) -> None:
+    def ends(self, node: ir.Node, g: Labeller, *, constants: bool, factors: Factors) -> None:
         """Record what the input channels may hold where they die."""
         constants &= shapes.constant_tensor(node.inputs[self.weight]) is not None and not padded(node)
         accepts: Accepts = "constant" if constants else "zero"
         told = "an unknown value" if constants else "a value that is not zero next to padding"
-        g.sink(node, 0, 1, accepts, f"{where(node)}: reads {told}")
+        g.sink(node, 0, 1, accepts, f"{where(node)}: reads {told}", factors)
 
-    @staticmethod
-    def _grouped(name: str, g: Labeller, w: Axes, size: list[int], count: int) -> tuple[Factors, Factors]:
-        """Labels of the activations on the split and on the unsplit side of the weight."""
+    def _grouped(self, name: str, g: Labeller, w: Axes, inner: int, count: int) -> tuple[Factors, Factors, Factors]:
+        """Labels of the activations on the split and on the unsplit side, and of the positions in groups that read."""
         if 0 not in w:
-            return (), ()
-        rows = w[0][0].reshape(count, -1)
-        positions, inner = rows.shape[1], size[1]
-        tie = f"{name}: shares a slice of its {count} groups with a channel that is never removed"
-        if _by_position(size, count):
-            g.table.equate(rows, rows[:1], tie)
-            if positions == 1:
-                g.freeze(w, f"{name}: a group has one channel on this side", only=(0,))
-            return w[0], tuple(np.tile(vector, count) for vector in w.get(1, ()))
-        g.table.equate(rows, rows[:, :1], tie)
-        g.freeze(w, f"{name}: whole groups are its units", only=(1,))
-        return w[0], (np.repeat(rows[:, 0], inner),)
+            return (), (), ()
+        box = g.table.box(w[0][0].reshape(count, -1), name)
+        unsplit = tuple(np.tile(vector, count) for vector in w.get(1, ()))
+        whole = (*(np.repeat(vector, inner) for vector in box.get(0, ())), *unsplit)
+        return w[0], whole, unsplit if self.reads == 1 else tuple(np.tile(v, count) for v in box.get(1, ()))
 
     def dead(self, node: ir.Node, d: DeadValues) -> None:
         output, source = node.outputs[0], node.inputs[0]
@@ -165,15 +153,13 @@ class Convolution(OpRule):
     def rewrite(self, node: ir.Node, r: Removal) -> None:
         source = node.inputs[0]
         assert source is not None
-        count, size = groups(node), weight_shape(node, self.weight)
+        count = groups(node)
         if count == 1:
             if self.reads == 1 and self.folds:
                 r.fold_constants(node, source, 1, weight=self.weight, bias=self.bias)
             return
-        if size is None or r.operand_count(node, self.weight, 1) < size[1]:
-            return  # position mode: as many groups as before, each narrower
-        unsplit = source if self.reads == 1 else node.outputs[0]
-        left = r.count(unsplit, 1, size[1] * count) // size[1]
+        mask = r.operand_mask(node, self.weight, 0)
+        left = count if mask is None else int(mask.reshape(count, -1).any(axis=1).sum())
         if left != count:
             node.attributes.add(ir.AttrInt64("group", left))
 
@@ -208,5 +194,5 @@ class DeformConv(Convolution):
             return
         super().label(node, g)
 
-    def ends(self, node: ir.Node, g: Labeller, *, constants: bool) -> None:
-        super().ends(node, g, constants=False)
+    def ends(self, node: ir.Node, g: Labeller, *, constants: bool, factors: Factors) -> None:
+        super().ends(node, g, constants=False, factors=factors)
