@@ -11,6 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 from random_norms import NormSteps
+from random_operators import OperatorSteps
 from random_steps import MoreSteps
 
 from graphopt.model import infer_shapes
@@ -30,7 +31,7 @@ _UNARY = [
 ]
 
 
-class GraphBuilder(MoreSteps, NormSteps):
+class GraphBuilder(MoreSteps, NormSteps, OperatorSteps):
     """Grows one graph."""
 
     def __init__(self, seed: int, opset: int = 17) -> None:
@@ -55,8 +56,17 @@ class GraphBuilder(MoreSteps, NormSteps):
     def weight(self, *shape: int, scale: float = 1.0, offset: float = 0.0) -> ir.Value:
         return self.constant((self.random.normal(size=shape) * scale + offset).astype(np.float32))
 
-    def add(self, op: str, inputs: list[ir.Value | None], shape: tuple[int, ...], outputs: int = 1, **attributes):
-        node = ir.node(op, inputs, attributes=attributes, num_outputs=outputs, name=f"n{len(self.nodes)}_{op}")
+    def add(
+        self,
+        op: str,
+        inputs: list[ir.Value | None],
+        shape: tuple[int, ...],
+        outputs: int = 1,
+        domain: str = "",
+        **attributes,
+    ):
+        name = f"n{len(self.nodes)}_{op}"
+        node = ir.node(op, inputs, domain=domain, attributes=attributes, num_outputs=outputs, name=name)
         self.nodes.append(node)
         for k, value in enumerate(node.outputs):
             value.name = f"t{len(self.nodes)}_{k}"
@@ -120,6 +130,7 @@ class GraphBuilder(MoreSteps, NormSteps):
             self._computed_reshape,
             *self.more(),
             *self.norms(),
+            *self.operators(),
         ]
         while True:
             found = moves[int(self.random.integers(len(moves)))](x, pool)
@@ -322,7 +333,7 @@ class GraphBuilder(MoreSteps, NormSteps):
             outputs,
             nodes=self.nodes,
             initializers=self.initializers,
-            opset_imports={"": self.opset},
+            opset_imports={"": self.opset, "com.microsoft": 1},
             name="random",
         )
         for output in outputs:

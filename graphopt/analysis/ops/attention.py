@@ -127,6 +127,8 @@ class Attention(OpRule):
         for operand, axis in layout.masks.items():
             _tied(g, name, [per_query, operands[operand].get(axis, ())])
         g.heads(per_query)
+        # Of what the operator reads side by side no part may vanish: as axes of a tensor of its own none does.
+        g.labels[f"{output.name}, inside"] = {0: heads, 1: size, 2: values}
         for index, kind in layout.present.items():
             g.set(node.outputs[index], {1: heads, 3: values if kind == "v" else size})
         if layout.split:

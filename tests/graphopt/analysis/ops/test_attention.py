@@ -8,8 +8,10 @@ import pytest
 from certified import certified, exact, reasons
 from text_graph import graph
 
+from graphopt.analysis.certificate import spare_axes
 from graphopt.analysis.cost import model_stats
 from graphopt.analysis.remove import remove_units
+from graphopt.errors import GraphoptError
 from graphopt.verify import compare, random_feeds
 
 _PROJECT = "q = MatMul(x, wq)  k = MatMul(x, wk)  v = MatMul(x, wv)  "
@@ -157,3 +159,13 @@ def test_attention_is_counted() -> None:
     assert model_stats(model_of("apart")).macs == inner + 5 * 5 * (12 + 9)
     fused = 5 * 10 * 33 + 5 * 9 * 7
     assert model_stats(model_of("fused, other values")).macs == fused + 5 * 5 * (12 + 9)
+
+
+def test_queries_do_not_vanish_beside_values_in_one_weight() -> None:
+    model = model_of("fused")
+    coupling = certified(model)
+    values = coupling.parameter_axes("wo")[0]
+    keys = {unit.id for unit in coupling.units} - {int(u) for vector in values for u in vector}
+    with pytest.raises(GraphoptError, match="leave nothing"):
+        remove_units(model.clone(), coupling, keys)
+    assert spare_axes(coupling, keys) < keys
