@@ -60,6 +60,9 @@ def result_dims(node: ir.Node) -> list[Entry] | None:
         return _vector(source)
     if node.op_type == "Pad":
         return _padded(dimensions(source), _vector(target)) if len(node.inputs) < 4 else None
+    if node.op_type in {"Tile", "Resize", "Upsample"}:
+        factors = node.inputs[2 if node.op_type == "Resize" and len(node.inputs) > 2 else 1]
+        return _scaled(dimensions(source), entries(factors)) if "axes" not in node.attributes else None
     if node.op_type == "Slice":
         return _sliced(node, dimensions(source))
     wanted = _vector(target) if node.op_type in {"Reshape", "Expand"} else None
@@ -123,6 +126,13 @@ def _padded(dims: Sequence[Entry] | None, pads: Sequence[Entry] | None) -> list[
         numbers = [k for k in (dim, before, after) if isinstance(k, int)]
         result.append(dim if before == after == 0 else sum(numbers) if len(numbers) == 3 else None)
     return result
+
+
+def _scaled(dims: Sequence[Entry] | None, factors: npt.NDArray[np.object_] | None) -> list[Entry] | None:
+    """Axes that are scaled by 1 keep their size."""
+    if dims is None or factors is None or len(factors.ravel()) != len(dims):
+        return None
+    return [dim if factor == 1 else None for dim, factor in zip(dims, factors.ravel(), strict=True)]
 
 
 def _range_dims(node: ir.Node) -> list[Entry] | None:

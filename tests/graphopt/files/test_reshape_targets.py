@@ -78,3 +78,8 @@ def test_a_range_over_a_dimension_is_as_long_as_it(start: str, step: str, length
                k = Range ({start}, limit, {step}) r = Cast <to = 1> (k)"""
     found = shapes(body, 17)
     assert found["k"] == found["r"] == [length]
+
+
+def test_axes_that_are_scaled_by_one_keep_their_name() -> None:
+    found = shapes("s = Shape (x) t = Concat <axis = 0> (one, one, hw) r = Tile (x, t)", 13)
+    assert found["r"] == ["n", 6, 4, 4]
