@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from graphopt.analysis.units import Coupling
-    from graphopt.latency.budget import LatencyBudget, Settled
+    from graphopt.latency.budget import LatencyBudget
     from graphopt.pruning.branches import Branch
     from graphopt.pruning.decision import Decision
     from graphopt.pruning.erasing import Eraser
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from graphopt.pruning.layers import Layer
     from graphopt.pruning.selection import Erasures, Family, Term
     from graphopt.pruning.turning import Turned
-
-TOLERANCE = 0.01
-"""Part of a budget of latency by which the measured time may miss it."""
 
 BUDGETS = {
     "macs": "multiply-accumulates",
@@ -223,9 +220,8 @@ class _Run:
             self.model, self.coupling, feeds, self.ctx.target, integer=self.options.precision == "int8",
             multiple=self.multiple, table=self.options.table, progress=self.ctx.progress,
         )  # fmt: skip
-        self.result.notes.append(
-            f"times of layers from {budget.source}" + (f", {budget.measured} of them new" if budget.measured else "")
-        )
+        new = f", {budget.measured} of them new" if budget.measured else ""
+        self.result.notes.append(f"times of layers from {budget.source}{new}")
         return budget
 
     def _rank(self) -> list[Family]:
@@ -245,9 +241,8 @@ class _Run:
 
     def _erasures(self, terms: Sequence[Term], keep: float) -> Erasures:
         """Branches in the order in which they would go, where they may."""
-        from graphopt.pruning.erasing import Eraser, as_erasures, savings
+        from graphopt.pruning.erasing import Eraser, erasures_for
         from graphopt.pruning.selection import NO_ERASURES
-        from graphopt.pruning.work import full_counts
 
         wanted, data = self.options.erase, self.ctx.calibration
         possible = data is not None and self.reconstruct != "none"
@@ -256,10 +251,8 @@ class _Run:
         if wanted is False or data is None or not possible or (wanted is None and self.name != "latency"):
             return NO_ERASURES
         self.eraser = Eraser(self.model, data, self.ctx.jobs, self.ctx.progress, self.options.exclude)
-        full = sum(t.work(full_counts(t)) for t in terms)
-        # a tenth more than the budget needs: its correction by the measured time may ask for it
-        self.branches, harm = self.eraser.order(savings(self.eraser.branches, terms), (1 - 0.9 * keep) * full)
-        return as_erasures(self.branches, harm, self.families, self.coupling)
+        self.branches, found = erasures_for(self.eraser, terms, keep, self.families, self.coupling)
+        return found
 
     def _decide(
         self,
@@ -285,9 +278,9 @@ class _Run:
             self._check(decision)
             return decision
         settled = budget.settle(self.fraction, decide, lambda d: built(self.model, self.coupling, d, self.eraser))
-        if settled.ratio is None or settled.ratio > self.fraction * (1 + TOLERANCE):
+        if not settled.within(self.fraction):
             self._check(settled.choice)
-        self._tell_time(settled)
+        self.result.notes.append(settled.note(self.fraction, integer=self.options.precision == "int8"))
         return settled.choice
 
     # -- doing it ----------------------------------------------------------------------------------------------------
@@ -325,19 +318,13 @@ class _Run:
 
     def _erase(self, decision: Decision) -> tuple[list[list[int]], frozenset[str]]:
         """Erase the branches; the units that go by family in what is left, and what must be refitted for it."""
-        from graphopt.analysis.units import analyse
-        from graphopt.pruning.decision import regroup, translate
-        from graphopt.pruning.families import candidates
-        from graphopt.pruning.layers import layers_of
+        from graphopt.pruning.decision import erase_branches
 
         if not decision.branches or self.eraser is None:
             return [list(units) for units in decision.removed], frozenset()
-        erased = self.eraser.apply(self.model, decision.branches)
-        dense, self.coupling = self.coupling, analyse(self.model)
-        self.layers = layers_of(self.model)[0]
-        self.families, _ = candidates(self.coupling, self.layers, self.options.exclude, refitted=True)
-        units = translate(dense, self.coupling, [u for units in decision.removed for u in units])
-        return regroup(self.families, units), frozenset(n for e in erased for n in (e.key, e.total) if n)
+        left = erase_branches(self.model, self.coupling, decision, self.eraser, self.options.exclude)
+        self.coupling, self.layers, self.families = left.coupling, left.layers, left.families
+        return left.removed, left.touched
 
     def _refit(self, dense: ir.Model, removed: list[list[int]], touched: frozenset[str]) -> set[int]:
         """Refit what is disturbed; the units that go, which the refit may have chosen anew."""
@@ -391,18 +378,6 @@ class _Run:
             where="prune",
             hint="raise the budget, set multiple=1, or see `graphopt inspect --units` for what is frozen",
         )
-
-    def _tell_time(self, settled: Settled[Decision]) -> None:
-        """The measured time, and where it misses the budget, by how much."""
-        ratio, what = settled.ratio, "as int8 " if self.options.precision == "int8" else ""
-        if ratio is None:
-            self.result.notes.append("warning: the target cannot run here, so the time was taken from the table alone")
-            return
-        text = f"the result {what}takes {ratio:.3f} of the time of this pass's input, measured at batch 1"
-        over = ratio - self.fraction
-        if over > TOLERANCE * self.fraction:
-            text = f"warning: {text}: {over:.3f} above the budget, which no choice of units met"
-        self.result.notes.append(text)
 
     def _tell(self, decision: Decision, dead: set[int]) -> None:
         choice, ranked = decision.choice, decision.ranked

@@ -165,11 +165,31 @@ class LatencyBudget:
 
 @dataclass(frozen=True)
 class Settled(Generic[T]):
-    """A choice, the measured ratio of its model (None: not measurable here), and the fraction of the terms it kept."""
+    """What `LatencyBudget.settle` found.
+
+    Attributes:
+        choice: the choice.
+        ratio: measured for its model; None where the target is not here.
+        keep: fraction of the terms it was allowed.
+    """
 
     choice: T
     ratio: float | None
     keep: float
+
+    def within(self, asked: float) -> bool:
+        """True where the measured ratio meets what was asked."""
+        return self.ratio is not None and self.ratio <= asked * (1 + TOLERANCE)
+
+    def note(self, asked: float, *, integer: bool) -> str:
+        """The measured time, and where it misses the budget, by how much."""
+        if self.ratio is None:
+            return "warning: the target cannot run here, so the time was taken from the table alone"
+        how = "as int8 " if integer else ""
+        text = f"the result {how}takes {self.ratio:.3f} of the time of this pass's input, measured at batch 1"
+        if self.within(asked):
+            return text
+        return f"warning: {text}: {self.ratio - asked:.3f} above the budget, which no choice of units met"
 
 
 def _better(one: float, other: float, limit: float) -> bool:

@@ -12,7 +12,8 @@ from graphopt.analysis.units import Coupling, analyse
 from graphopt.pipeline.clone import private_clone
 from graphopt.pruning.branches import Branch
 from graphopt.pruning.erasing import Eraser
-from graphopt.pruning.families import Candidates
+from graphopt.pruning.families import Candidates, candidates
+from graphopt.pruning.layers import Layer, layers_of
 from graphopt.pruning.selection import Choice, Family
 
 
@@ -52,6 +53,35 @@ def built(model: ir.Model, coupling: Coupling, decision: Decision, eraser: Erase
     else:
         remove_units(copy, coupling, set(decision.choice.dead))
     return copy
+
+
+@dataclass(frozen=True)
+class Left:
+    """A model without its erased branches.
+
+    Attributes:
+        coupling, layers, families: of what is left.
+        removed: units that go, by these families.
+        touched: layers that took over means and sums that are gone: what must be refitted although all units stay.
+    """
+
+    coupling: Coupling
+    layers: dict[str, Layer]
+    families: list[Candidates]
+    removed: list[list[int]]
+    touched: frozenset[str]
+
+
+def erase_branches(
+    model: ir.Model, coupling: Coupling, decision: Decision, eraser: Eraser, exclude: Sequence[str]
+) -> Left:
+    """Erase the branches of a decision in place, and find its units again in what is left."""
+    erased = eraser.apply(model, decision.branches)
+    after, layers = analyse(model), layers_of(model)[0]
+    families, _ = candidates(after, layers, exclude, refitted=True)
+    units = translate(coupling, after, [u for units in decision.removed for u in units])
+    touched = frozenset(name for e in erased for name in (e.key, e.total) if name)
+    return Left(after, layers, families, regroup(families, units), touched)
 
 
 def translate(old: Coupling, new: Coupling, units: Sequence[int]) -> list[int]:

@@ -219,6 +219,23 @@ def writers(erased: Sequence[Erased]) -> dict[str, Writer]:
     return found
 
 
+def erasures_for(
+    eraser: Eraser, terms: Sequence[Term], keep: float, families: Sequence[Candidates], coupling: Coupling
+) -> tuple[list[Branch], Erasures]:
+    """The branches in the order in which they would go for a budget, and the same for the solver.
+
+    Args:
+        eraser: of the model.
+        terms: the work.
+        keep: fraction of it that may stay; a tenth of that more is provided for, because a budget of latency may be
+            corrected by what was measured.
+        families, coupling: of the model.
+    """
+    full = sum(t.work(full_counts(t)) for t in terms)
+    branches, harm = eraser.order(savings(eraser.branches, terms), (1 - 0.9 * keep) * full)
+    return branches, as_erasures(branches, harm, families, coupling)
+
+
 def as_erasures(
     chosen: Sequence[Branch], harm: Sequence[float], families: Sequence[Candidates], coupling: Coupling
 ) -> Erasures:
