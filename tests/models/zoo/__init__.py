@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from zoo import (
+    attentive,
     convolutional,
+    decoders,
     detection,
     generative,
     image_to_image,
@@ -17,7 +19,9 @@ from zoo import (
 from zoo.architecture import Architecture
 
 FAMILIES = (
+    attentive,
     convolutional,
+    decoders,
     mobile,
     image_to_image,
     detection,

@@ -217,7 +217,11 @@ ARCHITECTURES = [
     Architecture("densenet", densenet, (IMAGE,), BATCH, axes={"growth": 6, "bottleneck": 18, "transition": 14}),
     Architecture("vgg_flatten", vgg, (IMAGE,), BATCH, ("batch",), axes={"last map": 22, "hidden": 40}),
     Architecture(
-        "convnext", convnext, (image("image", "batch", 3, 32, 32),), BATCH, axes={"ffn hidden": 40, "stream": 14}
+        "convnext",
+        convnext,
+        (image("image", "batch", 3, 32, 32),),
+        BATCH,
+        axes={"ffn hidden": 40, "stream": 14, "second stream": 22},
     ),
     Architecture("glu_conv", glu_network, (IMAGE,), BATCH, axes={"gated": 40, "stream": 12}),
 ]
