@@ -25,6 +25,7 @@ class MoreSteps:
             *(self._prelu, self._expand, self._tile, self._squeeze, self._with_itself, self._where, self._bounded),
             *(self._power, self._reduce, self._attention, self._lower, self._many, self._volume, self._sequence),
             *(self._computed_weight, self._cut, self._window, self._features, self._center),
+            *(self._shared_keys, self._roll, self._repeated, self._one_channel, self._longer_shuffle),
         ]
 
     # Helpers ---------------------------------------------------------------------------------------------------------
@@ -243,3 +244,71 @@ class MoreSteps:
             "Add", [self._reduction("ReduceMean", square, [1], 1), self._number(0.1, 0)], self.shape(mean)
         )
         return self.add("Div", [y, self.add("Sqrt", [variance], self.shape(mean))], self.shape(x))
+
+    def _shared_keys(self, x, pool):
+        """Attention in which heads of queries share one of keys and values, copied by Expand, Gather or Tile."""
+        n, c, h, w = self.shape(x)
+        if self.opset < 13:
+            return None
+        shared, times, size = int(self.random.choice([2, 3])), 2, int(self.random.choice([2, 3]))
+        heads, length = shared * times, h * w
+        t = self.add("Transpose", [self._reshape(x, n, c, length)], (n, length, c), perm=[0, 2, 1])
+        parts = []
+        for count, perm in ((heads, [0, 2, 1, 3]), (shared, [0, 2, 3, 1]), (shared, [0, 2, 1, 3])):
+            y = self.add("MatMul", [t, self.weight(c, count * size, scale=1 / np.sqrt(c))], (n, length, count * size))
+            y = self._reshape(y, n, length, count, size)
+            y = self.add("Transpose", [y], tuple(self.shape(y)[p] for p in perm), perm=perm)
+            parts.append(y if count == heads else self._copied(y, shared, times))
+        score = self.add("MatMul", parts[:2], (n, heads, length, length))
+        score = self.add("Softmax", [score], self.shape(score), axis=3)
+        y = self.add("MatMul", [score, parts[2]], (n, heads, length, size))
+        y = self.add("Transpose", [y], (n, length, heads, size), perm=[0, 2, 1, 3])
+        y = self._reshape(y, n, length, heads * size)
+        y = self.add("MatMul", [y, self.weight(heads * size, c, scale=0.4)], (n, length, c))
+        return self._reshape(self.add("Transpose", [y], (n, c, length), perm=[0, 2, 1]), n, c, h, w)
+
+    def _copied(self, y, shared, times):
+        n, _, a, b = self.shape(y)
+        kind = int(self.random.integers(3))
+        if kind == 0:
+            order = self.constant(np.repeat(np.arange(shared), times), "order")
+            return self.add("Gather", [y, order], (n, shared * times, a, b), axis=1)
+        if kind == 1:
+            return self.add("Tile", [y, self._ints(1, times, 1, 1)], (n, shared * times, a, b))
+        y = self._axes("Unsqueeze", y, [2], (n, shared, 1, a, b))
+        y = self.add("Expand", [y, self._ints(1, shared, times, a, b)], (n, shared, times, a, b))
+        return self._reshape(y, n, shared * times, a, b)
+
+    def _roll(self, x, pool):
+        """The last channels first, or positions as windows are shifted."""
+        shape = self.shape(x)
+        axis = int(self.random.choice([1, 2]))
+        if shape[axis] < 4 or self.opset < 10:
+            return None
+        at, size = int(self.random.integers(1, shape[axis])), shape[axis]
+        parts = []
+        for start, end in ((at, size), (0, at)):
+            bounds = [self._ints(start), self._ints(end), self._ints(axis)]
+            parts.append(self.add("Slice", [x, *bounds], (*shape[:axis], end - start, *shape[axis + 1 :])))
+        return self.add("Concat", parts, shape, axis=axis)
+
+    def _repeated(self, x, pool):
+        """Channels taken more than once."""
+        n, c, h, w = self.shape(x)
+        order = self.random.integers(0, c, min(c + 2, 16))
+        return self.add("Gather", [x, self.constant(order, "order")], (n, len(order), h, w), axis=1)
+
+    def _one_channel(self, x, pool):
+        """One channel that all others are multiplied with."""
+        n, c, h, w = self.shape(x)
+        one = self.add("Gather", [x, self.constant(np.array(int(self.random.integers(-c, c))), "i")], (n, h, w), axis=1)
+        return self.add("Mul", [x, self._axes("Unsqueeze", one, [1], (n, 1, h, w))], self.shape(x))
+
+    def _longer_shuffle(self, x, pool):
+        """Channels dealt out along three axes."""
+        n, c, h, w = self.shape(x)
+        if c % 4 or c < 8:
+            return None
+        y = self._reshape(x, n, 2, 2, c // 4, h, w)
+        y = self.add("Transpose", [y], (n, c // 4, 2, 2, h, w), perm=[0, 3, 1, 2, 4, 5])
+        return self._reshape(y, n, c, h, w)

@@ -162,7 +162,7 @@ class Gather(Movement):
         kept = places if left is None else places[left]
         mask = r.operand_mask(node, 0, axis)
         moved = kept if mask is None else (np.cumsum(mask) - 1)[kept]
-        if moved.shape != places.shape or (moved != places).any():
+        if left is not None or mask is not None:  # an index that counts from the back counts what is left
             kind = node.inputs[1].dtype if node.inputs[1] is not None else None
             r.set_input(node, 1, moved.astype(np.int32 if kind == ir.DataType.INT32 else np.int64))
 

@@ -238,6 +238,55 @@ CASES = {
         s=ints(0, 0, 4, 2),
         flat=ints(0, 0, 8),
     ),
+    "one channel, counted from the back, stays; others go": case(
+        5,
+        "(float[n,6] x) => (float[n,2] y)",
+        "h = MatMul(x, w1)  k = Gather<axis=1>(h, i)  u = Unsqueeze(k, one)  m = Mul(h, u)  y = MatMul(m, w2)",
+        w1=(6, 6),
+        i=np.array(-5),
+        one=ints(1),
+        w2=(6, 2),
+    ),
+    "heads of queries that share keys and values by Gather": case(
+        2 + 2 + 2,  # heads of keys and values, places of queries and keys, of values; queries alone are not exact
+        TOKENS,
+        """q = MatMul(x, wq)  k = MatMul(x, wk)  v = MatMul(x, wv)
+           q4 = Reshape(q, sq)  k4 = Reshape(k, sk)  v4 = Reshape(v, sk)
+           qt = Transpose<perm=[0,2,1,3]>(q4)  kt = Transpose<perm=[0,2,3,1]>(k4)  vt = Transpose<perm=[0,2,1,3]>(v4)
+           kc = Gather<axis=1>(kt, i)  vc = Gather<axis=1>(vt, i)
+           e = MatMul(qt, kc)  p = Softmax<axis=-1>(e)  o = MatMul(p, vc)  ot = Transpose<perm=[0,2,1,3]>(o)
+           f = Reshape(ot, flat)  y = MatMul(f, wo)""",
+        wq=(8, 8),
+        wk=(8, 4),
+        wv=(8, 4),
+        wo=(8, 8),
+        sq=ints(0, 0, 4, 2),
+        sk=ints(0, 0, 2, 2),
+        i=ints(0, 0, 1, 1),
+        flat=ints(0, 0, -1),
+    ),
+    "heads of queries that share keys and values by Expand": case(
+        2 + 2 + 2,
+        TOKENS,
+        """q = MatMul(x, wq)  k = MatMul(x, wk)  v = MatMul(x, wv)
+           q4 = Reshape(q, sq)  k5 = Reshape(k, sk)  v5 = Reshape(v, sk)
+           qt = Transpose<perm=[0,2,1,3]>(q4)  kt = Transpose<perm=[0,2,3,4,1]>(k5)
+           vt = Transpose<perm=[0,2,3,1,4]>(v5)
+           ke = Expand(kt, ek)  ve = Expand(vt, ev)  kc = Reshape(ke, ck)  vc = Reshape(ve, cv)
+           e = MatMul(qt, kc)  p = Softmax<axis=-1>(e)  o = MatMul(p, vc)  ot = Transpose<perm=[0,2,1,3]>(o)
+           f = Reshape(ot, flat)  y = MatMul(f, wo)""",
+        wq=(8, 8),
+        wk=(8, 4),
+        wv=(8, 4),
+        wo=(8, 8),
+        sq=ints(0, 0, 4, 2),
+        sk=ints(0, 0, 2, 1, 2),
+        ek=ints(1, 2, 2, 2, 5),
+        ev=ints(1, 2, 2, 5, 2),
+        ck=ints(0, 4, 2, 5),
+        cv=ints(0, 4, 5, 2),
+        flat=ints(0, 0, -1),
+    ),
     "a running sum over another axis keeps zeros": case(
         5,
         "(float[n,4,3] x) => (float[n,4,2] y)",
