@@ -123,8 +123,9 @@ class LabelTable:
                 return {}
             return {keep: (np.ascontiguousarray(rows[:, 0]),)}
         grid = labels[tuple(slice(None) if a in varying else 0 for a in range(labels.ndim))]
-        traits: list[Trait] = ["outer", *("inner" for _ in varying[1:])]
-        axes = {a: (self.axis(labels.shape[a], t),) for a, t in zip(varying, traits, strict=True)}
+        traits: list[Trait] = ["inner"] * len(varying)
+        traits[0] = "outer"
+        axes: Axes = {a: (self.axis(labels.shape[a], t),) for a, t in zip(varying, traits, strict=True)}
         whole = grid.reshape(-1, grid.shape[-1])
         for axis in varying[:0:-1]:
             last = axis == varying[1]
@@ -254,7 +255,7 @@ class Solution:
 
     def only(self, owned: npt.NDArray[np.bool_]) -> Solution:
         """The same with some units frozen and the others numbered anew; `owned`: (units + 1,), which stay."""
-        number = np.cumsum(owned) * owned
+        number = np.where(owned, np.cumsum(owned), 0)
         traits = {trait: number[rows] for trait, rows in self.traits.items()}
         return Solution(number[self.monomials], self.component, self.reasons, traits)
 

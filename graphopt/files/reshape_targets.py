@@ -78,7 +78,7 @@ def as_read(value: ir.Value) -> list[Entry] | None:
     """Dimensions of a tensor as the weights tell that it is multiplied with; None where none do."""
     dims = dimensions(value)
     for use in value.uses() if dims else ():
-        if use.idx != 0 or use.node.op_type not in {"MatMul", "Gemm"} or use.node.attributes.get_int("transA", 0):
+        if use.idx != 0 or use.node.op_type not in {"MatMul", "Gemm"} or use.node.attributes.get_int("transA", 0) != 0:
             continue
         weight = use.node.inputs[1]
         sizes = dimensions(weight) if weight is not None else None
@@ -90,11 +90,13 @@ def as_read(value: ir.Value) -> list[Entry] | None:
 
 def _sliced(node: ir.Node, dims: Sequence[Entry] | None) -> list[Entry] | None:
     """Axes that are not cut keep their size, also where it is not known how the others are cut."""
-    axes = node.attributes.get_ints("axes", None)
+    axes: Sequence[int] | None = node.attributes.get_ints("axes", None)
     if axes is None:
         given = integers(node.inputs[3]) if len(node.inputs) > 3 else None
         count = _vector(node.inputs[1]) if len(node.inputs) > 1 else None
-        axes = list(range(len(count))) if given is None and count is not None and len(node.inputs) < 4 else given
+        axes = None if given is None else [int(axis) for axis in given]
+        if axes is None and count is not None and len(node.inputs) < 4:
+            axes = list(range(len(count)))
     if dims is None or axes is None:
         return None
     cut = {int(axis) % len(dims) for axis in axes}

@@ -75,7 +75,8 @@ class Convolution(OpRule):
         g.freeze(w, f"{name}: kernel positions are no units", but=(0, 1))
         w = {axis: (g.table.product(factors),) for axis, factors in w.items()}
         g.freeze(x, f"{name}: the axis is convolved over", but=(0, 1))
-        count, inside = groups(node), ()
+        count = groups(node)
+        inside: Factors = ()
         if count == 1:
             read, out = w.get(self.reads, ()), w.get(self.writes, ())
         else:

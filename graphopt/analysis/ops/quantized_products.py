@@ -42,15 +42,15 @@ def _quantised_here(node: ir.Node, data: int, zero: int | None) -> bool:
     return source is not None and source.op_type == "DynamicQuantizeLinear" and point is source.outputs[2]
 
 
-def _ends(node: ir.Node, g: Labeller, data: int, zero: int | None, axis: int) -> None:
+def _ends(node: ir.Node, g: Labeller, data: int, zero: int | None, axis: int, factors: Factors = ()) -> None:
     """Dead positions of an operand must hold its zero point."""
     name, point = where(node), zero_point(node, zero)
     if _quantised_here(node, data, zero):
-        g.sink(node, data, axis, "anything", f"{name}: its operand was quantised with zeros in place")
+        g.sink(node, data, axis, "anything", f"{name}: its operand was quantised with zeros in place", factors)
     elif point is None:
-        g.sink(node, data, axis, "none", f"{name}: its zero point is not known")
+        g.sink(node, data, axis, "none", f"{name}: its zero point is not known", factors)
     else:
-        g.sink(node, data, axis, "zero", f"{name}: reads a value that is not zero", zero=point)
+        g.sink(node, data, axis, "zero", f"{name}: reads a value that is not zero", factors, zero=point)
 
 
 @rule
@@ -87,8 +87,8 @@ class _QuantizedConvolution(Convolution):
                 channels = g.equate(labels.get(1, ()), own, f"{where(node)}: its output channels are never removed")
                 g.set(node.outputs[0], {**labels, 1: channels})
 
-    def ends(self, node: ir.Node, g: Labeller, *, constants: bool) -> None:
-        _ends(node, g, 0, self.data_zero, 1)
+    def ends(self, node: ir.Node, g: Labeller, *, constants: bool, factors: Factors) -> None:
+        _ends(node, g, 0, self.data_zero, 1, factors)
 
     def dead(self, node: ir.Node, d: DeadValues) -> None:
         output = node.outputs[0]
