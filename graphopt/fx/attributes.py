@@ -56,6 +56,31 @@ def fix_own(module: nn.Module, pruned: ir.Model) -> None:
             part.head_dim = part.embed_dim // part.num_heads
 
 
+def contradiction(module: nn.Module) -> tuple[str, str] | None:
+    """A layer of torch's that cannot have the sizes that its parameters have now: why, and its path."""
+    for path, part in module.named_modules():
+        if isinstance(part, nn.RNNBase):
+            states = {w.shape[1] for name, w in part.named_parameters() if name.startswith("weight_hh")}
+            if len(states) > 1:
+                return (
+                    f"layers or directions of '{path}' would have states of {sorted(states)}, and it has one size",
+                    path,
+                )
+        if isinstance(part, nn.MultiheadAttention) and part.in_proj_weight is not None:
+            inner, width = part.in_proj_weight.shape
+            if inner != 3 * width or part.out_proj.weight.shape != (width, width):
+                return f"heads of '{path}' would be smaller than its width {width} divided by their number", path
+    return None
+
+
+def norm_parameters(module: nn.Module) -> tuple[str, ...]:
+    """Parameters of norms over features, as `exclude` takes them: without channels they would be other norms."""
+    norms = {path: part for path, part in module.named_modules() if isinstance(part, (nn.LayerNorm, nn.RMSNorm))}
+    return tuple(
+        f"{path}.{name}" if path else name for path, part in norms.items() for name, _ in part.named_parameters()
+    )
+
+
 def _groups(pruned: ir.Model) -> dict[str, int]:
     """By path: groups of convolutions and of group normalisations, which are exported as instance normalisations."""
     found = {}

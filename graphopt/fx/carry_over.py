@@ -32,13 +32,13 @@ class Carried:
         values: new arrays by parameter, also of those that only changed their values.
         kept: by parameter, the positions left of every axis.
         biases: what layers that had no bias add now, by the name of their weight; on top of a bias they have.
-        problems: sentences about what cannot be carried over.
+        problems: what cannot be carried over: a sentence and the parameter it is about.
     """
 
     values: dict[str, Array] = field(default_factory=dict)
     kept: dict[str, list[npt.NDArray[np.intp]]] = field(default_factory=dict)
     biases: dict[str, Array] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
+    problems: list[tuple[str, str]] = field(default_factory=list)
 
 
 def number_nodes(model: ir.Model) -> None:
@@ -70,7 +70,7 @@ def carry_over(
             operand = now.inputs[index] if now is not None and index < len(now.inputs) else None
             array = shapes.constant(operand)
             if now is None or array is None:
-                found.problems.append(f"'{name}' is not read by {node.name or node.op_type} any more")
+                found.problems.append((f"'{name}' is not read by {node.name or node.op_type} any more", name))
                 continue
             _place(found, elements, name, array, now.meta.get(KEPT, {}).get(index, {}), moved, parameters)
         if now is not None:
@@ -79,7 +79,7 @@ def carry_over(
         places = [np.flatnonzero(alive.any(tuple(b for b in range(alive.ndim) if b != a))) for a in range(alive.ndim)]
         box = np.ix_(*places)
         if alive.ndim and not alive[box].all():
-            found.problems.append(f"what is left of '{name}' is no box")
+            found.problems.append((f"what is left of '{name}' is no box", name))
             continue
         found.kept[name], found.values[name] = places, new[box] if alive.ndim else new
     return found
@@ -106,7 +106,7 @@ def _place(
     for axis, positions in kept.items():
         places = np.take(places, positions, axis)
     if places.shape != array.shape:
-        found.problems.append(f"'{name}' was cut to {list(array.shape)}, not by whole slices")
+        found.problems.append((f"'{name}' became {list(array.shape)}, which is more than a cut", name))
         return
     for each in names:
         first = int(numbers[each].flat[0]) if numbers[each].size else 0
@@ -120,7 +120,7 @@ def _place(
         if before is None:
             elements[each] = new, alive
         elif not np.array_equal(before[1], alive) or not np.allclose(before[0], new, rtol=1e-6, atol=1e-7):
-            found.problems.append(f"the uses of '{each}' were cut or refitted differently")
+            found.problems.append((f"the uses of '{each}' were cut or refitted differently", each))
 
 
 def _added_bias(found: Carried, node: ir.Node, now: ir.Node) -> None:

@@ -67,8 +67,9 @@ def prune_module(
         seed: of random choices.
         jobs: threads.
         optimizer: an optimiser of the module's parameters; gets the new ones, and moments that are cut alike.
-        **options: those of the pass `prune` (`graphopt passes prune`); without any, only what is dead already goes
-            (`shrink`), which changes nothing that the module computes.
+        **options: those of the pass `prune` (`graphopt passes prune`), with `center=False`, and the features that
+            layer and RMS norms normalise over excluded: a module keeps its norms. Without any, only what is dead
+            already goes (`shrink`), which changes nothing that the module computes.
 
     Raises:
         MissingBackendError: torch is not installed.
@@ -78,19 +79,23 @@ def prune_module(
     require_torch("prune_module")
     from graphopt import registry
     from graphopt.api import optimize
+    from graphopt.fx.attributes import norm_parameters
     from graphopt.fx.carry_over import carry_over, number_nodes
 
     exported = export(module, example_inputs, dynamic_shapes)
     dense = exported.model
     number_nodes(dense)
-    # a module keeps the norms that it is written with
-    chosen = registry.pass_class("prune" if options else "shrink")(**({"center": False, **options} if options else {}))
+    if options:
+        # a module keeps the norms that it is written with, over the features that they are written for
+        options = {"center": False, **options, "exclude": (*options.get("exclude", ()), *norm_parameters(module))}
+    chosen = registry.pass_class("prune" if options else "shrink")(**options)
     data = _calibration(calib, [v.name or "" for v in dense.graph.inputs])
     result = optimize(dense, [chosen], calib=data, target=target, seed=seed, jobs=jobs, bench=False, units=False)
     sizes = {name: tuple(t.shape) for name, t in module.state_dict().items()}
     carried = carry_over(dense, result.model, exported.moved, sizes)
     if carried.problems:
-        raise _refusal(carried.problems[0])
+        why, name = carried.problems[0]
+        raise _refusal(why, name.rpartition(".")[0] or name)
     undo = _snapshot(module)
     try:
         replaced = _write(module, carried)
@@ -192,7 +197,7 @@ def _settle(module: torch.nn.Module, exported: Exported, pruned: ir.Model, examp
     import torch
 
     from graphopt.executor import Session
-    from graphopt.fx.attributes import fix_own, settings, suspect
+    from graphopt.fx.attributes import contradiction, fix_own, settings, suspect
 
     args, kwargs = arguments(example_inputs)
     tensors = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
@@ -200,6 +205,9 @@ def _settle(module: torch.nn.Module, exported: Exported, pruned: ir.Model, examp
     with Session(pruned) as session:
         wanted = list(session.run({n: as_array(t) for n, t in zip(names, tensors, strict=True)}).values())
     fix_own(module, pruned)
+    impossible = contradiction(module)
+    if impossible is not None:
+        raise _refusal(*impossible)
     why, place = "", "NAME"
     for _ in settings(module, exported.model, pruned):
         try:

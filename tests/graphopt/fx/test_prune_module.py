@@ -98,7 +98,6 @@ class Transformer(nn.Module):
 
 
 IMAGE, SEQUENCE = (3, 8, 8), (7, 16)
-STREAM = ("norm*", "head*")
 
 
 def randomised(module):
@@ -127,7 +126,7 @@ def run(module, x):
         (Mobile, IMAGE, {"params": 0.6}),
         (Groups, IMAGE, {"macs": 0.6}),
         (Tagger, (7, 6), {"params": 0.6}),
-        (Transformer, SEQUENCE, {"params": 0.8, "exclude": STREAM}),
+        (Transformer, SEQUENCE, {"params": 0.8}),
     ],
     ids=["residual", "residual_l2", "depthwise", "groups", "lstm", "transformer"],
 )
@@ -220,7 +219,7 @@ def test_a_size_in_the_code_is_refused_and_nothing_is_changed():
     x = torch.randn(64, *SEQUENCE)
     with pytest.raises(ModelError, match=r"Fixed\.forward, line \d+: .*exclude=\('attention\.\*',\)"):
         graphopt.prune_module(
-            module, x[:2], calib=x, target=TARGET, params=0.9, exclude=(*STREAM, "up*"), reconstruct="none", score="l2"
+            module, x[:2], calib=x, target=TARGET, params=0.9, exclude=("up*",), reconstruct="none", score="l2"
         )
     assert module.training
     for name, tensor in module.state_dict().items():
@@ -244,11 +243,30 @@ def test_what_the_error_says_to_exclude_helps():
 
     module = randomised(Transformer(Separate))
     x = torch.randn(32, *SEQUENCE)
-    options = {"calib": x, "target": TARGET, "params": 0.8, "score": "l2", "reconstruct": "none"}
+    options = {"calib": x, "target": TARGET, "params": 0.9, "score": "l2", "reconstruct": "none"}
     with pytest.raises(ModelError, match=r"exclude=\('attention\.\*',\)"):
-        graphopt.prune_module(module, x[:2], exclude=STREAM, **options)
-    graphopt.prune_module(module, x[:2], exclude=(*STREAM, "attention.*"), **options)
+        graphopt.prune_module(module, x[:2], exclude=("up*",), **options)
+    graphopt.prune_module(module, x[:2], exclude=("attention.*",), **options)
     assert module.up.out_features < 32
+
+
+def test_a_layer_that_has_one_size_for_all_its_parts_is_named():
+    class Deep(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.head = nn.LSTM(4, 12, num_layers=2, batch_first=True), nn.Linear(12, 3)
+
+        def forward(self, x):
+            return self.head(self.inner(x)[0])
+
+    torch.manual_seed(0)
+    module = Deep()
+    x = torch.randn(16, 5, 4)
+    with pytest.raises(ModelError, match=r"layers or directions of 'inner' .*exclude=\('inner\.\*',\)"):
+        graphopt.prune_module(
+            module, x[:2], calib=x, target=TARGET, params=0.6, score="random", reconstruct="none", seed=1
+        )
+    assert module.inner.hidden_size == 12
 
 
 def test_wrong_options_are_those_of_the_pass():
