@@ -20,6 +20,9 @@ from typing import Any, NoReturn
 import numpy as np
 import onnx_ir as ir
 
+SMALL = 4096
+"""Bytes of a tensor that shape inference reads: what is that small may be a size."""
+
 
 class Unread(ir.TensorProtocol):
     """A float tensor that has a shape and no elements."""
@@ -56,8 +59,10 @@ class Builder:
 
     def weight(self, *shape: int) -> ir.Value:
         name = f"w{len(self.initializers)}"
-        value = ir.Value(name=name, const_value=Unread(name, shape), type=ir.TensorType(ir.DataType.FLOAT))
-        value.shape = ir.Shape(shape)
+        tensor: ir.TensorProtocol = Unread(name, shape)
+        if tensor.nbytes <= SMALL:
+            tensor = ir.Tensor(np.ones(shape, np.float32), name=name)
+        value = ir.Value(name=name, const_value=tensor, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(shape))
         self.initializers.append(value)
         return value
 

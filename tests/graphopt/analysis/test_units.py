@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections import Counter
+from pathlib import Path
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -12,6 +16,7 @@ from graphopt.analysis.cost import model_stats
 from graphopt.analysis.remove import remove_units
 from graphopt.analysis.units import Coupling, analyse
 from graphopt.errors import GraphoptError
+from graphopt.model import infer_shapes
 from graphopt.verify import compare, random_feeds
 
 
@@ -237,3 +242,23 @@ def test_analysis_is_deterministic_and_changes_nothing() -> None:
     one, two = analyse(model), analyse(random_graph(7))
     assert one.units == two.units
     assert ir.to_proto(model).SerializeToString(deterministic=True) == before
+
+
+def _gpt(layers: int, width: int, heads: int) -> ir.Model:
+    """A graph whose matrices cannot be read."""
+    path = Path(__file__).resolve().parents[3] / "tools" / "bench" / "analysis.py"
+    spec = importlib.util.spec_from_file_location("bench_analysis", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    model: ir.Model = module.gpt(layers, width, heads, vocabulary=11, positions=7)
+    infer_shapes(model)
+    return model
+
+
+def test_weights_are_not_read() -> None:
+    coupling = analyse(_gpt(2, 48, 3))
+    found = Counter(unit.mode for unit in coupling.units)
+    assert found["head"] == 2 * 3
+    assert found["head_dim"] == 2 * (16 + 16)  # of queries and keys, of values
+    assert found["channel"] >= 2 * 4 * 48
