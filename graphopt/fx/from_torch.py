@@ -59,7 +59,8 @@ def from_torch(
     """Make an ONNX model of a torch module, in evaluation mode.
 
     Initializers have the names of the module's `state_dict` (a tied parameter one of its names). A parameter that is
-    only used transposed or rearranged, as the weight of a linear layer, is stored in the order in which it is used.
+    only used transposed or rearranged, as the weight of a linear layer, is stored in the order in which it is used;
+    several that are only used joined (the two biases of an LSTM) are stored joined, under the name of the joint.
 
     Args:
         module: any module that `torch.export` takes, or what it gives. Its mode and weights stay as they are.
