@@ -33,7 +33,7 @@ BATCH = 12
 SECONDS = 0.8
 """Measured time of a batch."""
 
-WHOLE_SECONDS = 2.0
+WHOLE_SECONDS = 4.0
 """Time to measure whole models for."""
 
 REFERENCE = LayerShape("Conv", "float32", (1, 16, 16), (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), activation="Relu")
