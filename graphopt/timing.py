@@ -96,7 +96,11 @@ def paired(
 
 
 def undisturbed(
-    calls: Sequence[Callable[[], object]], seconds: float, clock: Callable[[], float] = time.perf_counter
+    calls: Sequence[Callable[[], object]],
+    seconds: float,
+    clock: Callable[[], float] = time.perf_counter,
+    *,
+    warm: bool = False,
 ) -> list[float]:
     """Seconds that each call takes while nothing else runs, as far as a busy machine lets it be seen.
 
@@ -108,6 +112,8 @@ def undisturbed(
         calls: what to time.
         seconds: time for all; at least `QUIET_ROUNDS` rounds are run.
         clock: seconds, rising.
+        warm: run each call once more before it is timed, so that it finds its own data in the caches, as a model that
+            runs again and again does; without, it finds those of the others.
     """
     for call in calls:
         for _ in range(WARM_UP):
@@ -119,6 +125,8 @@ def undisturbed(
     while len(times[0]) < QUIET_ROUNDS or (clock() - start < seconds and len(times[0]) < MAX_ROUNDS):
         draw.shuffle(order)
         for i in order:
+            if warm:
+                calls[i]()
             begin = clock()
             calls[i]()
             times[i].append(clock() - begin)

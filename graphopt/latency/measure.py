@@ -98,7 +98,7 @@ def model_times(models: Sequence[ir.Model], target: Target, feeds: Feeds, thread
     with ExitStack() as stack:
         calls = [_call(stack, _reference(), target, threads, None)]
         calls += [_call(stack, model, target, threads, feeds) for model in models]
-        reference, *times = undisturbed(calls, WHOLE_SECONDS)
+        reference, *times = undisturbed(calls, WHOLE_SECONDS, warm=True)
     return [time / reference for time in times]
 
 

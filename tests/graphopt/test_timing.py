@@ -81,9 +81,10 @@ def test_nothing_to_time() -> None:
         timing.paired([], 1.0)
 
 
-def test_undisturbed_forgets_what_others_took() -> None:
+@pytest.mark.parametrize("warm", [False, True])
+def test_undisturbed_forgets_what_others_took(warm: bool) -> None:
     clock = Clock()
     # two runs of three are interrupted, for a while that differs
     burst = [clock.work(str(s), lambda n, s=s: s * (1 if n % 3 == 0 else 5 + n % 7)) for s in (1e-3, 3e-3)]
-    assert timing.undisturbed(burst, 0.5, clock) == pytest.approx([1e-3, 3e-3])
+    assert timing.undisturbed(burst, 0.5, clock, warm=warm) == pytest.approx([1e-3, 3e-3])
     assert clock.log.count("0.001") == clock.log.count("0.003") >= timing.QUIET_ROUNDS
