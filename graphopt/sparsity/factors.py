@@ -16,6 +16,7 @@ from graphopt.numerics.sparsity.armor import Factors
 from graphopt.rewriting.edit import Names, mark_origin, new_initializer, replace_value
 from graphopt.sparsity.layers import Floats, SparseLayer
 
+
 def factors_blocked(layer: SparseLayer) -> str | None:
     """Why a layer cannot be written as factors; None where it can."""
     shape = layer.layer.linear.input.shape
