@@ -34,7 +34,7 @@ from array_api_compat import array_namespace
 from graphopt.numerics.sparsity.blocks import Blocks, identity, left_update, right_update, transposed
 from graphopt.numerics.sparsity.descent import Sweep
 from graphopt.numerics.sparsity.moments import check_weight
-from graphopt.numerics.sparsity.one_shot import normalise, nowag, sparsegpt
+from graphopt.numerics.sparsity.one_shot import normalise, sparsegpt, wanda
 from graphopt.numerics.sparsity.patterns import Pattern
 
 Wrappers = Literal["in", "out", "both", "none"]
@@ -140,7 +140,7 @@ def armor(
     if objective == "paper":
         target, rows, columns = normalise(weight)
         metric = metric * xp.eye(int(metric.shape[0]), dtype=metric.dtype, device=metric.device)
-        start = nowag(target, xp.linalg.diagonal(metric), pattern)
+        start = wanda(target, xp.linalg.diagonal(metric), pattern)  # on the normalised weight: NoWag-P
     else:
         start = sparsegpt(weight, metric, pattern)
     problem = _Problem.padded(target, metric, pattern, block, wrappers, taps)
