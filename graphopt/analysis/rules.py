@@ -189,7 +189,10 @@ class Labeller:
             # An unnamed size is one that shape inference lost; labels that were moved here know it.
             fits = shape is not None and axis < len(shape) and shape[axis] in (len(factors[0]), None)
             if not fits:
-                self.freeze({axis: factors}, f"{where(node)}: the size of axis {axis} of '{value.name}' is not known")
+                # Shape inference leaves out the mask of the Dropout of old opsets, which nobody reads either.
+                if value.uses() or value.is_graph_output():
+                    reason = f"{where(node)}: the size of axis {axis} of '{value.name}' is not known"
+                    self.freeze({axis: factors}, reason)
                 del self.labels[value.name or ""][axis]
 
     def set(self, value: ir.Value, axes: Axes) -> None:

@@ -178,6 +178,23 @@ def test_unknown_operators_freeze_with_their_name() -> None:
     assert any("my.domain.Mystery" in f.reason for f in coupling.frozen if (f.tensor, f.axis) == ("w1", 0))
 
 
+def test_a_mask_without_a_shape_that_nobody_reads_freezes_nothing() -> None:
+    model = graph(
+        "(float[n,3] x) => (float[n,2] y)",
+        "h = MatMul(x, w1)  d, mask = Dropout <ratio = 0.5> (h)  y = MatMul(d, w2)",
+        opset=9,
+        w1=(3, 4),
+        w2=(4, 2),
+    )
+    mask = model.graph.node(1).outputs[1]
+    assert mask.shape is None, "shape inference gives it now: the case is gone"
+    coupling = analyse(model)
+    assert len(coupling.units) == 4
+    assert certify(model, coupling, {1, 3}).holds
+    model.graph.outputs.append(mask)
+    assert not analyse(model).units
+
+
 def test_a_body_of_an_unknown_operator_freezes_what_it_captures() -> None:
     model = graph(
         "(float[n,3] x, bool c) => (float[n,2] y)",
