@@ -17,6 +17,7 @@ import onnx_ir as ir
 from graphopt.analysis.units import Coupling
 from graphopt.errors import UsageError
 from graphopt.latency.measure import fill, model_times, table_of
+from graphopt.latency.passing import passing
 from graphopt.latency.precision import as_int8
 from graphopt.latency.shapes import sites
 from graphopt.latency.table import LatencyTable, load
@@ -35,8 +36,11 @@ TOLERANCE = 0.01
 SLACK = 0.03
 """Part of a ratio that may be left unspent without another round."""
 
-ROUNDS = 6
+ROUNDS = 8
 """Corrections at most."""
+
+NARROW = 0.004
+"""Fractions so close need no further round."""
 
 
 @dataclass
@@ -108,13 +112,32 @@ class LatencyBudget:
             before = sum(times.time(s.shape, s.widths) for s in sites(known, coupling))
             after = sum(times.time(s.shape, s.widths) for s in found)
             return cls(
-                latency_terms(times, found, after), before, after, 0, Path(table), known, feeds, target, integer, False
+                latency_terms(times, found, after, []),
+                before,
+                after,
+                0,
+                Path(table),
+                known,
+                feeds,
+                target,
+                integer,
+                False,
             )
         times, path = table_of(target)
         measured = fill(times, points, target, path=path, progress=progress)
         before, after = model_times([known, copy], target, feeds)
+        others = passing(known, coupling, {site.key for site in found})
         return cls(
-            latency_terms(times, found, after), before, after, measured, path, known, feeds, target, integer, True
+            latency_terms(times, found, after, others),
+            before,
+            after,
+            measured,
+            path,
+            known,
+            feeds,
+            target,
+            integer,
+            True,
         )
 
     def keep(self, ratio: float) -> float:
@@ -142,23 +165,27 @@ class LatencyBudget:
             The slowest candidate within the budget that was found, or the fastest of all if none is.
         """
         keep = min(1.0, self.keep(ratio))
+        limit = ratio * (1 + TOLERANCE)
         best: Settled[T] | None = None
-        tried: set[float] = set()
+        # (keep, measured): the most that met the limit, the least that missed it
+        within, beyond = (0.0, 0.0), (1.0, self.after / self.before)
         for _ in range(ROUNDS):
             choice = choose(keep)
             measured = self.ratio(build(choice))
             if measured is None:
                 return Settled(choice, None, keep)
             found = Settled(choice, measured, keep)
-            limit = ratio * (1 + TOLERANCE)
             if best is None or _better(measured, best.ratio or 0.0, limit):
                 best = found
             if ratio * (1 - SLACK) <= measured <= limit or (keep >= 1.0 and measured <= limit):
                 break
-            keep = min(1.0, round(keep * ratio / measured, 4))
-            if keep in tried or keep <= 0:
+            if measured <= limit:
+                within = max(within, (keep, measured))
+            else:
+                beyond = min(beyond, (keep, measured))
+            keep = _between(within, beyond, keep * ratio / measured, ratio)
+            if beyond[0] - within[0] < NARROW or not within[0] < keep < beyond[0]:
                 break
-            tried.add(keep)
         assert best is not None
         return best
 
@@ -190,6 +217,17 @@ class Settled(Generic[T]):
         if self.within(asked):
             return text
         return f"warning: {text}: {self.ratio - asked:.3f} above the budget, which no choice of units met"
+
+
+def _between(within: tuple[float, float], beyond: tuple[float, float], guess: float, ratio: float) -> float:
+    """The next fraction to try: in proportion while one side is unknown or agrees, else where the line between meets."""
+    (low, fast), (high, slow) = within, beyond
+    if low < guess < high and not (low and high < 1.0):
+        return round(guess, 4)
+    if slow <= fast:
+        return round((low + high) / 2, 4)
+    share = (ratio - fast) / (slow - fast)
+    return round(low + min(0.8, max(0.2, share)) * (high - low), 4)
 
 
 def _better(one: float, other: float, limit: float) -> bool:

@@ -1,17 +1,19 @@
-"""Latency as terms of work for the budget solver: the table's time of each layer, and a constant for all the rest.
+"""Latency as terms of work for the budget solver: the table's time of each layer, and the time of all the rest.
 
 The times of layers do not add up to the time of the model: there is work between them, and neighbours share caches.
-What the dense model takes beyond the sum counts as constant; where the sum is larger, it is scaled down.
+What the dense model takes beyond the sum is dealt out to the other nodes (`graphopt.latency.passing`); where the sum is
+larger, it is scaled down.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from graphopt.latency.shapes import Site
 from graphopt.latency.table import LatencyTable, Point, grid
 from graphopt.pruning.selection import Term, Vector
+from graphopt.pruning.work import Product
 
 
 @dataclass(frozen=True)
@@ -67,15 +69,19 @@ def points_of(sites: Sequence[Site], multiple: int) -> list[Point]:
     return list(found)
 
 
-def latency_terms(table: LatencyTable, sites: Sequence[Site], whole: float) -> list[Term]:
+def latency_terms(table: LatencyTable, sites: Sequence[Site], whole: float, others: Sequence[Product]) -> list[Term]:
     """Terms that add up to the time of the dense model.
 
     Args:
         table: complete for these layers.
         sites: the layers.
         whole: measured time of the dense model, in multiples of the reference's.
+        others: work of the other nodes, in any unit; none: what the layers leave is constant.
     """
     total = sum(table.time(site.shape, site.widths) for site in sites)
     scale = min(1.0, whole / total) if total else 1.0
     terms: list[Term] = [LayerTime(table, site, scale) for site in sites]
-    return [*terms, Constant(max(0.0, whole - total))]
+    rest, counted = max(0.0, whole - total), sum(o.work([a.shape[1] for a in o.axes]) for o in others)
+    if not counted:
+        return [*terms, Constant(rest)]
+    return [*terms, *(replace(o, coefficient=o.coefficient * rest / counted) for o in others)]

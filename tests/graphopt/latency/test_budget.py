@@ -10,6 +10,7 @@ from graphopt.analysis.units import analyse
 from graphopt.errors import DataError, UsageError
 from graphopt.latency import budget as module
 from graphopt.latency.budget import LatencyBudget
+from graphopt.latency.passing import passing
 from graphopt.latency.shapes import sites
 from graphopt.latency.table import LatencyTable
 from graphopt.latency.terms import latency_terms, points_of
@@ -32,16 +33,29 @@ def stair_table(model, block=4, integer=False):
 
 def test_terms_add_up_to_the_whole_and_follow_the_stairs():
     table, found = stair_table(redundant())
-    terms = latency_terms(table, found, whole=1000.0)
+    terms = latency_terms(table, found, 1000.0, [])
     assert sum(t.work(full_counts(t)) for t in terms) == pytest.approx(1000.0)
     hidden = next(t for t in terms if t.nodes == {"b"})  # 8 -> 12
     assert hidden.work([8, 12]) == 96
     assert hidden.work([8, 9]) == 96  # the same tread
     assert hidden.work([8, 8]) == hidden.work([5, 5]) == 64
     # where the layers take more than the whole, all are scaled, and nothing is left over
-    less = latency_terms(table, found, whole=100.0)
+    less = latency_terms(table, found, 100.0, [])
     assert sum(t.work(full_counts(t)) for t in less) == pytest.approx(100.0)
     assert less[-1].work([]) == 0
+
+
+def test_what_layers_leave_is_dealt_out_to_what_lies_between_them():
+    table, found = stair_table(redundant())
+    model = sized(redundant(), X)
+    others = passing(model, analyse(model), {site.key for site in found})
+    assert all(not o.nodes & {site.key for site in found} for o in others)
+    terms = latency_terms(table, found, 1000.0, others)
+    assert sum(t.work(full_counts(t)) for t in terms) == pytest.approx(1000.0)
+    relu = next(t for t in terms if t.nodes == {"c"})
+    full = full_counts(relu)
+    assert len(full) == 1  # its channels can go, its positions stay
+    assert relu.work([full[0] // 2]) == pytest.approx(relu.work(full) / 2)
 
 
 def of(model, path, **options):
@@ -113,3 +127,11 @@ def test_of_choices_on_stairs_the_slowest_within_the_budget_stands(measuring):
 def test_a_budget_out_of_reach_gives_the_fastest(measuring):
     settled = measuring(1.0).settle(0.3, lambda keep: max(keep, 0.5), lambda choice: choice)
     assert settled.ratio == pytest.approx(0.5)
+
+
+def test_choices_that_save_more_than_foreseen_are_taken_back_as_far_as_possible(measuring):
+    settled = measuring(1.0).settle(0.75, lambda keep: keep**2, lambda choice: choice)
+    assert 0.75 * 0.97 <= settled.ratio <= 0.75 * 1.01
+    # between two choices that lie on either side there is none
+    jump = measuring(1.0).settle(0.75, lambda keep: keep if keep > 0.8 else keep / 2, lambda choice: choice)
+    assert jump.ratio < 0.45
