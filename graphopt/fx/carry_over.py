@@ -2,7 +2,7 @@
 
 Parameters are followed by their uses: operand i of a node of the dense model is operand i of the same node of the
 pruned one, which may have another name there (a bias that took over constants). The node remembers which positions of
-each axis are left (`graphopt.analysis.remove`), and `Moved` tells which element of which parameter stands at each.
+each axis are left (`graphopt.analysis.parameters`), and `Moved` tells which element of which parameter stands at each.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.analysis import shapes
-from graphopt.analysis.remove import KEPT
+from graphopt.analysis.parameters import KEPT
 from graphopt.fx.layout import Moved
 
 Array = npt.NDArray[Any]

@@ -21,6 +21,7 @@ import onnx_ir as ir
 
 from graphopt.analysis import shapes
 from graphopt.analysis.dead_values import DeadValues
+from graphopt.analysis.folding import fold_constants
 from graphopt.analysis.labels import Axes, Factors
 from graphopt.analysis.remove import Removal
 from graphopt.analysis.rules import Accepts, CostView, Labeller, OpRule, Product, rule, where
@@ -157,7 +158,7 @@ class Convolution(OpRule):
         count = groups(node)
         if count == 1:
             if self.reads == 1 and self.folds:
-                r.fold_constants(node, source, 1, weight=self.weight, bias=self.bias)
+                fold_constants(r, node, source, 1, weight=self.weight, bias=self.bias)
             return
         mask = r.operand_mask(node, self.weight, 0)
         left = count if mask is None else int(mask.reshape(count, -1).any(axis=1).sum())

@@ -13,6 +13,7 @@ from graphopt.analysis import shapes
 from graphopt.analysis.dead_values import DeadValues
 from graphopt.analysis.remove import Removal
 from graphopt.analysis.rules import Labeller, OpRule, rule
+from graphopt.analysis.size_vectors import set_sizes
 
 _MOVING = {
     *("Identity", "Slice", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Expand", "Tile", "Gather"),
@@ -64,4 +65,4 @@ class ConstantOfShape(OpRule):
             d.set(node.outputs[0], axis, np.full(d.size(node.outputs[0], axis), _filling(node)))
 
     def rewrite(self, node: ir.Node, r: Removal) -> None:
-        r.set_sizes(node, 0)
+        set_sizes(r, node, 0)

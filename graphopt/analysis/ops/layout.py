@@ -20,6 +20,7 @@ from graphopt.analysis.labels import Axes
 from graphopt.analysis.movement import Array, Move, Movement, same
 from graphopt.analysis.remove import Removal
 from graphopt.analysis.rules import Labeller, rule
+from graphopt.analysis.size_vectors import set_sizes
 
 
 def _shapes(node: ir.Node) -> tuple[tuple[shapes.Dim, ...], tuple[shapes.Dim, ...]] | str:
@@ -90,7 +91,7 @@ class Reshape(Movement):
 
     def rewrite(self, node: ir.Node, r: Removal) -> None:
         if node.op_type == "Reshape":  # Flatten computes its sizes itself
-            r.set_sizes(node, 1)
+            set_sizes(r, node, 1)
 
 
 @rule
@@ -233,7 +234,7 @@ class Expand(_Copying):
         return [Move(a, (a + shift,), same) for a in axes if before[a] == after[a + shift]]
 
     def rewrite(self, node: ir.Node, r: Removal) -> None:
-        r.set_sizes(node, 1)
+        set_sizes(r, node, 1)
 
 
 @rule

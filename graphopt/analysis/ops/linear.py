@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from graphopt.analysis import shapes
 from graphopt.analysis.dead_values import DeadValues, Floats, elementwise_value
+from graphopt.analysis.folding import fold_constants
 from graphopt.analysis.labels import Axes
 from graphopt.analysis.remove import Removal
 from graphopt.analysis.rules import CostView, Labeller, OpRule, Product, Role, rule, where
@@ -100,7 +101,7 @@ class Gemm(OpRule):
         if not ta and source is not None and shapes.constant_tensor(node.inputs[1]) is not None:
             alpha = float(node.attributes.get_float("alpha", 1.0) or 0.0)
             beta = float(node.attributes.get_float("beta", 1.0) or 0.0)
-            r.fold_constants(node, source, 1, weight=1, bias=2, transposed=not tb, alpha=alpha, beta=beta)
+            fold_constants(r, node, source, 1, weight=1, bias=2, transposed=not tb, alpha=alpha, beta=beta)
 
 
 def _batch(axis: int, rank: int, a_rank: int, b_rank: int) -> dict[int, int]:
@@ -195,4 +196,4 @@ class MatMul(OpRule):
         source, size = node.inputs[0], shapes.sizes(node.inputs[1])
         if source is not None and size is not None and len(size) == 2:
             rank = len(shapes.dims(source) or ())
-            r.fold_constants(node, source, rank - 1, weight=1, bias=None, transposed=True)
+            fold_constants(r, node, source, rank - 1, weight=1, bias=None, transposed=True)

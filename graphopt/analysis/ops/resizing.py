@@ -8,6 +8,7 @@ from graphopt.analysis import shapes
 from graphopt.analysis.dead_values import DeadValues
 from graphopt.analysis.remove import Removal
 from graphopt.analysis.rules import Labeller, OpRule, rule, where
+from graphopt.analysis.size_vectors import set_sizes
 
 
 def _sized(node: ir.Node, rank: int) -> list[int]:
@@ -54,7 +55,7 @@ class Resize(OpRule):
     def rewrite(self, node: ir.Node, r: Removal) -> None:
         rank = len(shapes.dims(node.outputs[0]) or ())
         if node.op_type == "Resize" and rank:
-            r.set_sizes(node, 3, _sized(node, rank))
+            set_sizes(r, node, 3, _sized(node, rank))
 
 
 @rule

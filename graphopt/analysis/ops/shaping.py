@@ -12,6 +12,7 @@ import onnx_ir as ir
 from graphopt.analysis import shapes
 from graphopt.analysis.remove import Removal
 from graphopt.analysis.rules import Labeller, OpRule, rule, where
+from graphopt.analysis.size_vectors import pin_output
 
 
 @rule
@@ -35,7 +36,7 @@ class Shape(OpRule):
         stop = node.attributes.get_int("end", len(shape))
         listed = list(range(len(shape)))[slice(start, stop)]
         dense = {place: r.size(source, axis) for place, axis in enumerate(listed) if r.shortened(source, axis)}
-        r.pin_output(node, {place: size for place, size in dense.items() if size is not None}, len(listed))
+        pin_output(r, node, {place: size for place, size in dense.items() if size is not None}, len(listed))
 
 
 @rule

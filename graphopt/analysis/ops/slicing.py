@@ -19,6 +19,7 @@ from graphopt.analysis.movement import Array, Move, Movement, same, taking
 from graphopt.analysis.padding import feeds_norm
 from graphopt.analysis.remove import Removal
 from graphopt.analysis.rules import Labeller, OpRule, rule, where
+from graphopt.analysis.size_vectors import set_entries
 
 _END = np.iinfo(np.int64).max
 
@@ -99,8 +100,8 @@ class Slice(Movement):
                 listed = list(node.attributes.get_ints(name, ()) or ())
                 node.attributes.add(ir.AttrInt64s(name, [columns[name].get(k, v) for k, v in enumerate(listed)]))
         else:
-            r.set_entries(node, 1, columns["starts"], len(order))
-            r.set_entries(node, 2, columns["ends"], len(order))
+            set_entries(r, node, 1, columns["starts"], len(order))
+            set_entries(r, node, 2, columns["ends"], len(order))
             kind = (node.inputs[1].dtype if node.inputs[1] is not None else None) or ir.DataType.INT64
             if len(node.inputs) < 4 or node.inputs[3] is None:
                 r.set_input(node, 3, np.asarray(order, dtype=kind.numpy()))
