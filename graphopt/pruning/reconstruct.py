@@ -37,14 +37,11 @@ from graphopt.progress import Progress
 from graphopt.pruning.blockwise import Block, Descent, block_before
 from graphopt.pruning.families import Candidates, alive_channels, columns_of, rows_of
 from graphopt.pruning.layers import Layer, layers_of
+from graphopt.pruning.targets import Target, target_of
 from graphopt.pruning.walk import Walk
-from graphopt.rewriting.edit import is_onnx
-
-Array = npt.NDArray[Any]
 
 ROWS = 1 << 18
 """Observations per layer; regularly thinned where there are more."""
-
 
 DESCENT_STEPS = 4
 """Steps of the first layer of a block; the second one is refitted after each."""
@@ -54,19 +51,6 @@ DESCENT_SAMPLES = 512
 
 PARTS = 8
 """Batches at least, where there are as many samples: alternate ones are the halves of the validation."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """What a layer is fitted to.
-
-    Attributes:
-        total: name of the tensor that is compared: the layer's output, or the sum that it enters.
-        relu: only what is above zero counts.
-    """
-
-    total: str
-    relu: bool
 
 
 @dataclass
@@ -95,8 +79,14 @@ class Plan:
         dense: the model as it was.
         model: the model to refit, in place: of the same nodes and shapes.
         coupling: analysis of the dense model.
-        families: candidates, and how many units of each go (`removed`) in which order (`order`).
+        families: candidates.
+        removed: ids of the units that go, by family.
+        calibration: the data.
         mode: "ls": weights and biases; "mean": only biases, by the means of what goes.
+        samples: how many at most; None: all.
+        threads: of the runtime.
+        progress: told of every layer.
+        reselect: choose dead units anew where one layer alone reads their family.
         sweeps: how often; from the second on, all refits know where a Relu forgives.
         blockwise: move layers before a cut as well (`graphopt.pruning.blockwise`).
         touched: keys of layers to refit although nothing that they read has changed (`graphopt.pruning.branches`).
@@ -138,7 +128,7 @@ def reconstruct(plan: Plan) -> Outcome:
         )
         for number, layer in enumerate(work):
             plan.progress.step("reconstructing layers", sweep * len(work) + number, plan.sweeps * len(work))
-            target = _target(layer, {k.linear.node for k in work[number + 1 :]})
+            target = target_of(layer, {k.linear.node for k in work[number + 1 :]})
             _refit(plan, layer, target, before, after, outcome, again=sweep > 0)
             _pass_by(layer, nodes, before, after)
     if plan.blockwise and plan.mode == "ls":
@@ -180,7 +170,7 @@ def _refine(
         block = blocks.get(layer.key)
         last = layer if block is None else block.second
         later = {k.linear.node for k in work[1 + work.index(last) :]} if last in work else set()
-        target = _target(last, later)
+        target = target_of(last, later)
         if block is not None:
             outputs, inputs = (alive_channels(plan.coupling, layer, outcome.dead, outputs=o) for o in (True, False))
             descent = Descent(block, outputs, inputs, min(few, plan.calibration.samples or few))
@@ -224,43 +214,6 @@ def _disturbed(model: ir.Model, coupling: Coupling, dead: set[int], touched: fro
         if own or fed:
             found.add(node)
     return found
-
-
-def _target(layer: Layer, unfitted: set[ir.Node]) -> Target:
-    """Follow the output through sums whose other side is final, to the Relu behind them if there is one."""
-    value = layer.linear.output
-    while True:
-        uses = list(value.uses())
-        if len(uses) != 1 or value.is_graph_output():
-            break
-        node = uses[0].node
-        if not is_onnx(node, "Add") or node.graph is not layer.linear.node.graph:
-            break
-        other = node.inputs[1 - uses[0].idx]
-        if other is None or other is value or not _same_shape(other, value) or _depends(other, unfitted):
-            break
-        value = node.outputs[0]
-    uses = list(value.uses())
-    relu = bool(uses) and not value.is_graph_output() and all(is_onnx(u.node, "Relu") for u in uses)
-    return Target(value.name or "", relu)
-
-
-def _same_shape(one: ir.Value, other: ir.Value) -> bool:
-    return one.shape is not None and one.shape == other.shape
-
-
-def _depends(value: ir.Value, nodes: set[ir.Node]) -> bool:
-    seen: set[ir.Node] = set()
-    pending = [value.producer()]
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        if node in nodes:
-            return True
-        seen.add(node)
-        pending += [v.producer() for v in node.inputs if v is not None]
-    return False
 
 
 def _refit(

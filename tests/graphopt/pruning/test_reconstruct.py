@@ -11,21 +11,22 @@ from graphopt.pipeline.clone import private_clone
 from graphopt.progress import Silent
 from graphopt.pruning.families import candidates
 from graphopt.pruning.layers import layers_of
-from graphopt.pruning.reconstruct import Plan, Target, _target, reconstruct
+from graphopt.pruning.reconstruct import Plan, reconstruct
+from graphopt.pruning.targets import Target, target_of
 
 X = np.random.default_rng(5).normal(size=(32, 3, 8, 8)).astype(np.float32)
 
 
 def test_targets_follow_the_sum_and_see_the_relu():
     layers, _ = layers_of(redundant())
-    assert _target(layers["b"], set()) == Target("b", relu=True)
-    assert _target(layers["d"], set()) == Target("e", relu=True)
-    assert _target(layers["y"], set()) == Target("y", relu=False)
+    assert target_of(layers["b"], set()) == Target("b", relu=True)
+    assert target_of(layers["d"], set()) == Target("e", relu=True)
+    assert target_of(layers["y"], set()) == Target("y", relu=False)
 
 
 def test_a_sum_with_an_unfinished_branch_is_no_target():
     layers, _ = layers_of(redundant())
-    assert _target(layers["d"], {layers["a"].linear.node}) == Target("d", relu=False)
+    assert target_of(layers["d"], {layers["a"].linear.node}) == Target("d", relu=False)
 
 
 def error_after(units_of, mode, reselect=False, samples=None):
