@@ -220,7 +220,7 @@ class Settled(Generic[T]):
 
 
 def _between(within: tuple[float, float], beyond: tuple[float, float], guess: float, ratio: float) -> float:
-    """The next fraction to try: in proportion while one side is unknown or agrees, else where the line between meets."""
+    """The next fraction to try: in proportion while one side is unknown, else where the line between both meets."""
     (low, fast), (high, slow) = within, beyond
     if low < guess < high and not (low and high < 1.0):
         return round(guess, 4)

@@ -1,8 +1,8 @@
 """Work between the layers: activations, norms, softmax, copies, which shrink and vanish with what they work on.
 
-A node that is no linear layer costs what it writes: a number per element, whatever the operator. That is rough, and only
-deals out what the layers of a measured model leave of its time; the whole model is measured again once it is chosen. But
-without it, erasing an attention branch would seem to save its projections and nothing else.
+A node that is no linear layer costs what it writes: a number per element, whatever the operator. That is rough, and
+only deals out what the layers of a measured model leave of its time; the whole model is measured again once it is
+chosen. But without it, erasing an attention branch would seem to save its projections and nothing else.
 """
 
 from __future__ import annotations
