@@ -125,11 +125,14 @@ class Coupling:
         value = node.inputs[index]
         return self.axis_units(value.name or "", axis) if value is not None else ()
 
-    def ending(self, sink: Sink, node: ir.Node) -> Factors:
-        """Unit ids by position that end in a sink, a place at this node."""
+    def ending(self, sink: Sink) -> Factors:
+        """Unit ids by position that end in a sink."""
         if sink.factors:
             return self.solution.units(sink.factors)
-        return self.operand_units(node, sink.index, sink.axis)
+        use = self._use_of.get((sink.node, sink.index))
+        if use is not None:
+            return self.solution.units(use.axes.get(sink.axis, ()))
+        return self.axis_units(sink.value, sink.axis)
 
     @cached_property
     def _use_of(self) -> dict[tuple[str, int], Use]:
@@ -166,7 +169,7 @@ class Coupling:
                 if sink.accepts == "anything":
                     continue
                 held = values.operand(nodes[sink.node], sink.index, sink.axis)
-                for vector in self.ending(sink, nodes[sink.node]):
+                for vector in self.ending(sink):
                     if held is None or sink.accepts == "none":
                         bad = np.ones(len(vector), dtype=bool)
                     else:

@@ -1,4 +1,4 @@
-"""Families of units: those that occupy the same axes of the same parameters, so that they compete with each other.
+"""Families of units: those of one kind on the same axes of the same parameters, so that they compete with each other.
 
 Also which linear layers read a family, and which of its units may be considered at all: units that some operator cannot
 do without are left out, unless that operator is a layer whose weights are refitted afterwards.
@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 import numpy as np
 import numpy.typing as npt
 
+from graphopt.analysis.members import Mode
 from graphopt.analysis.rules import Sink
 from graphopt.analysis.units import Coupling, Unit
 from graphopt.pruning.layers import Layer
@@ -23,7 +24,7 @@ Indices = npt.NDArray[np.intp]
 
 @dataclass(frozen=True)
 class Candidates:
-    """Units with the same signature.
+    """Units of one kind on the same axes of the same parameters.
 
     Attributes:
         name: the parameter axis that makes most of them, for messages.
@@ -50,14 +51,12 @@ def candidates(
         refitted: True: layers are refitted without the dead inputs, whatever these hold.
 
     Returns:
-        Families in graph order, and a sentence for every reason for which units were left out.
-
-    Raises:
-        KeyError: never; an exclusion that matches nothing is reported in the notes.
+        Families in graph order, and a sentence for every reason for which units were left out and every exclusion that
+        matches nothing.
     """
     barred = _excluded(coupling, exclude)
     unsafe = _unsafe(coupling, layers if refitted else {})
-    groups: dict[frozenset[tuple[str, int]], list[Unit]] = {}
+    groups: dict[tuple[Mode, frozenset[tuple[str, int]]], list[Unit]] = {}
     reasons: dict[str, int] = {}
     out = 0
     for unit in coupling.units:
@@ -66,7 +65,8 @@ def candidates(
         elif unit.id in unsafe:
             reasons[unsafe[unit.id]] = reasons.get(unsafe[unit.id], 0) + 1
         else:
-            groups.setdefault(frozenset((m.parameter, m.axis) for m in unit.members), []).append(unit)
+            axes = frozenset((m.parameter, m.axis) for m in unit.members)
+            groups.setdefault((unit.mode, axes), []).append(unit)
     notes = [f"{out} units excluded by {', '.join(exclude)}"] if out else []
     notes += [f"warning: exclude={glob} matches nothing" for glob in exclude if not _matches(coupling, [glob])]
     notes += [f"{count} units left out, because removing them is not exact: {why}" for why, count in reasons.items()]
@@ -82,7 +82,7 @@ def candidates(
 
 def columns_of(coupling: Coupling, layer: Layer, group: int, units: Sequence[int]) -> list[Indices]:
     """For each unit the columns of one group of a layer that go with it."""
-    axis = coupling.axis_units(layer.source, _input_axis(coupling, layer))
+    axis = coupling.axis_units(layer.source, _input_axis(layer))
     per_group = layer.linear.inputs // layer.groups
     mine = [f[group * per_group : (group + 1) * per_group] for f in axis]
     offsets = np.arange(layer.kernel)
@@ -96,7 +96,7 @@ def columns_of(coupling: Coupling, layer: Layer, group: int, units: Sequence[int
 
 def rows_of(coupling: Coupling, layer: Layer, group: int, units: Sequence[int]) -> list[Indices]:
     """For each unit the rows (outputs) of one group of a layer that go with it."""
-    axis = coupling.axis_units(layer.output, _output_axis(coupling, layer))
+    axis = coupling.axis_units(layer.output, _output_axis(layer))
     per_group = layer.linear.outputs // layer.groups
     mine = [f[group * per_group : (group + 1) * per_group] for f in axis]
     if not mine:
@@ -108,7 +108,7 @@ def alive_channels(coupling: Coupling, layer: Layer, dead: Collection[int], *, o
     """Which input or output channels of a layer are left when `dead` is gone."""
     count = layer.linear.outputs if outputs else layer.linear.inputs
     name = layer.output if outputs else layer.source
-    axis = _output_axis(coupling, layer) if outputs else _input_axis(coupling, layer)
+    axis = _output_axis(layer) if outputs else _input_axis(layer)
     gone = np.fromiter(dead, dtype=np.int64, count=len(dead))
     alive = np.ones(count, dtype=bool)
     for factor in coupling.axis_units(name, axis):
@@ -116,11 +116,11 @@ def alive_channels(coupling: Coupling, layer: Layer, dead: Collection[int], *, o
     return alive
 
 
-def _input_axis(coupling: Coupling, layer: Layer) -> int:
+def _input_axis(layer: Layer) -> int:
     return _axis(layer, len(layer.linear.input.shape or ()))
 
 
-def _output_axis(coupling: Coupling, layer: Layer) -> int:
+def _output_axis(layer: Layer) -> int:
     return _axis(layer, len(layer.linear.output.shape or ()))
 
 
@@ -137,8 +137,7 @@ def _readers(coupling: Coupling, layers: dict[str, Layer]) -> dict[int, tuple[li
     """For each unit the layers that read it and the other places where it ends."""
     reads: dict[int, tuple[list[str], list[Sink]]] = {}
     for sink in coupling.sinks:
-        vectors = coupling.axis_units(sink.value, sink.axis)
-        for unit in {int(u) for vector in vectors for u in np.unique(vector)} - {0}:
+        for unit in {int(u) for vector in coupling.ending(sink) for u in np.unique(vector)} - {0}:
             keys, others = reads.setdefault(unit, ([], []))
             if _read_by_layer(sink, layers):
                 keys.append(sink.node)

@@ -2,6 +2,7 @@
 
 import numpy as np
 from redundant_net import redundant
+from text_graph import graph
 
 from graphopt.analysis.units import analyse
 from graphopt.pruning.families import alive_channels, candidates, columns_of, rows_of
@@ -47,3 +48,30 @@ def test_alive_channels():
     np.testing.assert_array_equal(np.flatnonzero(~alive_channels(coupling, layers["d"], dead, outputs=False)), [3, 7])
     np.testing.assert_array_equal(np.flatnonzero(~alive_channels(coupling, layers["b"], dead, outputs=True)), [3, 7])
     assert alive_channels(coupling, layers["b"], dead, outputs=False).all()
+
+
+def shuffled():
+    """Channels in 3 groups of 4: the weights of `a` are cut by groups and by places within them, on one axis."""
+    return graph(
+        "(float[n, 4, 6, 6] x) => (float[n, 3, 6, 6] y)",
+        """
+        a = Conv (x, w, b)
+        g = Reshape (a, split)
+        t = Transpose <perm = [0, 2, 1, 3, 4]> (g)
+        r = Reshape (t, join)
+        y = Conv (r, wy, by)
+        """,
+        w=(12, 4, 1, 1), b=(12,), wy=(3, 12, 1, 1), by=(3,),
+        split=np.array([0, 3, 4, 6, 6]), join=np.array([0, 12, 6, 6]),
+    )  # fmt: skip
+
+
+def test_units_of_two_kinds_on_one_axis_are_two_families():
+    model = shuffled()
+    coupling = analyse(model)
+    families, _ = candidates(coupling, layers_of(model)[0], (), refitted=True)
+    kinds = [{coupling.units[u - 1].mode for u in f.units} for f in families]
+    assert sorted((*kind, len(f.units)) for kind, f in zip(kinds, families, strict=True)) == [
+        ("group", 3),
+        ("group_channel", 4),
+    ]
