@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from graphopt.pruning.decision import Decision
     from graphopt.pruning.erasing import Eraser
     from graphopt.pruning.families import Candidates
-    from graphopt.pruning.layers import Layer
     from graphopt.pruning.selection import Erasures, Family, Term
     from graphopt.pruning.turning import Turned
+    from graphopt.rewriting.layers import Layer
 
 BUDGETS = {
     "macs": "multiply-accumulates",
@@ -112,9 +112,9 @@ class Prune(Pass):
         """See the class."""
         from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
-        from graphopt.pruning.layers import drop_zero_biases, give_biases
         from graphopt.rewriting.centring import restore_layer_norms
         from graphopt.rewriting.edit import Names, allow_private_initializers
+        from graphopt.rewriting.layers import drop_zero_biases, give_biases
         from graphopt.rewriting.prepare import prepare
 
         result = PassResult(changed=True)
@@ -159,7 +159,7 @@ class _Run:
     ) -> None:
         from graphopt.analysis.units import analyse
         from graphopt.pruning.families import candidates
-        from graphopt.pruning.layers import layers_of
+        from graphopt.rewriting.layers import layers_of
 
         self.options, self.model, self.ctx, self.result = options, model, ctx, result
         self.score, self.reconstruct = score, reconstruct

@@ -27,7 +27,6 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.analysis.rules import node_key
-from graphopt.pruning.layers import Layer, layers_of
 from graphopt.rewriting.edit import (
     Names,
     bodies,
@@ -39,6 +38,7 @@ from graphopt.rewriting.edit import (
     replace_value,
     sole_use,
 )
+from graphopt.rewriting.layers import Layer, layers_of
 
 IDEMPOTENT = ("Relu", "Clip")
 

@@ -13,8 +13,8 @@ from graphopt.pipeline.clone import private_clone
 from graphopt.pruning.branches import Branch
 from graphopt.pruning.erasing import Eraser
 from graphopt.pruning.families import Candidates, candidates
-from graphopt.pruning.layers import Layer, layers_of
 from graphopt.pruning.selection import Choice, Family
+from graphopt.rewriting.layers import Layer, layers_of
 
 
 @dataclass(frozen=True)

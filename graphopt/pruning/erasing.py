@@ -31,10 +31,10 @@ from graphopt.pipeline.clone import private_clone
 from graphopt.progress import Progress
 from graphopt.pruning.branches import Branch, Erased, erase, find_branches, in_graph_order
 from graphopt.pruning.families import Candidates
-from graphopt.pruning.layers import layers_of
 from graphopt.pruning.selection import Erasures, Term
 from graphopt.pruning.work import full_counts, readers_of
 from graphopt.quantization.sensitivity import Reference
+from graphopt.rewriting.layers import layers_of
 
 Floats = npt.NDArray[np.float64]
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from graphopt.analysis.members import Mode
 from graphopt.analysis.rules import Sink
 from graphopt.analysis.units import Coupling, Unit
-from graphopt.pruning.layers import Layer
+from graphopt.rewriting.layers import Layer
 
 Indices = npt.NDArray[np.intp]
 

@@ -22,9 +22,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.analysis.rules import node_key
-from graphopt.pruning.layers import Layer
 from graphopt.pruning.routes import Stop, carried, stops
 from graphopt.rewriting.edit import constant, is_onnx
+from graphopt.rewriting.layers import Layer
 
 Array = npt.NDArray[Any]
 Channels = npt.NDArray[np.int64]

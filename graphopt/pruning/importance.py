@@ -26,9 +26,9 @@ from graphopt.numerics.moments import Moments
 from graphopt.numerics.obs import Elimination
 from graphopt.progress import Progress
 from graphopt.pruning.families import Candidates, columns_of, rows_of
-from graphopt.pruning.layers import Layer, layers_of
 from graphopt.pruning.scores import norms_of_units
 from graphopt.pruning.selection import Family
+from graphopt.rewriting.layers import Layer, layers_of
 
 Floats = npt.NDArray[np.float64]
 

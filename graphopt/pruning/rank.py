@@ -12,9 +12,9 @@ from graphopt.analysis.units import Coupling
 from graphopt.base import Context
 from graphopt.pruning.families import Candidates
 from graphopt.pruning.importance import Setting, by_reconstruction
-from graphopt.pruning.layers import Layer
 from graphopt.pruning.scores import at_random, by_fluctuation, by_value, by_weight
 from graphopt.pruning.selection import Family
+from graphopt.rewriting.layers import Layer
 
 BY_WEIGHT = ("l2", "l1", "lamp", "fpgm")
 NEED_DATA = ("obs", "flap", "taylor")

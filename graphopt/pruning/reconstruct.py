@@ -36,9 +36,9 @@ from graphopt.numerics.obs import Elimination
 from graphopt.progress import Progress
 from graphopt.pruning.blockwise import Block, Descent, block_before
 from graphopt.pruning.families import Candidates, alive_channels, columns_of, rows_of
-from graphopt.pruning.layers import Layer, layers_of
 from graphopt.pruning.targets import Target, target_of
 from graphopt.pruning.walk import Walk
+from graphopt.rewriting.layers import Layer, layers_of
 
 ROWS = 1 << 18
 """Observations per layer; regularly thinned where there are more."""

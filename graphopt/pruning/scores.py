@@ -27,8 +27,8 @@ from graphopt.analysis.units import Coupling
 from graphopt.calibration import Calibration, activations
 from graphopt.numerics.moments import Moments
 from graphopt.pruning.families import Candidates, columns_of
-from graphopt.pruning.layers import Layer
 from graphopt.pruning.selection import Family
+from graphopt.rewriting.layers import Layer
 
 Floats = npt.NDArray[np.float64]
 

@@ -16,7 +16,7 @@ from graphopt.numerics.moments import Moments
 from graphopt.numerics.product import Basis, product_basis
 from graphopt.pruning.families import alive_channels
 from graphopt.pruning.heads import Head, Part, find_heads
-from graphopt.pruning.layers import Layer
+from graphopt.rewriting.layers import Layer
 
 Floats = npt.NDArray[np.float64]
 

@@ -1,7 +1,7 @@
 """Layers whose weights can become sparse, as matrices whose groups run along the input channels.
 
 Kernels that skip zeros want the N of M along the input channels, the kernel position fixed: the columns of a
-convolution are ordered tap by tap here, not channel by channel as in `graphopt.pruning.layers`.
+convolution are ordered tap by tap here, not channel by channel as in `graphopt.rewriting.layers`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import onnx_ir as ir
 
 from graphopt.base import Skip
 from graphopt.numerics.sparsity.patterns import Pattern
-from graphopt.pruning.layers import Layer, layers_of
 from graphopt.rewriting.edit import allow_private_initializers, freeze_note, freeze_overridable
+from graphopt.rewriting.layers import Layer, layers_of
 
 Floats = npt.NDArray[np.float64]
 

@@ -20,8 +20,8 @@ from graphopt.latency.table import LatencyTable
 from graphopt.latency.terms import points_of
 from graphopt.passes.prune import Prune
 from graphopt.progress import Silent
-from graphopt.pruning.layers import drop_zero_biases, give_biases
 from graphopt.pruning.work import sized
+from graphopt.rewriting.layers import drop_zero_biases, give_biases
 from graphopt.target import Target
 
 TARGET = Target("test", "ort", channel_multiple=1)

@@ -12,9 +12,9 @@ from graphopt.pipeline.clone import private_clone
 from graphopt.progress import Silent
 from graphopt.pruning.blockwise import Descent, block_before
 from graphopt.pruning.families import candidates
-from graphopt.pruning.layers import layers_of
 from graphopt.pruning.reconstruct import Plan, reconstruct
 from graphopt.pruning.walk import Walk
+from graphopt.rewriting.layers import layers_of
 
 
 def two_layers(activation="Relu", seed=0):

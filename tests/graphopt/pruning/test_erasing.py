@@ -14,9 +14,9 @@ from graphopt.pruning.branches import Erased
 from graphopt.pruning.decision import Decision, built, regroup, translate
 from graphopt.pruning.erasing import Eraser, Writer, as_erasures, savings, writers
 from graphopt.pruning.families import candidates
-from graphopt.pruning.layers import layers_of
 from graphopt.pruning.selection import Choice
 from graphopt.pruning.work import mac_terms
+from graphopt.rewriting.layers import layers_of
 
 
 def eraser_of(model, **options):

@@ -6,7 +6,7 @@ from text_graph import graph
 
 from graphopt.analysis.units import analyse
 from graphopt.pruning.families import alive_channels, candidates, columns_of, rows_of
-from graphopt.pruning.layers import layers_of
+from graphopt.rewriting.layers import layers_of
 
 
 def setup(exclude=(), refitted=True):

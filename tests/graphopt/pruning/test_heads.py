@@ -7,8 +7,8 @@ import pytest
 from graphopt.executor import Session
 from graphopt.pipeline.clone import private_clone
 from graphopt.pruning.heads import find_heads
-from graphopt.pruning.layers import layers_of
 from graphopt.pruning.turning import turn_heads
+from graphopt.rewriting.layers import layers_of
 
 
 def heads_of(model):

@@ -9,7 +9,7 @@ from graphopt.executor import Session
 from graphopt.progress import Silent
 from graphopt.pruning.families import candidates
 from graphopt.pruning.importance import Setting, by_reconstruction, silence
-from graphopt.pruning.layers import layers_of
+from graphopt.rewriting.layers import layers_of
 
 
 @pytest.fixture(scope="module")

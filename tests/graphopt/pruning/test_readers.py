@@ -13,8 +13,8 @@ from graphopt.pipeline.clone import private_clone
 from graphopt.progress import Silent
 from graphopt.pruning.families import candidates
 from graphopt.pruning.importance import Setting, by_reconstruction, silence
-from graphopt.pruning.layers import layers_of
 from graphopt.pruning.reconstruct import Plan, reconstruct
+from graphopt.rewriting.layers import layers_of
 
 RANDOM = np.random.default_rng(11)
 IMAGES = {"x": (RANDOM.normal(size=(96, 4, 6, 6)) @ RANDOM.normal(size=(6, 6))).astype(np.float32)}

@@ -10,9 +10,9 @@ from graphopt.executor import Session
 from graphopt.pipeline.clone import private_clone
 from graphopt.progress import Silent
 from graphopt.pruning.families import candidates
-from graphopt.pruning.layers import layers_of
 from graphopt.pruning.reconstruct import Plan, reconstruct
 from graphopt.pruning.targets import Target, target_of
+from graphopt.rewriting.layers import layers_of
 
 X = np.random.default_rng(5).normal(size=(32, 3, 8, 8)).astype(np.float32)
 

@@ -7,8 +7,8 @@ from text_graph import graph
 
 from graphopt.analysis.units import analyse
 from graphopt.pruning.families import candidates
-from graphopt.pruning.layers import layers_of
 from graphopt.pruning.scores import at_random, by_fluctuation, by_value, by_weight
+from graphopt.rewriting.layers import layers_of
 
 
 class Net:

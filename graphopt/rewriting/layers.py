@@ -19,7 +19,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.numerics.patches import Window, channel_columns, patch_chunks, spread
-from graphopt.rewriting.edit import constant, is_onnx
+from graphopt.rewriting.edit import Names, constant, is_onnx, new_initializer
 from graphopt.rewriting.linear import Linear, linear_view
 
 Array = npt.NDArray[Any]
@@ -146,8 +146,6 @@ class Layer:
 
     def add_bias(self, bias: Float64) -> None:
         """Give a Conv or Gemm without a bias one, (outputs,), of the weight's type."""
-        from graphopt.rewriting.edit import Names, new_initializer
-
         node = self.linear.node
         graph = node.graph
         weight = constant(node.inputs[1])

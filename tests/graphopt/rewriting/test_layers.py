@@ -5,7 +5,7 @@ import onnx_ir as ir
 import pytest
 
 from graphopt.executor import Session
-from graphopt.pruning.layers import layers_of
+from graphopt.rewriting.layers import layers_of
 
 RNG = np.random.default_rng(0)
 
