@@ -95,7 +95,7 @@ def plan(
     """
     skipped: list[Skip] = []
     units = _candidates(model, scheme, exclude, in_float, skipped)
-    _shrink_to_islands(model.graph, units, skipped)
+    _shrink_to_islands(model.graph, units)
     _decide_outputs(model.graph, units)
     return Plan(units, _roots(model.graph, units), skipped)
 
@@ -113,7 +113,7 @@ def _candidates(
         key = name_of(node.outputs[0])
         if key in in_float:
             continue
-        reason = _excluded(node, exclude) or _unfit(node, rule, ops)
+        reason = _excluded(node, exclude) or _unfit(node, ops)
         unit = None if reason else _unit(node, rule, key)
         if unit is None:
             # A connecting node in float is no news; a compute node is.
@@ -139,7 +139,7 @@ def _excluded(node: ir.Node, exclude: tuple[str, ...]) -> str | None:
     return None
 
 
-def _unfit(node: ir.Node, rule: Rule, ops: Collection[str]) -> str | None:
+def _unfit(node: ir.Node, ops: Collection[str]) -> str | None:
     """Why the node has no integer kernel, whatever its neighbours; None where it has."""
     if node.op_type not in ops:
         return f"the target has no integer kernel for {node.op_type}"
@@ -284,7 +284,7 @@ def _readers(values: dict[str, ir.Value], unit: Unit, units: dict[str, Unit]) ->
                 yield reader
 
 
-def _shrink_to_islands(graph: ir.Graph, units: dict[str, Unit], skipped: list[Skip]) -> None:
+def _shrink_to_islands(graph: ir.Graph, units: dict[str, Unit]) -> None:
     """Take away connecting units that no integer tensor enters or that no integer kernel reads, to the fixpoint."""
     values = _values(graph)
     nodes = {key: values[key].producer() for key in units}
