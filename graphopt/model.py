@@ -18,7 +18,7 @@ from graphopt.files import checks, writer
 from graphopt.files import shape_inference as shapes
 from graphopt.files.external_data import DataFiles
 from graphopt.files.proto_checks import check_proto
-from graphopt.files.weights import MappedTensor, all_graphs, exchange_tensors, model_tensors
+from graphopt.files.weights import MappedTensor, exchange_tensors, model_tensors
 
 if TYPE_CHECKING:
     import onnx
@@ -168,18 +168,3 @@ def fix_dims(model: ir.Model, sizes: Mapping[str, int]) -> None:
 def weight_bytes(model: ir.Model) -> int:
     """Bytes of all stored tensors, each counted once however often it is used."""
     return sum({id(t): t.nbytes for _, t in model_tensors(model) if t.dtype != ir.DataType.STRING}.values())
-
-
-def fresh_name(model: ir.Model, wish: str) -> str:
-    """A name that no value and no node of the model has: `wish` itself, or `wish_1`, `wish_2`, ..."""
-    taken: set[str | None] = set()
-    for graph in all_graphs(model):
-        taken.update(value.name for value in [*graph.inputs, *graph.initializers.values()])
-        for node in graph:
-            taken.add(node.name)
-            taken.update(value.name for value in node.outputs)
-    name, count = wish, 0
-    while name in taken:
-        count += 1
-        name = f"{wish}_{count}"
-    return name

@@ -269,13 +269,6 @@ def test_weight_bytes_counts_shared_tensors_once(tmp_path):
     assert models.weight_bytes(model) == (4 * 400 + 400 * 3) * 4
 
 
-def test_fresh_name(tmp_path):
-    model = models.load(write(small_proto(), tmp_path / "m.onnx"))
-    assert models.fresh_name(model, "new") == "new"
-    assert models.fresh_name(model, "w") == "w_1"
-    assert models.fresh_name(model, "first") == "first_1"
-
-
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, np.int64, np.bool_, np.uint8])
 @pytest.mark.parametrize("offset", [0, 64, 3])
 def test_mapped_tensor_reads_what_was_written(tmp_path, dtype, offset):
