@@ -58,7 +58,7 @@ def shuffle_ending_in(last: ir.Node) -> Shuffle | None:
     before, split, after = _shape(first.inputs[0]), _shape(first.outputs[0]), _shape(last.outputs[0])
     if before is None or split is None or after is None or not _same(before, after):
         return None
-    order = list(middle.attributes.get_ints("perm", None) or range(len(split))[::-1])
+    order = list(middle.attributes.get_ints("perm", ()) or range(len(split))[::-1])
     more = len(split) - len(before)
     for axis, size in enumerate(before):
         parts = [d for d in split[axis : axis + more + 1] if isinstance(d, int)]

@@ -22,7 +22,7 @@ import onnx_ir as ir
 from graphopt.analysis import shapes
 from graphopt.analysis.dead_values import DeadValues
 from graphopt.analysis.folding import fold_constants
-from graphopt.analysis.labels import Axes, Factors
+from graphopt.analysis.labels import Axes, Factors, Vector
 from graphopt.analysis.remove import Removal
 from graphopt.analysis.rules import Accepts, CostView, Labeller, OpRule, Product, rule, where
 
@@ -75,7 +75,8 @@ class Convolution(OpRule):
         w = g.operand(node, self.weight, {self.reads: "consumer", self.writes: "producer"}, only=(0, 1))
         g.freeze(w, f"{name}: kernel positions are no units", but=(0, 1))
         w = {axis: (g.table.product(factors),) for axis, factors in w.items()}
-        g.freeze(x, f"{name}: the axis is convolved over", but=(0, 1))
+        passing = self.passing(node, size)
+        g.freeze(x, f"{name}: the axis is convolved over", but=(0, 1, *passing))
         count = groups(node)
         inside: Factors = ()
         if count == 1:
@@ -88,11 +89,23 @@ class Convolution(OpRule):
         bias = g.operand(node, self.bias, {0: "producer"}).get(0, ())
         if bias:
             out = g.equate(out, bias, f"{name}: its output channels are never removed")
-        g.set(node.outputs[0], {0: x.get(0, ()), 1: out})
+        g.set(node.outputs[0], {0: x.get(0, ()), 1: out, **{axis: x[axis] for axis in passing if axis in x}})
         if 1 in x and count > 1:
             g.sink(node, 0, 1, "anything", f"{name}: a whole group reads only what dies with it")
         if 1 in x and (count == 1 or inside):
             self.ends(node, g, constants=count == 1 and self.reads == 1, factors=inside)
+
+    @staticmethod
+    def passing(node: ir.Node, size: list[int]) -> list[int]:
+        """Spatial axes whose positions are all convolved alone: no unit of one meets another."""
+        space = len(size) - 2
+        strides = list(node.attributes.get_ints("strides", ()) or [1] * space)
+        pads = list(node.attributes.get_ints("pads", ()) or [0] * (2 * space))
+        pads = [0] * (2 * space) if node.attributes.get_string("auto_pad", "NOTSET") != "NOTSET" else pads
+        if {"output_shape", "output_padding"} & set(node.attributes):
+            return []
+        alone = ((size[k + 2], strides[k], pads[k], pads[k + space]) == (1, 1, 0, 0) for k in range(space))
+        return [k + 2 for k, yes in enumerate(alone) if yes]
 
     def ends(self, node: ir.Node, g: Labeller, *, constants: bool, factors: Factors) -> None:
         """Record what the input channels may hold where they die."""
@@ -147,10 +160,15 @@ class Convolution(OpRule):
         spatial = shapes.static_dims(positions) if positions is not None else None
         if spatial is None or size is None:
             return []
-        points = float(np.prod([spatial[0], *spatial[2:]])) * float(np.prod(size[2:]))
+        passing = self.passing(node, size)
+        fixed = [d for axis, d in enumerate(spatial) if axis != 1 and axis not in passing]
+        points, over = float(np.prod(fixed)) * float(np.prod(size[2:])), tuple[Vector, ...]()
+        for axis in passing:
+            count, labels = c.result(node, axis, spatial[axis])
+            points, over = points * count, (*over, *labels)
         first, one = c.axis(node, self.weight, 0, size[0])
         second, two = c.axis(node, self.weight, 1, size[1])
-        return [(points * first * second, (*one, *two))]
+        return [(points * first * second, (*one, *two, *over))]
 
     def rewrite(self, node: ir.Node, r: Removal) -> None:
         source = node.inputs[0]
@@ -195,6 +213,10 @@ class DeformConv(Convolution):
             g.freeze_node(node, f"{where(node)}: groups of channels have offsets of their own")
             return
         super().label(node, g)
+
+    @staticmethod
+    def passing(node: ir.Node, size: list[int]) -> list[int]:
+        return []  # the offsets lie along them too
 
     def ends(self, node: ir.Node, g: Labeller, *, constants: bool, factors: Factors) -> None:
         super().ends(node, g, constants=False, factors=factors)
