@@ -68,7 +68,8 @@ class BatchNormalization(_ChannelNorm):
                 continue
             x = np.full(d.size(output, 1), np.nan) if x is None else x
             epsilon = node.attributes.get_float("epsilon", 1e-5)
-            normal = np.where(scale == 0, 0.0, scale * (x - mean) / np.sqrt(variance + epsilon))
+            with np.errstate(invalid="ignore", divide="ignore"):  # a variance below -epsilon: not a number, not exact
+                normal = np.where(scale == 0, 0.0, scale * (x - mean) / np.sqrt(variance + epsilon))
             d.set(output, 1, normal + bias)
 
 
