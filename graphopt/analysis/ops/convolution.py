@@ -91,7 +91,9 @@ class Convolution(OpRule):
             out = g.equate(out, bias, f"{name}: its output channels are never removed")
         g.set(node.outputs[0], {0: x.get(0, ()), 1: out, **{axis: x[axis] for axis in passing if axis in x}})
         if 1 in x and count > 1:
-            g.sink(node, 0, 1, "anything", f"{name}: a whole group reads only what dies with it")
+            # A transposed convolution would pass on a constant of its dead group, which no producer of its own zeroes.
+            accepts: Accepts = "anything" if self.reads == 1 else "zero"
+            g.sink(node, 0, 1, accepts, f"{name}: a whole group reads only what dies with it")
         if 1 in x and (count == 1 or inside):
             self.ends(node, g, constants=count == 1 and self.reads == 1, factors=inside)
 
