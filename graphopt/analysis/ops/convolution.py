@@ -91,9 +91,11 @@ class Convolution(OpRule):
             out = g.equate(out, bias, f"{name}: its output channels are never removed")
         g.set(node.outputs[0], {0: x.get(0, ()), 1: out, **{axis: x[axis] for axis in passing if axis in x}})
         if 1 in x and count > 1:
-            # A transposed convolution would pass on a constant of its dead group, which no producer of its own zeroes.
-            accepts: Accepts = "anything" if self.reads == 1 else "zero"
-            g.sink(node, 0, 1, accepts, f"{name}: a whole group reads only what dies with it")
+            if self.reads == 1:
+                g.sink(node, 0, 1, "anything", f"{name}: a whole group reads only what dies with it")
+            else:
+                # A dead group has no filters of zeros here: what it reads passes on, to outputs that die with it.
+                g.sink(node, 0, 1, "zero", f"{name}: a whole group reads a value that is not zero")
         if 1 in x and (count == 1 or inside):
             self.ends(node, g, constants=count == 1 and self.reads == 1, factors=inside)
 
@@ -113,7 +115,8 @@ class Convolution(OpRule):
         """Record what the input channels may hold where they die."""
         constants &= shapes.constant_tensor(node.inputs[self.weight]) is not None and not padded(node)
         accepts: Accepts = "constant" if constants else "zero"
-        told = "an unknown value" if constants else "a value that is not zero next to padding"
+        beside = " next to padding" if self.reads == 1 and padded(node) else ""
+        told = "an unknown value" if constants else f"a value that is not zero{beside}"
         g.sink(node, 0, 1, accepts, f"{where(node)}: reads {told}", factors)
 
     def _grouped(self, name: str, g: Labeller, w: Axes, inner: int, count: int) -> tuple[Factors, Factors, Factors]:

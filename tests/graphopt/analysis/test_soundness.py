@@ -223,6 +223,22 @@ CASES = {
         k=(6, 1, 3, 3),
         w2=(2, 6, 1, 1),
     ),
+    "a dead group of a transposed convolution passes on a constant that it reads": case(
+        3,  # places that are written; no group, and no place that is read
+        IMAGE,
+        "h = Conv(x, w1)  s = Sigmoid(h)  t = ConvTranspose<group=2>(s, k)  y = Conv(t, w2)",
+        w1=(6, 3, 1, 1),
+        k=(6, 3, 1, 1),
+        w2=(2, 6, 1, 1),
+    ),
+    "a dead group of a transposed convolution that reads zeros": case(
+        2 + 3 + 3,  # groups, places in them that are read, places that are written
+        IMAGE,
+        "h = Conv(x, w1)  r = Relu(h)  t = ConvTranspose<group=2>(r, k)  y = Conv(t, w2)",
+        w1=(6, 3, 1, 1),
+        k=(6, 3, 1, 1),
+        w2=(2, 6, 1, 1),
+    ),
     "a head of zero values is zero whatever attends to it": case(
         4 + 2 + 2,  # heads, places that queries and keys meet in, places of the values
         TOKENS,
