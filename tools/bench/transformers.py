@@ -51,10 +51,8 @@ def stories() -> Iterator[Feeds]:
             yield {"input_ids": tokens[None, :length]}
 
 
-def spearman(model: Any) -> float:
-    """Rank correlation of cosine similarities with people's judgement."""
-    from scipy.stats import spearmanr
-
+def embeddings(model: Any) -> list[np.ndarray[Any, Any]]:
+    """Unit vectors [n, 384] of both sides of STS-B's test pairs."""
     with np.load(DATA / "sts" / "stsb_test.npz") as data, Session(model, optimize=True) as session:
         sides = []
         for side in "12":
@@ -65,7 +63,16 @@ def spearman(model: Any) -> float:
                 feeds = {"input_ids": ids[part, :longest], "attention_mask": mask[part, :longest]}
                 found.append(next(iter(session.run(feeds).values())))
             sides.append(np.concatenate(found))
-        return float(spearmanr((sides[0] * sides[1]).sum(axis=1), data["score"]).statistic)
+        return sides
+
+
+def spearman(model: Any) -> float:
+    """Rank correlation of cosine similarities with people's judgement."""
+    from scipy.stats import spearmanr
+
+    first, second = embeddings(model)
+    with np.load(DATA / "sts" / "stsb_test.npz") as data:
+        return float(spearmanr((first * second).sum(axis=1), data["score"]).statistic)
 
 
 def perplexity(model: Any) -> float:
