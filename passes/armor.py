@@ -94,6 +94,7 @@ class Armor(Pass):
 
         from graphopt.numerics.sparsity.armor import Factors, armor
         from graphopt.sparsity.factors import factors_blocked, write_factors
+        from graphopt.sparsity.marks import declare_pattern
         from graphopt.sparsity.refit import fitted
 
         blocked = factors_blocked(layer) if written else None
@@ -123,6 +124,7 @@ class Armor(Pass):
             return found
         if written:
             write_factors(model, layer, factors[0], found.bias)
+            declare_pattern(layer.layer.linear.node, self._pattern())
         else:
             refused = layer.store(found.weight, found.bias)
             if refused:

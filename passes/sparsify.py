@@ -70,6 +70,7 @@ class Sparsify(Pass):
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         """See the class."""
         from graphopt.sparsity.layers import prepare, sparse_layers
+        from graphopt.sparsity.marks import declare_pattern
         from graphopt.sparsity.refit import fitted, layers_with_inputs, record, speed_note
 
         if self.method != "magnitude" and ctx.calibration is None:
@@ -83,6 +84,8 @@ class Sparsify(Pass):
         for layer, inputs in layers_with_inputs(model, layers, ctx, self.samples):
             found = fitted(layer, inputs, self._solve)
             row = found if isinstance(found, str) else layer.store(found.weight, found.bias) or found.row(layer)
+            if not isinstance(row, str):
+                declare_pattern(layer.layer.linear.node, self._pattern())
             record(result, layer, row, f"{self.pattern} layers")
         speed_note(ctx, result)
         return result

@@ -4,7 +4,8 @@
     Conv            a 1x1 convolution with as many groups as there are blocks (it commutes with zero padding: no bias)
 
 The core stays the layer's weight, under its name, with the zeros in place: what skips zeros finds them in a constant
-operand. A bias that stood with the core of a layer with an outer wrapper A moves behind A.
+operand. A bias that stood with the core of a layer with an outer wrapper A moves behind A. Every node is marked with
+its role (`graphopt.sparsity.marks`), so that later passes leave it as it is.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import onnx_ir as ir
 from graphopt.numerics.sparsity.armor import Factors
 from graphopt.rewriting.edit import Names, mark_origin, new_initializer, replace_value
 from graphopt.sparsity.layers import Floats, SparseLayer
+from graphopt.sparsity.marks import Role, mark
 
 
 def factors_blocked(layer: SparseLayer) -> str | None:
@@ -39,6 +41,7 @@ def write_factors(model: ir.Model, layer: SparseLayer, factors: Factors, bias: F
     writer = _Writer(layer, Names(model))
     node = layer.layer.linear.node
     core = np.asarray(factors.core, dtype=np.float64)[None]
+    mark(node, "core", [layer.layer.key])
     if factors.right is not None:
         source = layer.layer.linear.input
         made = writer.wrapper(source, np.asarray(factors.right), "in", before=node)
@@ -68,7 +71,7 @@ class _Writer:
         self._dtype = weight.const_value.dtype
         self._rank = len(layer.layer.linear.input.shape or ())
 
-    def wrapper(self, x: ir.Value, blocks: Floats, side: str, *, before: ir.Node) -> ir.Value:
+    def wrapper(self, x: ir.Value, blocks: Floats, side: Role, *, before: ir.Node) -> ir.Value:
         """Blocks applied to the channels of x, in front of a node."""
         nodes = self._nodes(x, blocks, side)
         self._graph.insert_before(before, nodes)
@@ -80,41 +83,46 @@ class _Writer:
         y = node.outputs[0]
         nodes = self._nodes(y, blocks, "out")
         if bias is not None and bias.any():
-            nodes.append(self._bias(nodes[-1], bias))
+            self._add_bias(nodes, bias)
         self._graph.insert_after(node, nodes)
         replace_value(y, nodes[-1].outputs[0])
         nodes[0].replace_input_with(0, y)
 
-    def _bias(self, last: ir.Node, bias: Floats) -> ir.Node:
-        window = self._layer.layer.window
-        shape = (-1,) if window is None else (1, -1, *(1,) * len(window.kernel))
-        return self._node("Add", [last.outputs[0], self._constant("out_bias", bias.reshape(shape))], "out_add")
+    def _add_bias(self, nodes: list[ir.Node], bias: Floats) -> None:
+        value = self._constant("out_bias", bias)
+        if self._layer.layer.window is None:
+            nodes.append(self._node("Add", [nodes[-1].outputs[0], value], "out", "add"))
+        else:
+            nodes[0].resize_inputs(3)
+            nodes[0].replace_input_with(2, value)
 
-    def _nodes(self, x: ir.Value, blocks: Floats, side: str) -> list[ir.Node]:
+    def _nodes(self, x: ir.Value, blocks: Floats, side: Role) -> list[ir.Node]:
         count, size = blocks.shape[0], blocks.shape[1]
         window = self._layer.layer.window
         if window is not None:
             kernel = (1,) * len(window.kernel)
             weight = self._constant(f"{side}_blocks", blocks.reshape(count * size, size, *kernel))
-            return [self._node("Conv", [x, weight], side, group=count, kernel_shape=kernel)]
+            return [self._node("Conv", [x, weight], side, "", group=count, kernel_shape=kernel)]
         rank = self._rank
         lead = list(range(rank - 1))
         blocked = self._integers(f"{side}_blocked", [0] * len(lead) + [count, size])
         flat = self._integers(f"{side}_flat", [0] * len(lead) + [count * size])
         turned = blocks.swapaxes(1, 2).reshape(count, *(1,) * (rank - 2), size, size)
-        cut = self._node("Reshape", [x, blocked], f"{side}_cut")
-        first = self._node("Transpose", [cut.outputs[0]], f"{side}_first", perm=[rank - 1, *lead, rank])
-        product = self._node("MatMul", [first.outputs[0], self._constant(f"{side}_blocks", turned)], side)
-        last = self._node("Transpose", [product.outputs[0]], f"{side}_last", perm=[*range(1, rank), 0, rank])
-        return [cut, first, product, last, self._node("Reshape", [last.outputs[0], flat], f"{side}_joined")]
+        cut = self._node("Reshape", [x, blocked], side, "cut")
+        first = self._node("Transpose", [cut.outputs[0]], side, "first", perm=[rank - 1, *lead, rank])
+        product = self._node("MatMul", [first.outputs[0], self._constant(f"{side}_blocks", turned)], side, "")
+        last = self._node("Transpose", [product.outputs[0]], side, "last", perm=[*range(1, rank), 0, rank])
+        return [cut, first, product, last, self._node("Reshape", [last.outputs[0], flat], side, "joined")]
 
-    def _node(self, op: str, inputs: list[ir.Value], name: str, **attributes: object) -> ir.Node:
+    def _node(self, op: str, inputs: list[ir.Value], side: Role, part: str, **attributes: object) -> ir.Node:
+        name = f"{side}_{part}" if part else side
         node = ir.node(op, inputs, attributes=attributes or None)  # type: ignore[arg-type]
         layer = self._layer.layer
         node.name = self._names.fresh(f"{layer.label}_{name}")
         node.outputs[0].name = self._names.fresh(f"{layer.key}_{name}")
         node.outputs[0].type = ir.TensorType(self._dtype)
         mark_origin(node, [layer.label])
+        mark(node, side, [layer.key])
         return node
 
     def _constant(self, name: str, data: Floats) -> ir.Value:

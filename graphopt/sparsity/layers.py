@@ -18,6 +18,7 @@ from graphopt.base import Skip
 from graphopt.numerics.sparsity.patterns import Pattern
 from graphopt.rewriting.edit import allow_private_initializers, freeze_note, freeze_overridable
 from graphopt.rewriting.layers import Layer, layers_of
+from graphopt.sparsity.marks import role_of
 
 Floats = npt.NDArray[np.float64]
 
@@ -97,6 +98,8 @@ def sparse_layers(
         names = [n for n in (layer.label, layer.key, layer.linear.node.inputs[1].name) if n]  # type: ignore[union-attr]
         if any(fnmatchcase(name, glob) for name in names for glob in exclude):
             skipped.append(Skip(layer.label, "excluded"))
+        elif role_of(layer.linear.node) is not None:
+            skipped.append(Skip(layer.label, "part of a factorised layer (merge-factors multiplies it out)"))
         elif channels < max(smallest, pattern.of):
             skipped.append(Skip(layer.label, f"{channels} input channels are fewer than {max(smallest, pattern.of)}"))
         elif layer.stuffing:
