@@ -8,7 +8,7 @@ and one slice. Sizes come from inferred shapes, and where those are unknown from
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
     from graphopt.calibration import Calibration
     from graphopt.data.feeds import Array
+
+Mapped = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
+"""`map`, or something that does the same."""
 
 SLICE_BYTES = 256 << 20
 TRIAL_TENSORS = 32
@@ -35,6 +38,7 @@ def activations(
     limit: int | None = None,
     slice_bytes: int = SLICE_BYTES,
     threads: int = 1,
+    run: Mapped = map,
 ) -> Iterator[dict[str, Array]]:
     """Stream tensors of the main graph.
 
@@ -47,6 +51,8 @@ def activations(
         limit: samples to use.
         slice_bytes: memory for the tensors of one batch.
         threads: of ONNX Runtime.
+        run: carries out a function on batch after batch, in order; `graphopt.parallel.Workers.map` runs several batches
+            at once, each on `threads` threads.
 
     Yields:
         the tensors of one slice for one batch. Every tensor comes once per batch, batches in order; with more than one
@@ -65,10 +71,8 @@ def activations(
     for part in _slices(groups, bytes_each, slice_bytes // size):
         per_sample = sum(bytes_each[n] for n in part)
         rows = max(1, min(size, slice_bytes // max(1, per_sample)))
-        for (tensors,) in paired_activations(
-            [(model, part)], calibration, batch_size=rows, limit=limit, threads=threads
-        ):
-            yield tensors
+        tap = _Tap(model, part, threads)
+        yield from run(tap.run, calibration.batches(rows, limit))
 
 
 def paired_activations(

@@ -9,6 +9,7 @@ its depth. Weights may change between calls, but only of nodes that are not behi
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from graphopt.calibration import Calibration
+    from graphopt.data.activations import Mapped
     from graphopt.data.feeds import Array
     from graphopt.executor import Session
 
@@ -37,6 +39,7 @@ class Walk:
         limit: samples to use.
         batch_size: samples a call; None: the data's own.
         threads: of ONNX Runtime.
+        run: as for `graphopt.data.activations.activations`.
     """
 
     def __init__(
@@ -48,8 +51,10 @@ class Walk:
         limit: int | None = None,
         batch_size: int | None = None,
         threads: int = 1,
+        run: Mapped = map,
     ) -> None:
         self._model = model
+        self._run = run
         self._calibration = calibration
         self._memory, self._limit, self._threads = memory, limit, threads
         self._batch_size = batch_size
@@ -66,8 +71,11 @@ class Walk:
             ModelError: a tensor lies behind the cut and does not cross it, or is not in the main graph.
         """
         with _Part(self, names) as part:
-            for batch in self._batches():
-                yield part.run(batch)
+            yield from self._run(part.run, self._batches())
+
+    def passed(self, node: ir.Node) -> bool:
+        """Whether a node is behind the cut: it will not run again."""
+        return self._place[node] < self._cut
 
     def advance(self, node: ir.Node) -> bool:
         """Move the cut behind `node`; False where what crosses there does not fit, or the cut is there already."""
@@ -79,8 +87,8 @@ class Walk:
         batches = list(self._batches()) if self._held is not None else None
         with _Part(self, crossing, until=cut) as part:
             total = 0
-            for number, batch in enumerate(batches if batches is not None else self._batches()):
-                found = part.run(batch)
+            found_by_batch = self._run(part.run, batches if batches is not None else self._batches())
+            for number, found in enumerate(found_by_batch):
                 total += sum(a.nbytes for a in found.values())
                 if batches is not None and number == 0 and total * len(batches) > self._memory:
                     return False
@@ -138,6 +146,7 @@ class _Part:
         self._walk = walk
         self._names = list(dict.fromkeys(names))
         self._session: Session | None = None
+        self._opening = threading.Lock()
 
     def __enter__(self) -> _Part:
         return self
@@ -152,8 +161,9 @@ class _Part:
         rest = [n for n in self._names if n not in there]
         if not rest:
             return there
-        if self._session is None:
-            self._session = self._open(rest, batch)
+        with self._opening:
+            if self._session is None:
+                self._session = self._open(rest, batch)
         feeds = {spec.name: batch[spec.name] for spec in self._session.inputs}
         return there | self._session.run(feeds)
 
