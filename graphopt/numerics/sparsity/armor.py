@@ -25,7 +25,7 @@ before the sparse one). Arrays are numpy or torch; any shape: the last block is 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -33,7 +33,7 @@ from array_api_compat import array_namespace
 
 from graphopt.numerics.sparsity.blocks import Blocks, identity, left_update, right_update, transposed
 from graphopt.numerics.sparsity.descent import Sweep
-from graphopt.numerics.sparsity.moments import check_weight
+from graphopt.numerics.sparsity.moments import check_weight, error
 from graphopt.numerics.sparsity.one_shot import normalise, sparsegpt, wanda
 from graphopt.numerics.sparsity.patterns import Pattern
 
@@ -43,8 +43,7 @@ Objective = Literal["hessian", "paper"]
 CYCLES = 20
 CONJUGATE_STEPS = 4
 FIRST_MOMENTUM, LAST_MOMENTUM, GROWTH = 0.7, 0.95, 1.05
-SETTLED = 1e-4
-"""A cycle that gains less than this share of the loss is the last."""
+TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -111,6 +110,7 @@ def armor(
     taps: int = 1,
     cycles: int = CYCLES,
     seconds: float | None = None,
+    tolerance: float = TOLERANCE,
 ) -> Factors:
     """Factorise a weight.
 
@@ -123,30 +123,127 @@ def armor(
         wrappers: which there are.
         taps: T; n is a multiple of it.
         cycles: at most.
-        seconds: at most; the result then depends on the machine's speed.
+        seconds: at most. The number of cycles then depends on the speed of the machine: no longer the same bytes twice.
+        tolerance: ends when a cycle gains less than this share of the loss.
 
     Raises:
         ValueError: the weight is not finite or all zero; a pattern without groups; no wrappers to fit.
     """
-    check_weight(weight)
+    return _fit([weight], metric, pattern, block, objective, wrappers, taps, cycles, seconds, tolerance)[0]
+
+
+def armor_shared(
+    weights: Sequence[Any],
+    metric: Any,
+    pattern: Pattern,
+    *,
+    block: int,
+    objective: Objective = "hessian",
+    wrappers: Literal["in", "both"] = "in",
+    taps: int = 1,
+    cycles: int = CYCLES,
+    seconds: float | None = None,
+    tolerance: float = TOLERANCE,
+) -> list[Factors]:
+    """Factorise weights that read the same input with one B for all of them: W_k ~ A_k S_k B.
+
+    The rows are stacked; with `objective="hessian"` each weight counts relative to its own signal tr(W_k H W_k^T), so
+    that none is sacrificed to a louder one. One B is one small product instead of one a weight, and at the same number
+    of parameters its blocks are as many times larger: `block_size` takes the rows of all weights together.
+
+    Args:
+        weights: W_k, (m_k, n), of one dtype.
+        metric, pattern, block, objective, taps, cycles, seconds, tolerance: as for `armor`.
+        wrappers: B alone, or an A of its own for every weight as well.
+
+    Returns:
+        One a weight, all with the same `right`; each has the losses of the whole stack.
+
+    Raises:
+        ValueError: as for `armor`; no weights.
+    """
+    return _fit(list(weights), metric, pattern, block, objective, wrappers, taps, cycles, seconds, tolerance)
+
+
+def _fit(
+    weights: list[Any],
+    metric: Any,
+    pattern: Pattern,
+    block: int,
+    objective: Objective,
+    wrappers: Wrappers,
+    taps: int,
+    cycles: int,
+    seconds: float | None,
+    tolerance: float,
+) -> list[Factors]:
+    late = _clock(seconds)
+    if not weights:
+        raise ValueError("there are no weights to factorise")
+    for weight in weights:
+        check_weight(weight)
     if not pattern.of:
         raise ValueError("a factorisation needs a pattern of groups, such as 2:4")
     if wrappers != "none" and (block < 2 or block % pattern.of):
         raise ValueError(f"blocks of {block} do not hold whole groups of {pattern.of}")
-    xp = array_namespace(weight)
-    metric = xp.astype(metric, weight.dtype)
-    rows = columns = None
-    target = weight
+    xp = array_namespace(*weights)
+    metric = xp.astype(metric, weights[0].dtype)
+    stack = _Stack.of(weights, metric, block if wrappers in {"out", "both"} else 1, objective)
+    target, rows, columns = stack.weight, None, None
     if objective == "paper":
-        target, rows, columns = normalise(weight)
+        target, rows, columns = normalise(target)
         metric = metric * xp.eye(int(metric.shape[0]), dtype=metric.dtype, device=metric.device)
         start = wanda(target, xp.linalg.diagonal(metric), pattern)  # on the normalised weight: NoWag-P
     else:
-        start = sparsegpt(weight, metric, pattern)
+        start = sparsegpt(target, metric, pattern)
     problem = _Problem.padded(target, metric, pattern, block, wrappers, taps)
-    found, losses = problem.solve(problem.state(problem.pad(start)), cycles, _clock(seconds))
-    factors = problem.factors(found, losses, int(weight.shape[0]), int(weight.shape[1]))
-    return factors if rows is None else _unscaled(factors, rows, columns)
+    found, losses = problem.solve(problem.state(problem.pad(start)), cycles, late, tolerance)
+    factors = problem.factors(found, losses, int(target.shape[0]), int(target.shape[1]))
+    return stack.parted(factors if rows is None else _unscaled(factors, rows, columns))
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """Weights on top of each other, each scaled, and filled up with zero rows so that no block has rows of two.
+
+    Attributes:
+        weight: (rows of all, n).
+        heights: m_k.
+        step: filled up to multiples of it, but for the last.
+        scales: of each.
+    """
+
+    weight: Any
+    heights: list[int]
+    step: int
+    scales: list[float]
+
+    @classmethod
+    def of(cls, weights: list[Any], metric: Any, step: int, objective: Objective) -> _Stack:
+        heights = [int(weight.shape[0]) for weight in weights]
+        if len(weights) == 1:
+            return cls(weights[0], heights, step, [1.0])
+        xp = array_namespace(*weights)
+        scales = [1.0 if objective == "paper" else error(weight, 0 * weight, metric) ** -0.5 for weight in weights]
+        parts = []
+        for weight, scale in zip(weights, scales, strict=True):
+            short = (-int(weight.shape[0]) % step, int(weight.shape[1]))
+            parts += [weight * scale, xp.zeros(short, dtype=weight.dtype, device=weight.device)]
+        return cls(xp.concat(parts[:-1], axis=0), heights, step, scales)
+
+    def parted(self, factors: Factors) -> list[Factors]:
+        """The factors of each weight."""
+        if len(self.heights) == 1:
+            return [factors]
+        found, start = [], 0
+        for height, scale in zip(self.heights, self.scales, strict=True):
+            core = factors.core[start : start + height, :] / scale
+            blocks = -(-height // self.step)
+            at = start // self.step
+            left = None if factors.left is None else factors.left[at : at + blocks, :, :]
+            found.append(replace(factors, core=core, left=left))
+            start += blocks * self.step
+        return found
 
 
 @dataclass(frozen=True)
@@ -209,7 +306,9 @@ class _Problem:
         turned = gap @ self.metric
         return turned, float(xp.sum(xp.astype(gap * turned, xp.float64)))
 
-    def solve(self, state: _State, cycles: int, late: Callable[[], bool]) -> tuple[_State, list[float]]:
+    def solve(
+        self, state: _State, cycles: int, late: Callable[[], bool], tolerance: float
+    ) -> tuple[_State, list[float]]:
         """Alternate with momentum; the loss never rises."""
         turned, loss = self.residual(state)
         losses, previous, momentum = [loss], state, 0.0
@@ -233,7 +332,7 @@ class _Problem:
             previous, state, turned, loss = state, after, after_turned, after_loss
             losses.append(loss)
             momentum = min(LAST_MOMENTUM, momentum * GROWTH) if momentum else FIRST_MOMENTUM
-            if gained < SETTLED * loss:
+            if gained < tolerance * loss:
                 break
         return state, losses
 

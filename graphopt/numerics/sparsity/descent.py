@@ -16,6 +16,7 @@ gradient is updated by thin products, behind it by one matrix product. Arrays ar
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from array_api_compat import array_namespace
@@ -28,7 +29,13 @@ CHUNK = 64
 
 
 def coordinate_descent(
-    weight: Any, metric: Any, pattern: Pattern, sweeps: int = 6, start: Any = None, tolerance: float = 1e-4
+    weight: Any,
+    metric: Any,
+    pattern: Pattern,
+    sweeps: int = 6,
+    start: Any = None,
+    tolerance: float = 1e-4,
+    seconds: float | None = None,
 ) -> Any:
     """A sparse V that minimises tr((W - V) H (W - V)^T), from SparseGPT's.
 
@@ -39,6 +46,8 @@ def coordinate_descent(
         sweeps: passes over all groups, at most.
         start: (m, n), of this pattern; None: SparseGPT's.
         tolerance: ends when a pass gains less than this share of the loss.
+        seconds: no pass begins later. The result then depends on the speed of the machine: no longer the same bytes
+            twice.
 
     Returns:
         (m, n) in the dtype of `weight`; never worse than the start.
@@ -46,12 +55,15 @@ def coordinate_descent(
     Raises:
         ValueError: `weight` is not finite or all zero.
     """
+    began = time.monotonic()
     xp = array_namespace(weight)
     check_weight(weight)
     core = (sparsegpt(weight, metric, pattern) if start is None else start) + 0.0
     solve = Sweep(xp.astype(metric, weight.dtype), pattern)
     best, least = core + 0.0, error(weight, core, metric)
     for _ in range(sweeps):
+        if seconds is not None and time.monotonic() - began > seconds:
+            break
         gradient = (weight - core) @ solve.metric
         solve(core, gradient)
         now = error(weight, core, metric)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphopt.numerics.sparsity.armor import armor, block_size
+from graphopt.numerics.sparsity.armor import armor, armor_shared, block_size
 from graphopt.numerics.sparsity.descent import Sweep, coordinate_descent
 from graphopt.numerics.sparsity.moments import damped, error, relative_error
 from graphopt.numerics.sparsity.one_shot import magnitude, normalise, nowag, sparsegpt, wanda
@@ -177,6 +177,37 @@ def test_a_shared_wrapper_of_taps_is_one_for_all_of_them() -> None:
     assert np.allclose(found.dense(), found.core @ np.kron(np.eye(3), full))
     for tap in range(3):
         assert holds(found.core[:, 10 * tap : 10 * tap + 10], TWO_OF_FOUR)
+
+
+@pytest.mark.parametrize("wrappers", ["in", "both"])
+@pytest.mark.parametrize("objective", ["hessian", "paper"])
+def test_weights_that_read_the_same_share_one_wrapper(wrappers: str, objective: str) -> None:
+    first, second = layer(10, 22, 1)
+    weights = [first, 0.01 * layer(13, 22, 2)[0], layer(8, 22, 3)[0]]
+    metric = damped(second)
+    found = armor_shared(weights, metric, TWO_OF_FOUR, block=8, wrappers=wrappers, objective=objective, cycles=12)
+    assert len(found) == 3
+    for weight, factors in zip(weights, found, strict=True):
+        assert factors.core.shape == weight.shape
+        assert holds(factors.core, TWO_OF_FOUR)
+        assert np.array_equal(factors.right, found[0].right)
+        assert (factors.left is None) == (wrappers == "in")
+        if objective == "hessian":  # each counts the same, however small
+            start = sparsegpt(weight, metric, TWO_OF_FOUR)
+            assert error(weight, factors.dense(), metric) < error(weight, start, metric)
+    if objective == "hessian":
+        relative = [
+            relative_error(weight, factors.dense(), metric) for weight, factors in zip(weights, found, strict=True)
+        ]
+        assert sum(relative) == pytest.approx(found[0].losses[-1])
+
+
+def test_a_time_budget_ends_the_cycles() -> None:
+    weight, second = layer(16, 24)
+    found = armor(weight, damped(second), TWO_OF_FOUR, block=8, cycles=10**9, seconds=0.0)
+    assert len(found.losses) == 1
+    bare = coordinate_descent(weight, damped(second), TWO_OF_FOUR, sweeps=10**9, seconds=0.0)
+    assert np.array_equal(bare, sparsegpt(weight, damped(second), TWO_OF_FOUR))
 
 
 def test_float32_reaches_what_float64_reaches() -> None:
