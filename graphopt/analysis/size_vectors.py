@@ -39,7 +39,7 @@ def set_sizes(removal: Removal, node: ir.Node, index: int, axes: Sequence[int] |
         return
     known = shapes.elements(operand)
     if known is not None:
-        new = {k: size for k, size in new.items() if not isinstance(known[k], int) or known[k] > 1}  # type: ignore[operator]
+        new = {k: size for k, size in new.items() if known[k] not in {-1, 0, 1}}
     if new:
         set_entries(removal, node, index, new, length)
 

@@ -244,12 +244,13 @@ def _unsqueeze(node: ir.Node, operands: Sequence[Any], value: ir.Value) -> Entri
 
 
 def _reshape(node: ir.Node, operands: Sequence[Any], value: ir.Value) -> Entries | None:
+    data: Entries = operands[0]
     target = _numbers(operands[1])
     if target is None:
         return None
     if not node.attributes.get_int("allowzero", 0):
-        target = [size or operands[0].shape[place] for place, size in enumerate(target)]
-    return operands[0].reshape(target)  # type: ignore[no-any-return]
+        target = [size or data.shape[place] for place, size in enumerate(target)]
+    return data.reshape(target)
 
 
 def _transpose(node: ir.Node, operands: Sequence[Any], value: ir.Value) -> Entries:
@@ -258,16 +259,17 @@ def _transpose(node: ir.Node, operands: Sequence[Any], value: ir.Value) -> Entri
 
 
 def _slice(node: ir.Node, operands: Sequence[Any], value: ir.Value) -> Entries | None:
+    data: Entries = operands[0]
     starts, ends = _given(node, operands, 1, "starts"), _given(node, operands, 2, "ends")
     if starts is None or ends is None:
         return None
     axes = _given(node, operands, 3, "axes") or list(range(len(starts)))
     steps = (_numbers(operands[4]) if len(operands) > 4 and operands[4] is not None else None) or [1] * len(starts)
-    cuts = [slice(None)] * operands[0].ndim
+    cuts = [slice(None)] * data.ndim
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
-        past = step < 0 and end < -operands[0].shape[axis]
+        past = step < 0 and end < -data.shape[axis]
         cuts[axis] = slice(start, None if past else end, step)
-    return operands[0][tuple(cuts)]  # type: ignore[no-any-return]
+    return data[tuple(cuts)]
 
 
 def _split(node: ir.Node, operands: Sequence[Any], value: ir.Value) -> Entries | None:
@@ -314,7 +316,8 @@ def _product(node: ir.Node, operands: Sequence[Any], value: ir.Value) -> Entries
 
 
 def _same(node: ir.Node, operands: Sequence[Any], value: ir.Value) -> Entries:
-    return operands[0]  # type: ignore[no-any-return]
+    same: Entries = operands[0]
+    return same
 
 
 _RULES: dict[str, Rule] = {

@@ -15,6 +15,7 @@ its dense value.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -91,13 +92,13 @@ class Layout:
 class Attention(OpRule):
     """Heads and positions of queries, keys, values and the result; see the module's docstring."""
 
+    @abstractmethod
     def layout(self, node: ir.Node) -> Layout | str:
         """What the node reads and writes, or why that is not known."""
-        raise NotImplementedError
 
+    @abstractmethod
     def resize(self, node: ir.Node, heads: int, shared: int, size: int, values: int) -> None:
         """Write new numbers into the attributes that hold them."""
-        raise NotImplementedError
 
     def inner(self, node: ir.Node) -> tuple[int, int] | None:
         """(input, weight) operands that the operator multiplies before; None if it has no weight."""
@@ -167,9 +168,10 @@ class Attention(OpRule):
         """Queries and keys end in the scores: a head goes with its values, a position has to be zero."""
         reason = f"{where(node)}: scores a live position"
         if part.position is not None:
-            for axis, labels, accepts in ((part.axis, heads, "anything"), (part.position, inside, "zero")):
-                if labels:
-                    g.sink(node, part.operand, axis, accepts, reason)  # type: ignore[arg-type]
+            if heads:
+                g.sink(node, part.operand, part.axis, "anything", reason)
+            if inside:
+                g.sink(node, part.operand, part.position, "zero", reason)
             return
         count, size = layout.shape(part.kind)
         value = node.inputs[part.operand]

@@ -130,8 +130,8 @@ class MultiHeadAttention(Attention):
         if size is None or not isinstance(values, int):
             return "the size of its heads is unknown"
         parts = [Part("q", 0, 2)]
-        for index, kind, shape in ((1, "k", k), (2, "v", v)):
-            parts.append(Part(kind, index, 1, 3) if len(shape) == 4 else Part(kind, index, 2))  # type: ignore[arg-type]
+        parts.append(Part("k", 1, 1, 3) if len(k) == 4 else Part("k", 1, 2))
+        parts.append(Part("v", 2, 1, 3) if len(v) == 4 else Part("v", 2, 2))
         if _present(node, 3):
             fused = heads * size
             parts += [Part("q", 3, 0), Part("k", 3, 0, start=fused), Part("v", 3, 0, start=2 * fused)]

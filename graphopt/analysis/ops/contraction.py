@@ -10,6 +10,7 @@ diagonal, and its axes are one axis.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -84,9 +85,9 @@ class Contraction(OpRule):
 
     factors: ClassVar[Sequence[int]] = ()
 
+    @abstractmethod
     def terms(self, node: ir.Node) -> Terms | str:
         """The indices of the axes of the factors, or why they are not known."""
-        raise NotImplementedError
 
     def ends(self, node: ir.Node, g: Labeller, operand: int, axis: int) -> None:
         """Record what may stand in a position that is summed over and dies."""

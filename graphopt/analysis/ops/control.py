@@ -7,6 +7,7 @@ Loop or Scan carries is the same tensor before the first run, inside, and after 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -142,9 +143,9 @@ def _states(node: ir.Node, body: ir.Graph, count: int, operand: int, inside: int
 class _Repeated(OpRule):
     """What Loop and Scan have in common."""
 
+    @abstractmethod
     def borders(self, node: ir.Node) -> _Borders | str:
         """The crossings, or the reason why they are not known."""
-        raise NotImplementedError
 
     def label(self, node: ir.Node, g: Labeller) -> None:
         name = where(node)

@@ -150,10 +150,11 @@ class _QuantizedProduct(Contraction):
 
     def follow(self, node: ir.Node, g: Labeller, labels: dict[str, Factors]) -> None:
         for index in (*self.columns, *([] if self.bias is None else [self.bias])):
-            if not _given(node, index):
+            value = node.inputs[index] if index < len(node.inputs) else None
+            if value is None:
                 continue
             own = g.operand(node, index, role="producer" if index == self.bias else "follower")
-            last = len(shapes.dims(node.inputs[index]) or ()) - 1  # type: ignore[arg-type]
+            last = len(shapes.dims(value) or ()) - 1
             g.freeze(own, f"{where(node)}: rows have no units here", but=(last,))
             if own.get(last):
                 labels["n"] = g.equate(labels.get("n", ()), own[last], f"{where(node)}: its columns are never removed")
