@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -40,6 +41,7 @@ class Prune(Pass):
     once the other inputs of its readers compensate; a solver chooses how many of each family go, so that the budget is
     met at the least harm and every width keeps the multiple that the target's kernels want; then every disturbed layer
     is refitted by least squares, front to back, to what the dense model computes, and the dead units are cut out.
+    Channel shuffles become a Gather each where that harms less (`graphopt.pruning.shuffled`).
 
     Algebra: a reader y = W x of units K that stay becomes W' = (C_yx,K + lam W_K)(S_KK + lam I)^-1,
     b' = mean_y - W' mean_x,K, with moments of the calibration data (no labels, no training). See
@@ -112,9 +114,9 @@ class Prune(Pass):
         """See the class."""
         from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
+        from graphopt.pruning.shuffled import choose_form
         from graphopt.rewriting.centring import restore_layer_norms
         from graphopt.rewriting.edit import Names, allow_private_initializers
-        from graphopt.rewriting.layers import drop_zero_biases, give_biases
         from graphopt.rewriting.prepare import prepare
 
         result = PassResult(changed=True)
@@ -128,9 +130,15 @@ class Prune(Pass):
         # channels of a stream between RMS norms go without a trace; copies of shared tables would spoil the budget
         centred = self.center and ctx.resolve("center-norms")(copies=0.0).run(model, ctx).changed  # type: ignore[call-arg]
         score, reconstruct = self._fallbacks(ctx, result)
-        bare = give_biases(model) if reconstruct != "none" else []
-        done = _Run(self, model, ctx, result, score, reconstruct).go()
-        drop_zero_biases(bare)
+        form = choose_form(model, lambda form: _Run(self, form, ctx, score, reconstruct, given=model))
+        done = form.trial.go()
+        result.notes += form.trial.result.notes
+        result.skipped += form.trial.result.skipped
+        result.details |= form.trial.result.details
+        if done and form.rows:
+            result.notes.append(form.note)
+            result.details["shuffles"] = form.rows
+        model.graph = form.trial.model.graph
         if centred and (norms := restore_layer_norms(model.graph, Names(model))):
             result.notes.append(f"{norms} layer norms whose channels were cut are RMS norms now (see center-norms)")
         if not done:
@@ -152,19 +160,21 @@ class Prune(Pass):
 
 
 class _Run:
-    """One run of the pass: what its steps hand on to each other."""
+    """One run of the pass on one form of the model: decided when it is made, carried out by `go`."""
 
     def __init__(
-        self, options: Prune, model: ir.Model, ctx: Context, result: PassResult, score: str, reconstruct: str
+        self, options: Prune, model: ir.Model, ctx: Context, score: str, reconstruct: str, *, given: ir.Model
     ) -> None:
         from graphopt.analysis.units import analyse
         from graphopt.pruning.families import candidates
-        from graphopt.rewriting.layers import layers_of
+        from graphopt.rewriting.layers import give_biases, layers_of
 
-        self.options, self.model, self.ctx, self.result = options, model, ctx, result
+        self.options, self.model, self.ctx, self.given = options, model, ctx, given
+        self.result = result = PassResult(changed=True)
         self.score, self.reconstruct = score, reconstruct
         self.name, self.fraction = options.budget
         self.multiple = options.multiple or ctx.target.channel_multiple
+        self.bare: list[Layer] = give_biases(model) if reconstruct != "none" else []
         self.coupling: Coupling = analyse(model)
         self.layers: dict[str, Layer] = layers_of(model)[0]
         self.families: list[Candidates]
@@ -175,10 +185,51 @@ class _Run:
         result.notes += notes
         result.skipped += [Skip(f"{f.tensor}, axis {f.axis}", f.reason) for f in self.coupling.frozen]
 
+        self.met = True
+        self.decision: Decision = self._decide()
+
+    @property
+    def dead(self) -> frozenset[int]:
+        """Units that go."""
+        return self.decision.choice.dead
+
+    @property
+    def harm(self) -> float:
+        """See `graphopt.pruning.shuffled.Trial`."""
+        from graphopt.pruning.scores import ONE_SCALE, weight_share
+
+        if not self.met:
+            return math.inf
+        return self.decision.choice.harm if self.score in ONE_SCALE else weight_share(self.coupling, self.dead)
+
     def go(self) -> bool:
-        """Choose, refit, cut; False where nothing had to go."""
+        """Refit and cut; False where nothing had to go.
+
+        Raises:
+            UsageError: the budget is out of reach.
+        """
+        from graphopt.rewriting.layers import drop_zero_biases
+
+        if not self.met and self.decision.choice.least:
+            raise self._refusal()
+        if self.turned is not None:
+            dead = self.decision.choice.dead
+            self.turned.restore(self.layers, self.turned.shortened(self.coupling, self.layers, dead))
+        if not self.decision.empty:
+            self._carry_out(self.decision)
+        drop_zero_biases(self.bare)
+        return not self.decision.empty
+
+    # -- what to remove ----------------------------------------------------------------------------------------------
+
+    def _decide(self) -> Decision:
+        """Rank the units and choose; `met` tells whether the budget is."""
+        from graphopt.pruning.decision import Decision, built
+        from graphopt.pruning.selection import choose
+        from graphopt.pruning.work import labelled_axes, terms_of
+
         budget = self._latency() if self.name == "latency" else None
-        terms = budget.terms if budget is not None else self._terms()
+        terms = budget.terms if budget is not None else terms_of(self.name, self.model, self.coupling, self._sample())
         if not terms:
             raise UsageError(
                 "the multiply-accumulates of no layer are known, because sizes of tensors are not",
@@ -186,26 +237,22 @@ class _Run:
                 hint="fix sizes with --dim NAME=SIZE, or give the budget as params=",
             )
         keep = self.fraction if budget is None else min(1.0, budget.keep(self.fraction))
-        ranked = self._rank()
-        decision = self._decide(ranked, terms, self._erasures(terms, keep), keep, budget)
-        if self.turned is not None:
-            self.turned.restore(self.layers, self.turned.shortened(self.coupling, self.layers, decision.choice.dead))
-        if decision.empty:
-            return False
-        self._carry_out(decision)
-        return True
+        ranked, axes = self._rank(), labelled_axes(self.coupling)
+        erasures = self._erasures(terms, keep)
 
-    # -- what to remove ----------------------------------------------------------------------------------------------
+        def decide(keep: float) -> Decision:
+            limits = {"multiple": self.multiple, "min_keep": self.options.min_keep}
+            choice = choose(ranked, terms, axes, keep=keep, erasures=erasures, **limits)
+            return Decision(choice, ranked, self.branches[: choice.erased])
 
-    def _terms(self) -> Sequence[Term]:
-        """What the budget is about; sizes that the model leaves open are those of the first calibration sample."""
-        from graphopt.pruning.work import mac_terms, parameter_terms, unit_terms
-
-        if self.name == "units":
-            return unit_terms(self.coupling)
-        if self.name in {"params", "bytes"}:
-            return parameter_terms(self.coupling, in_bytes=self.name == "bytes")
-        return mac_terms(self.model, self.coupling, self._sample())
+        if budget is None:
+            decision = decide(keep)
+            self.met = not decision.choice.least
+            return decision
+        settled = budget.settle(self.fraction, decide, lambda d: built(self.model, self.coupling, d, self.eraser))
+        self.met = settled.within(self.fraction) or (settled.ratio is None and not settled.choice.choice.least)
+        self.result.notes.append(settled.note(self.fraction, integer=self.options.precision == "int8"))
+        return settled.choice
 
     def _sample(self) -> dict[str, Any] | None:
         calibration = self.ctx.calibration
@@ -218,7 +265,7 @@ class _Run:
         feeds = self._sample() or random_feeds(self.model, self.ctx.seed, samples=1)[0]
         budget = LatencyBudget.of(
             self.model, self.coupling, feeds, self.ctx.target, integer=self.options.precision == "int8",
-            multiple=self.multiple, table=self.options.table, progress=self.ctx.progress,
+            multiple=self.multiple, table=self.options.table, progress=self.ctx.progress, given=self.given,
         )  # fmt: skip
         new = f", {budget.measured} of them new" if budget.measured else ""
         self.result.notes.append(f"times of layers from {budget.source}{new}")
@@ -254,41 +301,13 @@ class _Run:
         self.branches, found = erasures_for(self.eraser, terms, keep, self.families, self.coupling)
         return found
 
-    def _decide(
-        self,
-        ranked: list[Family],
-        terms: Sequence[Term],
-        erasures: Erasures,
-        keep: float,
-        budget: LatencyBudget | None,
-    ) -> Decision:
-        from graphopt.pruning.decision import Decision, built
-        from graphopt.pruning.selection import choose
-        from graphopt.pruning.work import labelled_axes
-
-        axes = labelled_axes(self.coupling)
-
-        def decide(keep: float) -> Decision:
-            limits = {"multiple": self.multiple, "min_keep": self.options.min_keep}
-            choice = choose(ranked, terms, axes, keep=keep, erasures=erasures, **limits)
-            return Decision(choice, ranked, self.branches[: choice.erased])
-
-        if budget is None:
-            decision = decide(keep)
-            self._check(decision)
-            return decision
-        settled = budget.settle(self.fraction, decide, lambda d: built(self.model, self.coupling, d, self.eraser))
-        if not settled.within(self.fraction):
-            self._check(settled.choice)
-        self.result.notes.append(settled.note(self.fraction, integer=self.options.precision == "int8"))
-        return settled.choice
-
     # -- doing it ----------------------------------------------------------------------------------------------------
 
     def _carry_out(self, decision: Decision) -> None:
         from graphopt.analysis.remove import remove_units
         from graphopt.pipeline.clone import private_clone
         from graphopt.pruning.batchnorm_means import batchnorm_means
+        from graphopt.pruning.decision import rows, told
 
         dense = private_clone(self.model)
         removed, touched = self._erase(decision)
@@ -302,7 +321,8 @@ class _Run:
                 else "no BatchNormalization is left whose means could stand in for what was cut (prune before fold)"
             )
         report = remove_units(self.model, self.coupling, dead, values)
-        self._tell(decision, dead)
+        self.result.notes += told(decision, dead, BUDGETS[self.name], self.multiple)
+        self.result.details["families"] = rows(decision)
         if self.options.distil:
             from graphopt.fx.after_pruning import match_dense
 
@@ -365,33 +385,13 @@ class _Run:
 
     # -- telling -----------------------------------------------------------------------------------------------------
 
-    def _check(self, decision: Decision) -> None:
-        """Raise where the budget is out of reach."""
-        least = decision.choice.least
-        if not least:
-            return
-        units = sum(len(f.units) for f in decision.ranked)
-        raise UsageError(
+    def _refusal(self) -> UsageError:
+        """Why the budget is out of reach."""
+        units = sum(len(f.units) for f in self.decision.ranked)
+        return UsageError(
             f"{self.name}={self.fraction:g} cannot be met: with all {units} candidate units gone that "
-            f"multiple={self.multiple} and min_keep={self.options.min_keep} let go, {least:.3f} "
+            f"multiple={self.multiple} and min_keep={self.options.min_keep} let go, {self.decision.choice.least:.3f} "
             f"of the {BUDGETS[self.name]} is left",
             where="prune",
             hint="raise the budget, set multiple=1, or see `graphopt inspect --units` for what is frozen",
         )
-
-    def _tell(self, decision: Decision, dead: set[int]) -> None:
-        choice, ranked = decision.choice, decision.ranked
-        touched = sum(k > 0 for k in choice.removed)
-        if decision.branches:
-            labels = ", ".join(b.label for b in decision.branches)
-            self.result.notes.append(
-                f"erased {len(decision.branches)} branches with their sums, which ended in {labels}"
-            )
-        self.result.notes.append(
-            f"removed {len(dead)} of {sum(len(f.units) for f in ranked)} units in {touched} of {len(ranked)} "
-            f"families; {choice.kept:.4f} of the {BUDGETS[self.name]} stay, widths in multiples of {self.multiple}"
-        )
-        self.result.details["families"] = [
-            {"family": f.name, "units": len(f.units), "removed": k, "harm": float(f.harm[k])}
-            for f, k in zip(ranked, choice.removed, strict=True)
-        ]

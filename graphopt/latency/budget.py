@@ -78,6 +78,7 @@ class LatencyBudget:
         multiple: int,
         table: str | None,
         progress: Progress,
+        given: ir.Model | None = None,
     ) -> LatencyBudget:
         """Measure what is missing.
 
@@ -90,6 +91,7 @@ class LatencyBudget:
             multiple: of widths.
             table: file of a table that was measured elsewhere; nothing is measured then.
             progress: told of every batch.
+            given: the model whose time counts as 1, where it is written in another form; None: `model`.
 
         Raises:
             UsageError: a given table lacks layers, or no layer has known sizes.
@@ -105,6 +107,7 @@ class LatencyBudget:
                 hint="fix sizes with --dim NAME=SIZE, or take another budget",
             )
         points = points_of(found, multiple)
+        first = known if given is None else sized(given, feeds)
         copy = known if not integer else as_int8(known, target)
         if table is not None:
             times = load(Path(table))
@@ -125,7 +128,7 @@ class LatencyBudget:
             )
         times, path = table_of(target)
         measured = fill(times, points, target, path=path, progress=progress)
-        before, after = model_times([known, copy], target, feeds)
+        before, after = model_times([first, copy], target, feeds)
         others = passing(known, coupling, {site.key for site in found})
         return cls(
             latency_terms(times, found, after, others),
@@ -133,7 +136,7 @@ class LatencyBudget:
             after,
             measured,
             path,
-            known,
+            first,
             feeds,
             target,
             integer,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -40,6 +40,35 @@ class Decision:
     def empty(self) -> bool:
         """True where nothing goes."""
         return not self.choice.dead and not self.branches
+
+
+def told(decision: Decision, dead: Collection[int], what: str, multiple: int) -> list[str]:
+    """Sentences for the report.
+
+    Args:
+        decision: what was decided.
+        dead: the units that went, which a refit may have chosen anew.
+        what: what the budget is a fraction of.
+        multiple: of widths.
+    """
+    choice, notes = decision.choice, []
+    if decision.branches:
+        labels = ", ".join(b.label for b in decision.branches)
+        notes.append(f"erased {len(decision.branches)} branches with their sums, which ended in {labels}")
+    families = f"{sum(k > 0 for k in choice.removed)} of {len(decision.ranked)} families"
+    notes.append(
+        f"removed {len(dead)} of {sum(len(f.units) for f in decision.ranked)} units in {families}; "
+        f"{choice.kept:.4f} of the {what} stay, widths in multiples of {multiple}"
+    )
+    return notes
+
+
+def rows(decision: Decision) -> list[dict[str, str | int | float]]:
+    """A row for each family: how many of its units go, and what that harms."""
+    return [
+        {"family": f.name, "units": len(f.units), "removed": k, "harm": float(f.harm[k])}
+        for f, k in zip(decision.ranked, decision.choice.removed, strict=True)
+    ]
 
 
 def built(model: ir.Model, coupling: Coupling, decision: Decision, eraser: Eraser | None) -> ir.Model:

@@ -15,7 +15,7 @@ All but lamp are relative to the family's total, so that harm runs from 0 to 1 i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ import onnx_ir as ir
 
 from graphopt.analysis import shapes
 from graphopt.analysis.scope import values_by_name
+from graphopt.analysis.survivors import Survivors
 from graphopt.analysis.units import Coupling
 from graphopt.calibration import Calibration, activations
 from graphopt.numerics.moments import Moments
@@ -31,6 +32,9 @@ from graphopt.pruning.selection import Family
 from graphopt.rewriting.layers import Layer
 
 Floats = npt.NDArray[np.float64]
+
+ONE_SCALE = ("obs", "taylor")
+"""Scores whose harms add up in one scale, however units are grouped into families."""
 
 CHUNK = 256
 """Filters whose distances to all others are held at once."""
@@ -142,6 +146,24 @@ def norms_of_units(coupling: Coupling, *, absolute: bool) -> dict[int, float]:
             total += float(sums[key][list(member.indices)].sum()) if sums[key].size else 0.0
         found[unit.id] = total
     return found
+
+
+def weight_share(coupling: Coupling, dead: Iterable[int]) -> float:
+    """Sum over the parameters of the share of their squares that goes: a harm whatever the families are."""
+    gone = Survivors(coupling, set(dead))
+    values, total = values_by_name(coupling.model), 0.0
+    for name in dict.fromkeys(use.parameter for use in coupling.uses):
+        array = shapes.constant(values.get(name))
+        if array is None or array.dtype.kind != "f":
+            continue
+        power = np.square(array.astype(np.float64))
+        left = power
+        for axis, factors in coupling.parameter_axes(name).items():
+            alive = gone.staying(factors)
+            left = left if alive is None else np.compress(alive, left, axis)
+        whole = float(power.sum())
+        total += 1.0 - float(left.sum()) / whole if whole else 0.0
+    return total
 
 
 def _lamp(power: Floats) -> Floats:

@@ -38,6 +38,17 @@ class Product:
         return self.coefficient * math.prod(counts)
 
 
+def terms_of(
+    budget: str, model: ir.Model, coupling: Coupling, feeds: Mapping[str, npt.NDArray[Any]] | None
+) -> list[Term]:
+    """Terms of a budget: "macs", "params", "bytes" or "units"; the other arguments are those of `mac_terms`."""
+    if budget == "units":
+        return unit_terms(coupling)
+    if budget in {"params", "bytes"}:
+        return parameter_terms(coupling, in_bytes=budget == "bytes")
+    return mac_terms(model, coupling, feeds)
+
+
 def mac_terms(model: ir.Model, coupling: Coupling, feeds: Mapping[str, npt.NDArray[Any]] | None) -> list[Term]:
     """Multiply-accumulates by node.
 

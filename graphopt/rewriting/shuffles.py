@@ -7,6 +7,7 @@ by channel: a reshape needs equal counts in every group that is left, an index d
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -35,12 +36,26 @@ class Shuffle:
     Attributes:
         nodes: Reshape, Transpose, Reshape.
         axis: what is permuted.
+        parts: the sizes that the axis is split into; their product is its size.
         places: (size of the axis,) position of the input for each of the output.
     """
 
     nodes: tuple[ir.Node, ir.Node, ir.Node]
     axis: int
+    parts: tuple[int, ...]
     places: npt.NDArray[np.int64]
+
+    @property
+    def source(self) -> ir.Value:
+        """The tensor that is permuted."""
+        value = self.nodes[0].inputs[0]
+        assert value is not None  # a Reshape has one
+        return value
+
+    @property
+    def name(self) -> str:
+        """How reports name it: by its last node, whose name the Gather takes over."""
+        return label(self.nodes[-1])
 
 
 def shuffles(graph: ir.Graph) -> list[Shuffle]:
@@ -70,17 +85,26 @@ def shuffle_ending_in(last: ir.Node) -> Shuffle | None:
         inside = order[axis : block.stop]
         if sorted(inside) == list(block) and all(a < b for a, b in pairwise(k for k in order if k not in block)):
             places = np.arange(size).reshape(parts).transpose([k - axis for k in inside]).ravel()
-            return Shuffle((first, middle, last), axis, places)
+            return Shuffle((first, middle, last), axis, tuple(parts), places)
     return None
 
 
-def gather_shuffles(model: ir.Model) -> list[str]:
-    """Replace every shuffle by a Gather, in place, also in bodies; the labels of the nodes that became one."""
+def gather_shuffles(model: ir.Model, only: Collection[str] | None = None) -> list[str]:
+    """Replace shuffles by Gathers, in place, also in bodies.
+
+    Args:
+        model: with inferred shapes.
+        only: the names of those to replace; None: all.
+
+    Returns:
+        Their names.
+    """
     names, done = Names(model), []
     for graph in graphs(model):
         for shuffle in shuffles(graph):
-            done.append(label(shuffle.nodes[-1]))
-            _gather(graph, shuffle, names)
+            if only is None or shuffle.name in only:
+                done.append(shuffle.name)
+                _gather(graph, shuffle, names)
     return done
 
 
@@ -91,17 +115,15 @@ def _gather(graph: ir.Graph, shuffle: Shuffle, names: Names) -> None:
     gather = ir.Node(
         "",
         "Gather",
-        [first.inputs[0], index],
+        [shuffle.source, index],
         [ir.AttrInt64("axis", shuffle.axis)],
         outputs=[ir.Value(name=names.fresh(f"{output.name}_gathered"), type=output.type, shape=output.shape)],
         name=last.name,
     )
     mark_origin(gather, [label(node) for node in shuffle.nodes])
     graph.insert_before(last, gather)
-    name, given_out = output.name, output.is_graph_output()
     output.replace_all_uses_with(gather.outputs[0], replace_graph_outputs=True)
-    if given_out:
-        output.name, gather.outputs[0].name = gather.outputs[0].name, name
+    output.name, gather.outputs[0].name = gather.outputs[0].name, output.name
     for node in (last, middle, first):
         remove_node(node)
 

@@ -9,6 +9,13 @@ import pytest
 HERE = Path(__file__).parent
 
 
+@pytest.fixture(scope="session")
+def folder(request: pytest.FixtureRequest) -> Path:
+    """Exported files; kept between sessions, since they depend on nothing but the zoo and torch."""
+    assert request.config.cache is not None
+    return request.config.cache.mkdir("zoo")
+
+
 def network(item: pytest.Item) -> tuple[str, str]:
     parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
     return (parameters["architecture"].name, parameters["exporter"]) if "exporter" in parameters else ("", "")

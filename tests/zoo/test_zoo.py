@@ -17,13 +17,6 @@ EXPECTED = tomllib.loads((Path(__file__).parent / "expected.toml").read_text())
 EXPORTED = [(a, exporter) for a in ZOO.values() for exporter in EXPORTERS if exporter not in a.cannot_export]
 
 
-@pytest.fixture(scope="session")
-def folder(request: pytest.FixtureRequest) -> Path:
-    """Exported files; kept between sessions, since they depend on nothing but the zoo and torch."""
-    assert request.config.cache is not None
-    return request.config.cache.mkdir("zoo")
-
-
 def case(check: str, architecture: Architecture, exporter: str, *more: str) -> Any:
     """Parameters of a test, marked where the check is known to fail for this network (and exporter)."""
     pending = EXPECTED["pending"][check]

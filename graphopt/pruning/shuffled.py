@@ -1,0 +1,145 @@
+"""Channel shuffles: three nodes that move channels by groups, or a Gather each? Whichever harms less at the budget.
+
+Reshape, Transpose, Reshape can only say what is a box of its parts: the same channels must go in every group. A Gather
+(`graphopt.rewriting.shuffles`) says any permutation of what is left, so that every channel is a unit of its own; but it
+takes an index, and runtimes fuse or skip it less often. Three forms are tried at the same budget:
+
+    none    every shuffle stays as it is written
+    all     every shuffle is a Gather
+    some    only those are whose survivors in the form `all` are no box; the others need none
+
+The one of least harm wins, and of equals the one with the fewest Gathers. With a budget of latency every form is timed
+with its Gathers, over the model as it is given; multiply-accumulates, parameters and bytes of weights are those of the
+layers, and the form changes none of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from math import isinf
+from typing import Generic, Protocol, TypeVar
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.analysis.survivors import Survivors
+from graphopt.analysis.units import Coupling
+from graphopt.pipeline.clone import private_clone
+from graphopt.rewriting.edit import graphs
+from graphopt.rewriting.shuffles import Shuffle, gather_shuffles, shuffles
+
+MARGIN = 0.01
+"""Part of the harm that Gathers must save: harms are estimates, and a form is not changed for nothing."""
+
+ROUNDING = 1e-6
+"""A harm that is none: relative noise of the outputs, or share of the weights."""
+
+
+class Trial(Protocol):
+    """A pruning decided on one form of a model, not yet carried out."""
+
+    @property
+    def coupling(self) -> Coupling:
+        """The analysis of that form."""
+
+    @property
+    def dead(self) -> frozenset[int]:
+        """Units that go."""
+
+    @property
+    def harm(self) -> float:
+        """What that harms, in one scale for all forms; inf where the budget is missed."""
+
+
+T = TypeVar("T", bound=Trial)
+
+
+@dataclass(frozen=True)
+class Chosen(Generic[T]):
+    """The form that won.
+
+    Attributes:
+        trial: of that form.
+        note: a sentence for the report; empty where the model has no shuffles.
+        rows: by shuffle: what became of it, and why.
+    """
+
+    trial: T
+    note: str = ""
+    rows: list[dict[str, str]] = field(default_factory=list)
+
+
+def choose_form(model: ir.Model, attempt: Callable[[ir.Model], T]) -> Chosen[T]:
+    """Try the forms of a model's shuffles.
+
+    Args:
+        model: with inferred shapes; the form `none` is tried on it, the others on private clones.
+        attempt: decides a pruning of a model; may change it in a way that the trial can take back or carry on.
+    """
+    found = {s.name: s for graph in graphs(model) for s in shuffles(graph)}
+    if not found:
+        return Chosen(attempt(model))
+    dense = private_clone(model)
+    trials: dict[frozenset[str], T] = {frozenset(): attempt(model)}
+    everything = _gathered(dense, found, trials, attempt)
+    uneven = frozenset(name for name, s in found.items() if not even(s, everything.coupling, everything.dead))
+    if uneven not in trials:
+        _gathered(dense, uneven, trials, attempt)
+    best = frozenset[str]()
+    for form in sorted(trials, key=len)[1:]:
+        if trials[form].harm < trials[best].harm * (1 - MARGIN) - ROUNDING:
+            best = form
+    harms = {form: trial.harm for form, trial in trials.items()}
+    return Chosen(trials[best], _note(best, len(found), harms), _rows(found, best, uneven, harms))
+
+
+def even(shuffle: Shuffle, coupling: Coupling, dead: Iterable[int]) -> bool:
+    """True where what is left of the shuffled axis is a box of its parts: the same positions in every group."""
+    alive = Survivors(coupling, set(dead)).mask(shuffle.source, shuffle.axis)
+    if alive is None:
+        return True
+    grid = alive.reshape(shuffle.parts)
+    sides = [grid.any(axis=tuple(a for a in range(grid.ndim) if a != axis)) for axis in range(grid.ndim)]
+    return int(grid.sum()) == int(np.prod([side.sum() for side in sides]))
+
+
+def _gathered(
+    dense: ir.Model, names: Iterable[str], trials: dict[frozenset[str], T], attempt: Callable[[ir.Model], T]
+) -> T:
+    form, copy = frozenset(names), private_clone(dense)
+    gather_shuffles(copy, form)
+    trials[form] = attempt(copy)
+    return trials[form]
+
+
+def _note(best: frozenset[str], count: int, harms: Mapping[frozenset[str], float]) -> str:
+    plain = harms[frozenset()]
+    if not best:
+        other = min(harm for form, harm in harms.items() if form)
+        return f"{count} channel shuffles stay reshapes: harm {_told(plain)}, with Gathers {_told(other)}"
+    return (
+        f"{len(best)} of {count} channel shuffles became a Gather each: harm {_told(harms[best])}, "
+        f"with reshapes alone {_told(plain)}"
+    )
+
+
+def _rows(
+    found: Iterable[str], best: frozenset[str], uneven: frozenset[str], harms: Mapping[frozenset[str], float]
+) -> list[dict[str, str]]:
+    rows = []
+    for name in found:
+        if name in best and name in uneven:
+            why = "more channels go of one group than of another"
+        elif name in best:
+            why = f"Gathers throughout harm {_told(harms[best])}, less than where they are needed alone"
+        elif best:
+            why = "the same channels go in every group"
+        else:
+            why = "the same channels can go in every group at no more harm"
+        rows.append({"shuffle": name, "form": "Gather" if name in best else "Reshape, Transpose, Reshape", "why": why})
+    return rows
+
+
+def _told(harm: float) -> str:
+    return "out of reach" if isinf(harm) else f"{harm:.3g}"
