@@ -1,4 +1,4 @@
-"""Block-diagonal matrices, and the exact least-squares update of one that stands to the right of a core.
+"""Block-diagonal matrices, and the least-squares update of one that stands to the right of a core.
 
 A block-diagonal matrix of blocks b x b is held as an array (blocks, b, b). With a core S (m, n) and What = S B the loss
 
@@ -6,24 +6,27 @@ A block-diagonal matrix of blocks b x b is held as an array (blocks, b, b). With
 
 is a quadratic form in B alone: the change D of B that minimises it solves
 
-    diag-blocks(K D H) = diag-blocks(S^T E H),       K = S^T S,  E = W - S B.
+    diag-blocks(K D H) = diag-blocks(S^T W H) - diag-blocks(K B H),       K = S^T S.
 
 Solved by conjugate gradients, preconditioned block by block with K_jj^-1 (.) H_jj^-1 (which is one step of block Gauss-
-Seidel's update, for all blocks at once): a step costs n^2 b, little beside K itself. Every number of steps lowers f.
+Seidel's update, for all blocks at once): a step costs 4 n^2 b, little beside K itself. Every number of steps lowers f.
 
 Where the same B acts on T taps (positions of a convolution kernel; B_full = I_T (x) B, columns ordered tap by tap) the
 diagonal blocks of all taps are summed, and the form stays quadratic.
+
+Everything goes block by block, so that no temporary is larger than a block of columns.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from array_api_compat import array_namespace
 
 RIDGE = 1e-6
-"""Of the preconditioner and of K, relative to the mean of its diagonal: an unused row of the core stays solvable."""
+"""Of normal equations, relative to the mean of their diagonal: an unused row of the core stays solvable."""
 
 
 @dataclass(frozen=True)
@@ -45,41 +48,55 @@ class Blocks:
         """Columns of all taps."""
         return self.size * self.count * self.taps
 
+    def cuts(self) -> Iterator[tuple[int, slice]]:
+        """Which block acts on which columns."""
+        for start in range(0, self.width, self.size):
+            yield start // self.size % self.count, slice(start, start + self.size)
+
     def right(self, matrix: Any, blocks: Any) -> Any:
         """X B_full: (m, width) times (count, b, b)."""
-        xp = array_namespace(matrix)
-        m = int(matrix.shape[0])
-        cut = xp.reshape(matrix, (m, self.taps, self.count, self.size))
-        moved = xp.permute_dims(cut, (2, 0, 1, 3))  # (count, m, taps, b)
-        made = xp.reshape(moved, (self.count, m * self.taps, self.size)) @ blocks
-        back = xp.reshape(made, (self.count, m, self.taps, self.size))
-        return xp.reshape(xp.permute_dims(back, (1, 2, 0, 3)), (m, self.width))
+        made = array_namespace(matrix).empty_like(matrix)
+        for block, at in self.cuts():
+            made[:, at] = matrix[:, at] @ blocks[block, :, :]
+        return made
 
     def left(self, blocks: Any, matrix: Any) -> Any:
         """B_full X: (count, b, b) times (width, m)."""
-        return self.right(matrix.T, transposed(blocks)).T
+        made = array_namespace(matrix).empty_like(matrix)
+        for block, at in self.cuts():
+            made[at, :] = blocks[block, :, :] @ matrix[at, :]
+        return made
 
     def diagonal(self, left: Any, right: Any) -> Any:
-        """Diagonal blocks of L^T R, taps summed: (m, width), (m, width) -> (count, b, b)."""
-        xp = array_namespace(left)
-        m = int(left.shape[0])
-        shape = (m * self.taps, self.count, self.size)
-        one = xp.permute_dims(xp.reshape(left, shape), (1, 2, 0))
-        return one @ xp.permute_dims(xp.reshape(right, shape), (1, 0, 2))
+        """Diagonal blocks of L^T R, taps summed, float64: (m, width), (m, width) -> (count, b, b)."""
+        found = _empty(left, self)
+        for block, at in self.cuts():
+            found[block, :, :] += _double(left[:, at].T @ right[:, at])
+        return found
 
     def own(self, square: Any) -> Any:
-        """Diagonal blocks of a (width, width) matrix, taps averaged: (count, b, b)."""
-        xp = array_namespace(square)
-        each = self.taps * self.count
-        cut = xp.reshape(square, (each, self.size, each, self.size))
-        place = xp.arange(each, device=square.device)
-        found = xp.reshape(cut[place, :, place, :], (self.taps, self.count, self.size, self.size))
-        return xp.mean(found, axis=0)
+        """Diagonal blocks of a (width, width) matrix, taps averaged, float64: (count, b, b)."""
+        found = _empty(square, self)
+        for block, at in self.cuts():
+            found[block, :, :] += _double(square[at, at])
+        return found / self.taps
+
+    def sandwiched(self, gram: Any, blocks: Any, metric: Any) -> Any:
+        """Diagonal blocks of K B_full H, taps summed, float64: (count, b, b); H symmetric."""
+        xp = array_namespace(gram)
+        found = xp.zeros((self.taps, self.count, self.size, self.size), dtype=xp.float64, device=gram.device)
+        for block, at in self.cuts():
+            one = xp.reshape(gram[:, at] @ blocks[block, :, :], (-1, self.size, self.size))
+            two = xp.permute_dims(xp.reshape(metric[at, :], (self.size, -1, self.size)), (1, 0, 2))
+            found += xp.reshape(_double(one @ two), found.shape)
+        return xp.sum(found, axis=0)
 
     def congruence(self, blocks: Any, metric: Any) -> Any:
-        """B_full H B_full^T, symmetric."""
-        made = self.left(blocks, self.right(metric, transposed(blocks)))
-        return (made + made.T) / 2
+        """B_full H B_full^T."""
+        made = self.right(metric, transposed(blocks))
+        for block, at in self.cuts():
+            made[at, :] = blocks[block, :, :] @ made[at, :]
+        return made
 
 
 def transposed(blocks: Any) -> Any:
@@ -94,24 +111,32 @@ def identity(like: Any, blocks: Blocks) -> Any:
     return xp.tile(one[None, :, :], (blocks.count, 1, 1))
 
 
-def right_update(core: Any, residual: Any, metric: Any, blocks: Blocks, steps: int) -> Any:
+def places(like: Any, inputs: int, across: Blocks) -> Any:
+    """Where the columns of a matrix with `inputs` a tap stand in one whose taps are filled up to whole blocks."""
+    xp = array_namespace(like)
+    tap = xp.arange(across.taps, device=like.device) * (across.size * across.count)
+    return xp.reshape(tap[:, None] + xp.arange(inputs, device=like.device)[None, :], (-1,))
+
+
+def right_update(core: Any, wanted: Any, right: Any, metric: Any, blocks: Blocks, steps: int) -> Any:
     """The change of B that (nearly) minimises the loss; see the module's head.
 
     Args:
         core: S, (m, width).
-        residual: E H, (m, width).
+        wanted: W H, (m, width).
+        right: B, (count, b, b).
         metric: H, (width, width).
         blocks: how columns are cut.
         steps: conjugate-gradient steps.
 
     Returns:
-        (count, b, b).
+        (count, b, b) in the dtype of B.
     """
     xp = array_namespace(core)
     gram = core.T @ core
-    inverse_gram = xp.linalg.inv(_ridged(blocks.own(gram)))
-    inverse_metric = xp.linalg.inv(_ridged(blocks.own(metric)))
-    left = blocks.diagonal(core, residual)
+    inverse_gram = xp.linalg.inv(ridged(blocks.own(gram)))
+    inverse_metric = xp.linalg.inv(ridged(blocks.own(metric)))
+    left = blocks.diagonal(core, wanted) - blocks.sandwiched(gram, right, metric)
     change, direction, before = xp.zeros_like(left), xp.zeros_like(left), 0.0
     for _ in range(steps):
         preconditioned = inverse_gram @ left @ inverse_metric
@@ -119,36 +144,49 @@ def right_update(core: Any, residual: Any, metric: Any, blocks: Blocks, steps: i
         if not now > 0:
             break
         direction = preconditioned + (now / before if before else 0.0) * direction
-        made = blocks.diagonal(blocks.right(gram, direction).T, metric)
+        made = blocks.sandwiched(gram, xp.astype(direction, right.dtype), metric)
         curvature = float(xp.sum(direction * made))
         if not curvature > 0:
             break
         change = change + (now / curvature) * direction
         left = left - (now / curvature) * made
         before = now
-    return change
+    return xp.astype(change, right.dtype)
 
 
-def left_update(made: Any, residual: Any, metric: Any, blocks: Blocks) -> Any:
+def left_update(made: Any, wanted: Any, left: Any, metric: Any, blocks: Blocks) -> Any:
     """The change of A that minimises tr((W - A Y) H (W - A Y)^T): block rows do not meet, each is a least squares.
 
     Args:
         made: Y = S B, (m, n).
-        residual: E H, (m, n), with E = W - A Y.
+        wanted: W H, (m, n).
+        left: A, (count, b, b).
         metric: H, (n, n).
         blocks: how rows are cut; ``blocks.width == m``.
 
     Returns:
-        (count, b, b): diag-blocks(E H Y^T) (diag-blocks(Y H Y^T))^-1.
+        (count, b, b): (diag-blocks(W H Y^T) - A K) K^-1 with K = diag-blocks(Y H Y^T), in the dtype of A; what no row
+        of the core uses stays.
     """
     xp = array_namespace(made)
-    system = _ridged(blocks.diagonal((made @ metric).T, made.T))
-    right = blocks.diagonal(residual.T, made.T)
-    return xp.permute_dims(xp.linalg.solve(system, transposed(right)), (0, 2, 1))
+    gram = blocks.diagonal((made @ metric).T, made.T)
+    missing = blocks.diagonal(wanted.T, made.T) - _double(left) @ gram
+    return xp.astype(transposed(xp.linalg.solve(ridged(gram), transposed(missing))), left.dtype)
 
 
-def _ridged(squares: Any) -> Any:
+def ridged(squares: Any) -> Any:
+    """Blocks with a little of their mean diagonal added."""
     xp = array_namespace(squares)
-    mean = xp.mean(xp.linalg.diagonal(squares))
+    mean = float(xp.mean(xp.linalg.diagonal(squares)))
     eye = xp.eye(int(squares.shape[-1]), dtype=squares.dtype, device=squares.device)
-    return squares + (RIDGE * mean) * eye[None, :, :]
+    return squares + (RIDGE * mean if mean > 0 else 1.0) * eye[None, :, :]
+
+
+def _empty(like: Any, blocks: Blocks) -> Any:
+    xp = array_namespace(like)
+    return xp.zeros((blocks.count, blocks.size, blocks.size), dtype=xp.float64, device=like.device)
+
+
+def _double(array: Any) -> Any:
+    xp = array_namespace(array)
+    return xp.astype(array, xp.float64)

@@ -17,11 +17,12 @@ gradient is updated by thin products, behind it by one matrix product. Arrays ar
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from array_api_compat import array_namespace
 
-from graphopt.numerics.sparsity.moments import check_weight, error
+from graphopt.numerics.sparsity.moments import check_weight
 from graphopt.numerics.sparsity.one_shot import sparsegpt
 from graphopt.numerics.sparsity.patterns import Pattern
 
@@ -60,19 +61,28 @@ def coordinate_descent(
     check_weight(weight)
     core = (sparsegpt(weight, metric, pattern) if start is None else start) + 0.0
     solve = Sweep(xp.astype(metric, weight.dtype), pattern)
-    best, least = core + 0.0, error(weight, core, metric)
+    gap = weight - core
+    gradient = gap @ solve.metric
+    least = _sum(gap * gradient)
     for _ in range(sweeps):
         if seconds is not None and time.monotonic() - began > seconds:
             break
-        gradient = (weight - core) @ solve.metric
-        solve(core, gradient)
-        now = error(weight, core, metric)
+        after = core + 0.0
+        solve(after, gradient)
+        gap = weight - after
+        gradient = gap @ solve.metric
+        now = _sum(gap * gradient)
         if not now < least:
             break
-        gained, best, least = least - now, core + 0.0, now
+        gained, core, least = least - now, after, now
         if gained < tolerance * least:
             break
-    return best
+    return core
+
+
+def _sum(values: Any) -> float:
+    xp = array_namespace(values)
+    return float(xp.sum(values, dtype=xp.float64))
 
 
 class Sweep:
@@ -88,77 +98,117 @@ class Sweep:
 
     def __init__(self, metric: Any, pattern: Pattern) -> None:
         self.metric = metric
-        self._pattern = pattern
+        self._step = pattern.of or 1
         self._fills = _fillings(metric, pattern) if pattern.of else None
 
-    def __call__(self, core: Any, gradient: Any, rows: Any = None) -> None:
+    def __call__(self, core: Any, gradient: Any, rows: Any = None) -> float:
         """Improve `core` in place.
 
         Args:
             core: S, (m, n).
-            gradient: G, (m, n); afterwards that of the new core where rows do not meet, else to be computed anew.
+            gradient: G, (m, n); used up.
             rows: D, (m,): how much rows meet; None: they do not.
+
+        Returns:
+            What f lost; where rows meet, at least that.
         """
         n = int(core.shape[1])
-        step = self._pattern.of or 1
-        width = CHUNK - CHUNK % step
+        if rows is not None:
+            gradient /= rows[:, None]
+        gained, width = 0.0, CHUNK - CHUNK % self._step
         for start in range(0, n, width):
             stop = min(start + width, n)
-            before = core[:, start:stop] + 0.0
-            local = gradient[:, start:stop] + 0.0 if rows is None else gradient[:, start:stop] / rows[:, None]
-            block = self.metric[start:stop, start:stop]
-            for g in range(0, stop - start, step):
-                group = slice(g, min(g + step, stop - start))
-                old = before[:, group]
-                wanted = local[:, group] + old @ block[group, group]
-                new = self._fill(wanted, old, start + g)
-                core[:, start + group.start : start + group.stop] = new
-                local -= (new - old) @ block[group, :]
-            moved = (core[:, start:stop] - before) @ self.metric[start:stop, :]
-            gradient -= moved if rows is None else moved * rows[:, None]
-            if rows is None:
-                gradient[:, start:stop] = local
+            here = slice(start, stop)
+            own = self.metric[here, here]
+            first, before = _turned(gradient[:, here]), _turned(core[:, here])  # rows of these are contiguous
+            after = self._chunk(first + 0.0, before, start)
+            moved = after - before
+            lost = moved * (2 * first - own @ moved)
+            weighed = lost if rows is None else lost * rows[None, :]
+            gained += _sum(weighed)
+            core[:, here] = after.T
+            if stop < n:
+                gradient[:, stop:] -= moved.T @ self.metric[here, stop:]
+        return gained
 
-    def _fill(self, wanted: Any, old: Any, column: int) -> Any:
-        """The best values of a group in every row; `wanted`: c, (rows, group)."""
+    def _chunk(self, local: Any, before: Any, start: int) -> Any:
+        """The new values of some columns, turned: (columns, m); `local`: their gradient, used up."""
+        xp = array_namespace(local)
+        width = int(local.shape[0])
+        own = self.metric[start : start + width, start : start + width]
+        after = xp.empty_like(before)
+        for g in range(0, width, self._step):
+            group = slice(g, min(g + self._step, width))
+            old = before[group, :]
+            after[group, :] = new = self._filled(local[group, :] + own[group, group] @ old, old, start + g)
+            if group.stop < width:
+                local[group.stop :, :] -= own[group.stop :, group] @ (new - old)
+        return after
+
+    def _filled(self, wanted: Any, old: Any, column: int) -> Any:
+        """The best values of a group in every row; `wanted`: c, (group, m)."""
         xp = array_namespace(wanted)
         if self._fills is None:
             return xp.where(old != 0, wanted / self.metric[column, column], xp.zeros_like(wanted))
-        fill = self._fills[column // self._pattern.of]  # (M, supports * M)
-        size = int(wanted.shape[1])
-        values = xp.reshape(wanted @ fill, (int(wanted.shape[0]), -1, size))
-        gains = values @ wanted[:, :, None]
-        best = xp.argmax(gains[:, :, 0], axis=1)
-        return values[xp.arange(int(wanted.shape[0]), device=wanted.device), best, :]
+        fill = self._fills[column // self._step]
+        size, m = (int(length) for length in wanted.shape)
+        best = xp.argmax(fill.gains @ (wanted[fill.one, :] * wanted[fill.two, :]), axis=0)
+        values = xp.reshape(fill.values @ wanted, (-1, size, m))
+        return values[best, :, xp.arange(m, device=wanted.device)].T
 
 
-def _fillings(metric: Any, pattern: Pattern) -> list[Any]:
-    """For each group the inverses (M_PP)^-1 of all supports P, side by side: (M, supports * M), zero outside P."""
+@dataclass(frozen=True)
+class _Fill:
+    """How to fill one group, for all its supports P at once.
+
+    Attributes:
+        values: (supports * M, M): (M_PP)^-1 of each, zero outside P.
+        gains: (supports, pairs): the same as forms, of the products c_i c_j, i <= j.
+        one, two: (pairs,): i and j.
+    """
+
+    values: Any
+    gains: Any
+    one: Any
+    two: Any
+
+
+def _turned(matrix: Any) -> Any:
+    xp = array_namespace(matrix)
+    made = xp.empty((int(matrix.shape[1]), int(matrix.shape[0])), dtype=matrix.dtype, device=matrix.device)
+    made[:, :] = matrix.T
+    return made
+
+
+def _fillings(metric: Any, pattern: Pattern) -> list[_Fill]:
+    """One a group; the last may be shorter."""
     xp = array_namespace(metric)
     n = int(metric.shape[0])
-    found = []
     whole = n - n % pattern.of
+    found: list[_Fill] = []
     if whole:
         at = xp.reshape(xp.arange(whole, device=metric.device), (-1, pattern.of))
-        blocks = xp.astype(metric[at[:, :, None], at[:, None, :]], xp.float64)
-        found.extend(list(_inverses(blocks, pattern.supports(), metric.dtype)))
+        found += _fills(metric[at[:, :, None], at[:, None, :]], pattern)
     if whole < n:
-        rest = xp.astype(metric[whole:, whole:], xp.float64)[None, :, :]
         size = n - whole
-        short = Pattern(min(pattern.keep, size), size, 0.0)
-        found.extend(list(_inverses(rest, short.supports(), metric.dtype)))
+        found += _fills(metric[whole:, whole:][None, :, :], Pattern(min(pattern.keep, size), size, 0.0))
     return found
 
 
-def _inverses(blocks: Any, supports: list[tuple[int, ...]], dtype: Any) -> Any:
-    """(groups, M, M) -> (groups, M, supports * M)."""
+def _fills(blocks: Any, pattern: Pattern) -> list[_Fill]:
+    """(groups, M, M) -> one each."""
     xp = array_namespace(blocks)
-    count, size = int(blocks.shape[0]), int(blocks.shape[1])
-    result = xp.zeros((count, size, len(supports), size), dtype=xp.float64, device=blocks.device)
+    count, size = int(blocks.shape[0]), pattern.of
+    double = xp.astype(blocks, xp.float64)
+    supports = pattern.supports()
+    inverses = xp.zeros((count, len(supports), size, size), dtype=xp.float64, device=blocks.device)
     for place, support in enumerate(supports):
-        chosen = list(support)
-        inverse = xp.linalg.inv(blocks[:, chosen, :][:, :, chosen])
-        for i, row in enumerate(chosen):
-            for j, column in enumerate(chosen):
-                result[:, row, place, column] = inverse[:, i, j]
-    return xp.astype(xp.reshape(result, (count, size, -1)), dtype)
+        chosen = xp.asarray(support, device=blocks.device)
+        rows, columns = chosen[:, None], chosen[None, :]
+        inverses[:, place, rows, columns] = xp.linalg.inv(double[:, rows, columns])
+    pairs = [(i, j) for i in range(size) for j in range(i, size)]
+    one, two = (xp.asarray(side, device=blocks.device) for side in zip(*pairs, strict=True))
+    twice = xp.where(one == two, xp.asarray(1.0, dtype=xp.float64), xp.asarray(2.0, dtype=xp.float64))
+    gains = xp.astype(inverses[:, :, one, two] * twice, blocks.dtype)
+    values = xp.astype(xp.reshape(inverses, (count, len(supports) * size, size)), blocks.dtype)
+    return [_Fill(values[g, :, :], gains[g, :, :], one, two) for g in range(count)]

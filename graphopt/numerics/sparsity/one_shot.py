@@ -17,9 +17,9 @@ from typing import Any
 
 from array_api_compat import array_namespace
 
-from graphopt.numerics.sparsity.patterns import Pattern, mask
+from graphopt.numerics.sparsity.patterns import Pattern, largest, mask
 
-CHUNK = 128
+CHUNK = 64
 """Columns per chunk: within it updates are vectors, behind it one matrix product."""
 
 TINY = 1e-12
@@ -65,38 +65,61 @@ def sparsegpt(weight: Any, metric: Any, pattern: Pattern) -> Any:
         (m, n) in the dtype of `weight`.
     """
     xp = array_namespace(weight)
-    n = int(weight.shape[1])
-    inverse = _inverse(metric)
-    upper = xp.linalg.cholesky(inverse).T
-    left = xp.astype(weight, xp.float64) + 0.0
-    dealt = None if pattern.of else mask(left * left / xp.linalg.diagonal(inverse)[None, :], pattern)
+    m, n = (int(size) for size in weight.shape)
+    upper = inverse_root(metric)
+    dealt = None
+    if not pattern.of:
+        dealt = mask(weight * weight / xp.astype(xp.sum(upper * upper, axis=0), weight.dtype)[None, :], pattern)
+    upper = xp.astype(upper, weight.dtype)
+    left = xp.empty((n, m), dtype=weight.dtype, device=weight.device)
+    left[:, :] = weight.T  # turned, so that a column is contiguous
     width = CHUNK - CHUNK % pattern.of if pattern.of else CHUNK
     for start in range(0, n, width):
         stop = min(start + width, n)
-        part, factor = left[:, start:stop] + 0.0, upper[start:stop, start:stop]
-        diagonal = xp.linalg.diagonal(factor)
-        errors = xp.zeros_like(part)
-        kept = None
+        part, factor = left[start:stop, :], upper[start:stop, start:stop]
+        diagonal = xp.linalg.diagonal(factor)[:, None]
+        errors = xp.empty_like(part)
+        kept = xp.ones(part.shape, dtype=xp.bool, device=part.device)
         if dealt is not None:
             share = float(xp.mean(xp.astype(dealt[:, start:stop], xp.float64)))
-            kept = mask((part / diagonal[None, :]) ** 2, Pattern(0, 0, share))
+            kept = mask((part / diagonal) ** 2, Pattern(0, 0, share))
         for j in range(stop - start):
             if pattern.of and j % pattern.of == 0:
                 group = slice(j, min(j + pattern.of, stop - start))
-                fresh = mask((part[:, group] / diagonal[None, group]) ** 2, pattern)
-                kept = fresh if j == 0 or kept is None else xp.concat([kept, fresh], axis=1)
-            assert kept is not None
-            column = xp.where(kept[:, j], part[:, j], xp.zeros_like(part[:, j]))
-            errors[:, j] = (part[:, j] - column) / diagonal[j]
-            part[:, j:] -= errors[:, j : j + 1] * factor[j : j + 1, j:]
-            part[:, j] = column
-        left[:, start:stop] = part
-        left[:, stop:] -= errors @ upper[start:stop, stop:]
-    return xp.astype(left, weight.dtype)
+                kept[group, :] = largest((part[group, :] / diagonal[group, :]) ** 2, pattern.keep)
+            errors[j, :] = xp.where(kept[j, :], 0 * part[j, :], part[j, :] / diagonal[j, 0])
+            part[j, :] = xp.where(kept[j, :], part[j, :], 0 * part[j, :])
+            part[j + 1 :, :] -= factor[j, j + 1 :][:, None] * errors[j, :][None, :]
+        left[stop:, :] -= upper[start:stop, stop:].T @ errors
+    found = xp.empty_like(weight)
+    found[:, :] = left.T
+    return found
 
 
-def _inverse(metric: Any) -> Any:
-    """H^-1, float64, symmetric to the last bit. Its Cholesky factor L gives U = L^T: L L^T = U^T U."""
+def inverse_root(metric: Any) -> Any:
+    """The upper triangular U with U^T U = H^-1, float64: H = R R^T with R upper triangular, U = R^-1.
+
+    Raises:
+        ValueError: H is not positive definite.
+    """
     xp = array_namespace(metric)
-    inverse = xp.linalg.inv(xp.astype(metric, xp.float64))
-    return (inverse + inverse.T) / 2
+    flipped = xp.flip(xp.astype(metric, xp.float64))
+    try:
+        lower = xp.linalg.cholesky(flipped)
+    except (ValueError, RuntimeError) as error:  # numpy's LinAlgError, torch's
+        raise ValueError("the moments of its inputs are not positive definite: damp them") from error
+    return _inverse(xp.flip(lower))
+
+
+def _inverse(upper: Any) -> Any:
+    """R^-1 of an upper triangular R, by halves: [[P, Q], [0, R]]^-1 = [[P^-1, -P^-1 Q R^-1], [0, R^-1]]."""
+    xp = array_namespace(upper)
+    n = int(upper.shape[0])
+    if n <= CHUNK:
+        return xp.triu(xp.linalg.inv(upper))
+    half = n // 2
+    made = xp.zeros_like(upper)
+    made[:half, :half] = first = _inverse(upper[:half, :half])
+    made[half:, half:] = second = _inverse(upper[half:, half:])
+    made[:half, half:] = -(first @ upper[:half, half:]) @ second
+    return made

@@ -67,17 +67,31 @@ def mask(scores: Any, pattern: Pattern) -> Any:
     xp = array_namespace(scores)
     m, n = (int(size) for size in scores.shape)
     if not pattern.of:
-        flat = xp.reshape(scores, (-1,))
-        order = xp.argsort(-flat, stable=True)
-        ranks = xp.argsort(order, stable=True)
-        return xp.reshape(ranks < round(pattern.density * m * n), (m, n))
+        order = xp.argsort(-xp.reshape(scores, (-1,)), stable=True)
+        kept = xp.zeros((m * n,), dtype=xp.bool, device=scores.device)
+        kept[order[: round(pattern.density * m * n)]] = True
+        return xp.reshape(kept, (m, n))
     short = -n % pattern.of
     if short:  # positions past the end lose to all others
         lowest = xp.full((m, short), -float("inf"), dtype=scores.dtype, device=scores.device)
         scores = xp.concat([scores, lowest], axis=1)
-    groups = xp.reshape(scores, (m, -1, pattern.of))
-    ranks = xp.argsort(xp.argsort(-groups, axis=-1, stable=True), axis=-1, stable=True)
-    return xp.reshape(ranks < pattern.keep, (m, -1))[:, :n]
+    groups = xp.permute_dims(xp.reshape(scores, (m, -1, pattern.of)), (2, 0, 1))
+    kept = xp.permute_dims(largest(groups, pattern.keep), (1, 2, 0))
+    return xp.reshape(kept, (m, -1))[:, :n]
+
+
+def largest(scores: Any, keep: int) -> Any:
+    """Where the `keep` largest are along the first, short axis: as many outrank each; of equals the earlier."""
+    xp = array_namespace(scores)
+    size = int(scores.shape[0])
+    chosen = []
+    for i in range(size):
+        rank = xp.zeros(scores.shape[1:], dtype=xp.int8, device=scores.device)
+        for j in range(size):
+            if j != i:
+                rank += scores[j, ...] >= scores[i, ...] if j < i else scores[j, ...] > scores[i, ...]
+        chosen.append(rank < keep)
+    return xp.stack(chosen)
 
 
 def holds(weight: Any, pattern: Pattern) -> bool:

@@ -1,0 +1,195 @@
+"""The alternation behind a factorisation W ~ A S B: one factor after the other, ahead of the last cycle.
+
+    f(A, S, B) = tr((W - A S B) H (W - A S B)^T)
+
+A cycle updates B by conjugate gradients, A by one solve a block row (`blocks`), then S by one pass over all its groups
+(`descent`); each lowers f. Alternation is slow at the end, so the next cycle starts ahead, at theta_k + beta (theta_k -
+theta_k-1); a cycle that ends higher is dropped and beta halved (a monotone safeguard). The gauge is fixed by unit rows
+of B and unit columns of A.
+
+With V = W H made once, a cycle without A costs four products of m n^2 multiply-adds at most: S^T S, the residual times
+H, and what the pass over S spends; f before the pass comes from that residual, what the pass gains from the pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from array_api_compat import array_namespace
+
+from graphopt.numerics.sparsity.blocks import Blocks, identity, left_update, places, right_update, transposed
+from graphopt.numerics.sparsity.descent import Sweep
+from graphopt.numerics.sparsity.factors import Factors, Wrappers
+from graphopt.numerics.sparsity.patterns import Pattern
+
+CONJUGATE_STEPS = 4
+FIRST_MOMENTUM, LAST_MOMENTUM, GROWTH = 0.7, 0.95, 1.05
+
+
+@dataclass(frozen=True)
+class State:
+    """A, S, B; None: I."""
+
+    left: Any
+    core: Any
+    right: Any
+
+
+@dataclass(frozen=True)
+class Problem:
+    """W, H, how they are cut: filled up with zeros so that blocks divide both.
+
+    Attributes:
+        weight: W, (m, n).
+        metric: H, (n, n).
+        wanted: W H.
+        pattern: of the core.
+        rows: how A cuts; None: there is none.
+        columns: how B cuts, or how groups do.
+        bent: there is a B.
+    """
+
+    weight: Any
+    metric: Any
+    wanted: Any
+    pattern: Pattern
+    rows: Blocks | None
+    columns: Blocks
+    bent: bool
+
+    @classmethod
+    def of(cls, weight: Any, metric: Any, pattern: Pattern, block: int, wrappers: Wrappers, taps: int) -> Problem:
+        """Cut W (m, n) and H (n, n), columns tap by tap, for blocks of `block`."""
+        xp = array_namespace(weight)
+        m, inputs = int(weight.shape[0]), int(weight.shape[1]) // taps
+        bent = wrappers in {"in", "both"}
+        wide = block if bent else pattern.of
+        columns = Blocks(wide, -(-inputs // wide), taps)
+        rows = Blocks(block, -(-m // block)) if wrappers in {"out", "both"} else None
+        if columns.width != inputs * taps:
+            place = places(metric, inputs, columns)
+            mean = xp.mean(xp.linalg.diagonal(metric))
+            grown = mean * xp.eye(columns.width, dtype=metric.dtype, device=metric.device)
+            grown[place[:, None], place[None, :]] = metric
+            metric = grown
+        made = cls(weight, metric, None, pattern, rows, columns, bent)
+        weight = made.pad(weight)
+        return replace(made, weight=weight, wanted=weight @ metric if wrappers != "none" else None)
+
+    def pad(self, matrix: Any) -> Any:
+        """(m, n) with zeros where blocks or groups reach past the end."""
+        xp = array_namespace(matrix)
+        m, n = int(matrix.shape[0]), int(matrix.shape[1])
+        height = self.rows.width if self.rows is not None else m
+        if (height, self.columns.width) == (m, n):
+            return matrix
+        grown = xp.zeros((height, self.columns.width), dtype=matrix.dtype, device=matrix.device)
+        grown[:m, places(matrix, n // self.columns.taps, self.columns)] = matrix
+        return grown
+
+    def factors(self, state: State, losses: list[float], m: int, n: int) -> Factors:
+        """Without what was filled up."""
+        taps = self.columns.taps
+        core = state.core[:m, :][:, places(state.core, n // taps, self.columns)]
+        return Factors(core, state.left, state.right, taps, losses)
+
+    def solve(self, core: Any, cycles: int, late: Callable[[], bool], tolerance: float) -> tuple[State, list[float]]:
+        """Alternate with momentum from A = B = I; the loss never rises.
+
+        Args:
+            core: S to begin with, of the pattern, filled up.
+            cycles: at most.
+            late: whether to stop now.
+            tolerance: ends when a cycle gains less than this share of the loss.
+        """
+        left = None if self.rows is None else identity(core, self.rows)
+        right = identity(core, self.columns) if self.bent else None
+        state = previous = State(left, core, right)
+        loss, momentum = self._residual(state)[1], 0.0
+        losses = [loss]
+        for _ in range(cycles):
+            if late():
+                break
+            after, reached = self._cycle(_ahead(state, previous, momentum) if momentum else state)
+            if not reached < loss:
+                if not momentum:
+                    break
+                momentum = momentum / 2 if momentum > 0.1 else 0.0
+                previous = state
+                losses.append(loss)
+                continue
+            gained = loss - reached
+            previous, state, loss = state, after, reached
+            losses.append(loss)
+            momentum = min(LAST_MOMENTUM, momentum * GROWTH) if momentum else FIRST_MOMENTUM
+            if gained < tolerance * loss:
+                break
+        return state, losses
+
+    def _residual(self, state: State) -> tuple[Any, float]:
+        """(W - A S B) H and f."""
+        xp = array_namespace(self.weight)
+        made = self._inner(state)
+        gap = self.weight - (made if self.rows is None else self.rows.left(state.left, made))
+        turned = gap @ self.metric
+        return turned, float(xp.sum(gap * turned, dtype=xp.float64))
+
+    def _inner(self, state: State) -> Any:
+        return self.columns.right(state.core, state.right) if self.bent else state.core
+
+    def _cycle(self, state: State) -> tuple[State, float]:
+        xp = array_namespace(state.core)
+        if self.bent:
+            outer = state.core if self.rows is None else self.rows.left(state.left, state.core)
+            change = right_update(outer, self.wanted, state.right, self.metric, self.columns, CONJUGATE_STEPS)
+            state = replace(state, right=state.right + change)
+        if self.rows is not None:
+            change = left_update(self._inner(state), self.wanted, state.left, self.metric, self.rows)
+            state = replace(state, left=state.left + change)
+        state = self._gauged(state)
+        gradient, loss = self._residual(state)
+        metric = self.metric
+        if self.bent:
+            metric = self.columns.congruence(state.right, metric)
+            gradient = self.columns.right(gradient, transposed(state.right))
+        core = state.core + 0.0
+        if self.rows is None:
+            return replace(state, core=core), loss - Sweep(metric, self.pattern)(core, gradient)
+        gradient = self.rows.left(transposed(state.left), gradient)
+        meet = xp.reshape(xp.sum(xp.abs(transposed(state.left) @ state.left), axis=2), (-1,))
+        Sweep(metric, self.pattern)(core, gradient, meet)
+        state = replace(state, core=core)
+        return state, self._residual(state)[1]
+
+    def _gauged(self, state: State) -> State:
+        xp = array_namespace(state.core)
+        core = state.core
+        if state.right is not None:
+            norms = _norms(state.right, axis=2)
+            state = replace(state, right=state.right / norms[:, :, None])
+            core = core * xp.tile(xp.reshape(norms, (-1,)), (self.columns.taps,))[None, :]
+        if state.left is not None:
+            norms = _norms(state.left, axis=1)
+            state = replace(state, left=state.left / norms[:, None, :])
+            core = core * xp.reshape(norms, (-1,))[:, None]
+        return replace(state, core=core)
+
+
+def _ahead(state: State, previous: State, momentum: float) -> State:
+    """theta + beta (theta - theta'); the core keeps its support."""
+    xp = array_namespace(state.core)
+
+    def ahead(now: Any, before: Any) -> Any:
+        return None if now is None else now + momentum * (now - before)
+
+    core = xp.where(state.core != 0, ahead(state.core, previous.core), xp.zeros_like(state.core))
+    return State(ahead(state.left, previous.left), core, ahead(state.right, previous.right))
+
+
+def _norms(blocks: Any, axis: int) -> Any:
+    """Lengths of rows (axis 2) or columns (axis 1) of each block; 1 for an empty one."""
+    xp = array_namespace(blocks)
+    norms = xp.sqrt(xp.sum(blocks * blocks, axis=axis))
+    return xp.where(norms > 0, norms, xp.ones_like(norms))
