@@ -17,6 +17,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.files.integers import dimensions, entries, integers, product, product_of
+from graphopt.files.slices import slices
 
 Entry = int | str | None
 _SIZES = {
@@ -90,17 +91,17 @@ def as_read(value: ir.Value) -> list[Entry] | None:
 
 def _sliced(node: ir.Node, dims: Sequence[Entry] | None) -> list[Entry] | None:
     """Axes that are not cut keep their size, also where it is not known how the others are cut."""
-    axes: Sequence[int] | None = node.attributes.get_ints("axes", None)
-    if axes is None:
-        given = integers(node.inputs[3]) if len(node.inputs) > 3 else None
-        count = _vector(node.inputs[1]) if len(node.inputs) > 1 else None
-        axes = None if given is None else [int(axis) for axis in given]
-        if axes is None and count is not None and len(node.inputs) < 4:
-            axes = list(range(len(count)))
-    if dims is None or axes is None:
+    cuts = slices(node)
+    if dims is None or cuts is None:
         return None
-    cut = {int(axis) % len(dims) for axis in axes}
-    return [None if axis in cut else size for axis, size in enumerate(dims)]
+    result = list(dims)
+    for axis, cut in cuts.items():
+        size = dims[axis]
+        if cut is None:
+            result[axis] = None
+        elif cut != slice(None):
+            result[axis] = len(range(size)[cut]) if isinstance(size, int) else None
+    return result
 
 
 def _vector(value: ir.Value | None) -> list[Entry] | None:

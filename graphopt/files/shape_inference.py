@@ -6,7 +6,7 @@ shapes depend on (Reshape targets, Slice bounds, ...) are far smaller and take p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
@@ -15,6 +15,7 @@ from graphopt.errors import ModelError, UsageError
 from graphopt.files.body_shapes import BodyInputs, repeat_constants
 from graphopt.files.contrib_shapes import stand_in
 from graphopt.files.integers import dimensions
+from graphopt.files.node_shapes import Result, results
 from graphopt.files.reshape_targets import as_read, is_open, known_operands, result_dims
 from graphopt.files.weights import all_graphs, reference, with_placeholders
 from graphopt.rewriting.edit import Names, new_initializer
@@ -108,17 +109,34 @@ def _tell(model: ir.Model, light: ir.Model, names: Names | None = None) -> bool:
                 constant = new_initializer(graph, names.fresh(f"{operand.name}_known"), array, ir.DataType.INT64)
                 twin.replace_input_with(index, constant)
                 changed = True
-        dims, source, value = _dims(node), node.inputs[0] if node.inputs else None, twin.outputs[0]
-        kind = node.outputs[0].type or (source.type if source is not None else None)
-        if dims is None or kind is None:
-            continue
-        known = dimensions(node.outputs[0]) or [None] * len(dims)
-        if len(known) != len(dims):
-            continue
-        shape = ir.Shape([one if one is not None else other for one, other in zip(known, dims, strict=True)])
-        if value.shape != shape and any(d is not None for d in dims):
-            value.type, value.shape, changed = kind, shape, True
+        # What is supposed of bodies may be taken back: what follows from it is left to the whole inference.
+        opset = model.opset_imports.get("", 0) if names is not None else 0
+        for value, other, told in zip(node.outputs, twin.outputs, _results(node, opset), strict=True):
+            shape = None if told is None else _completed(value, told[1])
+            if told is not None and shape is not None and shape != value.shape:
+                for each in (value, other):
+                    each.type, each.shape = told[0], ir.Shape(shape)
+                changed = True
     return changed
+
+
+def _results(node: ir.Node, opset: int) -> list[Result | None]:
+    """What is known of the results of a node by itself: of the first what we tell, else what onnx does (not at 0)."""
+    found: list[Result | None] = results(node, opset) if opset else [None] * len(node.outputs)
+    dims, source = _dims(node), node.inputs[0] if node.inputs else None
+    kind = node.outputs[0].type or (source.type if source is not None else None)
+    if dims is not None and kind is not None:
+        made = found[0][1] if found[0] is not None and len(found[0][1]) == len(dims) else [None] * len(dims)
+        found[0] = (kind, [other if one is None else one for one, other in zip(dims, made, strict=True)])
+    return found
+
+
+def _completed(value: ir.Value, dims: Sequence[int | str | None]) -> ir.Shape | None:
+    """The shape of a value with what is told of it where it was open; None where that does not fit or is nothing."""
+    known = dimensions(value) or [None] * len(dims)
+    if len(known) != len(dims) or all(d is None for d in dims):
+        return None
+    return ir.Shape([one if one is not None else other for one, other in zip(known, dims, strict=True)])
 
 
 def _dims(node: ir.Node) -> list[int | str | None] | None:

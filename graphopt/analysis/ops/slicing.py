@@ -20,41 +20,13 @@ from graphopt.analysis.padding import feeds_norm
 from graphopt.analysis.remove import Removal
 from graphopt.analysis.rules import Labeller, OpRule, rule, where
 from graphopt.analysis.size_vectors import set_entries
+from graphopt.files.slices import slices
 
 _END = np.iinfo(np.int64).max
 
 
 def _rank(node: ir.Node) -> int:
     return len(shapes.dims(node.inputs[0]) or ()) if node.inputs[0] is not None else 0
-
-
-def slices(node: ir.Node) -> dict[int, slice | None] | None:
-    """Axis -> slice of a Slice node, None where its bounds are computed; None where even its axes are."""
-    rank = _rank(node)
-    if not rank:
-        return None
-    if shapes.opset(node) < 10:
-        starts: list[shapes.Dim] = list(node.attributes.get_ints("starts", ()) or ())
-        ends: list[shapes.Dim] = list(node.attributes.get_ints("ends", ()) or ())
-        axes, steps = list(node.attributes.get_ints("axes", ()) or range(len(starts))), [1] * len(starts)
-    else:
-        bounds = [shapes.elements(node.inputs[k]) for k in (1, 2)]
-        rest = [shapes.ints(v) for v in node.inputs[3:]]
-        given = [found or (None if v is None else []) for v, found in zip(node.inputs[3:], rest, strict=True)]
-        if [] in given or bounds[0] is None or bounds[1] is None:
-            return None
-        starts, ends = bounds[0], bounds[1]
-        axes = (given[0] if given else None) or list(range(len(starts)))
-        steps = (given[1] if len(given) > 1 else None) or [1] * len(starts)
-    result: dict[int, slice | None] = {}
-    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
-        if not isinstance(start, int) or not isinstance(end, int):
-            result[axis % rank] = None
-            continue
-        # numpy wraps a negative end; ONNX's "past the front" is any number below -size.
-        stop = None if step < 0 and end < -(2**31) + 1 else end
-        result[axis % rank] = slice(start, stop, step)
-    return result
 
 
 @rule
@@ -117,7 +89,8 @@ class Gather(Movement):
     """Positions of an axis by index. Known indices are followed; computed ones freeze the axis they look up.
 
     Each position of the result can go by itself. That matters where an index is listed more than once: the copies of a
-    head of keys for the queries that share it.
+    head of keys for the queries that share it. Indices along several axes arrange the positions along these, which is
+    how a view with strides is exported.
     """
 
     ops = ("Gather",)
@@ -127,7 +100,7 @@ class Gather(Movement):
         super().label(node, g)
         axis, places = self._axis(node), self._places(node)
         labels = g.of(node.outputs[0])
-        if axis in labels and places is not None and len(np.unique(places)) < places.size:
+        if axis in labels and places is not None and places.ndim == 1 and len(np.unique(places)) < places.size:
             g.set(node.outputs[0], {**labels, axis: (*labels[axis], g.table.axis(places.size, "copy"))})
 
     @staticmethod
@@ -135,11 +108,11 @@ class Gather(Movement):
         return int(node.attributes.get_int("axis", 0) or 0) % max(_rank(node), 1)
 
     def _places(self, node: ir.Node) -> Array | None:
-        """Known indices, at most a vector of them, counted from the front."""
+        """Known indices, counted from the front."""
         source, found = node.inputs[0], shapes.integer_array(node.inputs[1])
         shape = shapes.dims(source) if source is not None else None
         size = shape[self._axis(node)] if shape else None
-        if found is None or found.ndim > 1 or not isinstance(size, int):
+        if found is None or not isinstance(size, int):
             return None
         return np.where(found < 0, found + size, found)
 
@@ -152,18 +125,20 @@ class Gather(Movement):
         moves = [Move(a, (a if a < axis else a + len(shape) - 1,), same) for a in axes if a != axis]
         places = self._places(node)
         if axis in axes and places is not None:  # one position leaves no axis: it stays, and others may go
-            moves.append(Move(axis, (axis,) if places.ndim else (), taking(places)))
+            moves.append(Move(axis, tuple(range(axis, axis + places.ndim)), taking(places)))
         return moves
 
     def rewrite(self, node: ir.Node, r: Removal) -> None:
         axis, places = self._axis(node), self._places(node)
         if places is None:
             return
-        left = r.mask(node.outputs[0], axis) if places.ndim else None
-        kept = places if left is None else places[left]
+        left = [r.mask(node.outputs[0], axis + own) for own in range(places.ndim)]
+        kept = places
+        for own, alive in enumerate(left):
+            kept = kept if alive is None else np.compress(alive, kept, axis=own)
         mask = r.operand_mask(node, 0, axis)
         moved = kept if mask is None else (np.cumsum(mask) - 1)[kept]
-        if left is not None or mask is not None:  # an index that counts from the back counts what is left
+        if moved is not places:  # an index that counts from the back counts what is left
             kind = node.inputs[1].dtype if node.inputs[1] is not None else None
             r.set_input(node, 1, moved.astype(np.int32 if kind == ir.DataType.INT32 else np.int64))
 

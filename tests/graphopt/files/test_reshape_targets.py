@@ -83,3 +83,27 @@ def test_a_range_over_a_dimension_is_as_long_as_it(start: str, step: str, length
 def test_axes_that_are_scaled_by_one_keep_their_name() -> None:
     found = shapes("s = Shape (x) t = Concat <axis = 0> (one, one, hw) r = Tile (x, t)", 13)
     assert found["r"] == ["n", 6, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("ends", "cut"), [("s", ["n", 6, 2, 2]), ("Mul (s, two)", [None, 6, 2, 2]), ("Div (s, two)", [None, 3, 1, 1])]
+)
+def test_a_slice_to_the_sizes_of_a_tensor_takes_all_of_it(ends: str, cut: list) -> None:
+    body = """two = Constant <value_ints = [2]> () nought = Constant <value_ints = [0, 0, 0, 0]> () s = Shape (x)
+              e = {} r = Slice (x, nought, e)""".format("Identity (s)" if ends == "s" else ends)
+    assert shapes(body, 13)["r"] == cut
+
+
+def test_what_is_told_is_known_behind_it_however_deep() -> None:
+    """Halves whose bounds are computed from sizes, put together again, twenty times over."""
+    halves = [
+        f"""s{k} = Shape (r{k}) c{k} = Gather (s{k}, one) h{k} = Div (c{k}, two) b{k} = Gather (s{k}, zero)
+            f{k} = Slice (r{k}, zero, h{k}, one)
+            g{k} = Slice (r{k}, h{k}, c{k}, one) j{k} = Concat <axis = 1> (g{k}, f{k})
+            t{k} = Concat <axis = 0> (b{k}, c{k}, hw) r{k + 1} = Reshape (j{k}, t{k})"""
+        for k in range(20)
+    ]
+    body = "two = Constant <value_ints = [2]> () r0 = Relu (x)" + " ".join(halves) + " r = Relu (r20)"
+    found = shapes(body, 13)
+    assert found["f19"] == ["n", 3, 2, 2]
+    assert found["r"] == ["n", 6, 2, 2]

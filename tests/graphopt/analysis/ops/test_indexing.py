@@ -7,6 +7,8 @@ import pytest
 from certified import certified, exact, reasons
 from text_graph import graph
 
+from graphopt.analysis.units import analyse
+
 _HIDDEN = {"w": (8, 6), "v": (6, 3)}
 _ROWS = np.array([[3, 1, 0, 2, 3, 1]] * 4)
 _COUNT = np.array([2])
@@ -71,3 +73,44 @@ def test_a_sum_over_neighbours_in_a_graph_keeps_the_features_as_units() -> None:
         **_HIDDEN,
     )
     assert exact(certified(model)) == 6
+
+
+def test_a_view_with_strides_keeps_the_channels_as_units() -> None:
+    """Samples and channels become one axis and are taken apart again by an index along four axes."""
+    model = graph(
+        "(float[2,4,8] x) => (float[2,3] y)",
+        """h = MatMul(x, w)  m = ReduceMean<axes=[1], keepdims=0>(h)  r = Relu(m)  f = Reshape(r, flat)
+           g = Gather<axis=0>(f, view)  s = Reshape(g, rows)  y = MatMul(s, v)""",
+        flat=np.array([-1]),
+        view=np.arange(12).reshape(2, 6, 1, 1),
+        rows=np.array([2, 6]),
+        **_HIDDEN,
+    )
+    assert exact(certified(model)) == 6
+
+
+def test_an_index_along_two_axes_makes_rows_and_columns_units() -> None:
+    model = graph(
+        "(float[2,4,8] x) => (float[2,4,3] y)",
+        """h = MatMul(x, w)  r = Relu(h)  g = Gather<axis=2>(r, view)  s = Reshape(g, rows)  y = MatMul(s, v)""",
+        view=np.array([[4, 0, 2], [1, 5, 3]]),
+        rows=np.array([0, 0, -1]),
+        **_HIDDEN,
+    )
+    assert exact(certified(model)) == 2 + 3
+
+
+def test_messages_of_as_many_edges_as_an_index_says_keep_their_features() -> None:
+    """The older exporter cuts messages to the size of their index, also where both are as long as the same input."""
+    model = graph(
+        "(float[n,8] x, int64[edges] source, int64[edges] target) => (float[n,3] y)",
+        """h = MatMul(x, w)  m = Gather<axis=0>(h, source)  sm = Shape(m)  u = Unsqueeze(target, one)
+           i = Expand(u, sm)  si = Shape(i)  c = Slice(m, noughts, si)  z = Mul(h, gain)
+           s = ScatterElements<axis=0, reduction="add">(z, i, c)  r = Relu(s)  y = MatMul(r, v)""",
+        opset=18,
+        one=np.array([1]),
+        noughts=np.array([0, 0]),
+        gain=(6,),
+        **_HIDDEN,
+    )
+    assert len(analyse(model).units) == 6
