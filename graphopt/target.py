@@ -29,6 +29,23 @@ class QuantScheme:
 
 
 @dataclass(frozen=True)
+class SparseKernels:
+    """Which layers the kernels that skip 2:4 zeros take, and where they gain.
+
+    Attributes:
+        inputs, outputs: with fewer channels (of a group) a layer stays dense, because it would not become faster.
+        input_multiple, output_multiple: other channel counts (of a group) are not taken.
+        convolutions: whether they take convolutions, or matrix products only.
+    """
+
+    inputs: int = 16
+    outputs: int = 1
+    input_multiple: int = 1
+    output_multiple: int = 1
+    convolutions: bool = True
+
+
+@dataclass(frozen=True)
 class Target:
     """One row of targets.toml.
 
@@ -39,8 +56,10 @@ class Target:
         arch: "x86-64", "aarch64", "sm_87", ...
         providers: ONNX Runtime execution providers, in order of preference.
         opset_max, ir_max: newest versions the runtime reads; None: no cap.
+        dtype: type in which float products are computed; "model": as the model has it.
         channel_multiple: the kernels' channel granularity; pruned widths are rounded to it.
         sparsity_2_4: True where 2:4 weights are executed faster.
+        sparse: which layers `sparsify` and `armor` take.
         quant: int8 scheme, None where int8 is not supported.
         artefacts: what `lower` writes besides the model.
         description: one line for `graphopt targets`.
@@ -53,15 +72,19 @@ class Target:
     providers: tuple[str, ...] = ("CPUExecutionProvider",)
     opset_max: int | None = None
     ir_max: int | None = None
+    dtype: Literal["model", "float16", "bfloat16"] = "model"
     channel_multiple: int = 1
     sparsity_2_4: bool = False
+    sparse: SparseKernels = field(default_factory=SparseKernels)
     quant: QuantScheme | None = field(default_factory=QuantScheme)
     artefacts: tuple[str, ...] = ()
     description: str = ""
 
 
 def parse_target(name: str, table: object, source: str) -> Target:
-    """Make a target from its table: keys are the fields of `Target`, `quant` is a sub-table of `QuantScheme` or false.
+    """Make a target from its table.
+
+    Keys are the fields of `Target`; `quant` is a sub-table of `QuantScheme` or false, `sparse` one of `SparseKernels`.
 
     Args:
         name: name of the table, which becomes the target's.
@@ -78,7 +101,13 @@ def parse_target(name: str, table: object, source: str) -> Target:
         )
     values = dict(table)
     scheme = values.pop("quant", None)
-    made: dict[str, Any] = _checked(values, Target, where, without=("name", "quant"))
+    kernels = values.pop("sparse", {})
+    made: dict[str, Any] = _checked(values, Target, where, without=("name", "quant", "sparse"))
+    if not isinstance(kernels, Mapping):
+        raise UsageError("'sparse' must be a table", where=where, hint="write [name.sparse] and its keys")
+    made["sparse"] = SparseKernels(**_checked(dict(kernels), SparseKernels, f"{where}, sparse"))
+    if min(getattr(made["sparse"], n) for n in ("inputs", "outputs", "input_multiple", "output_multiple")) < 1:
+        raise UsageError("counts of channels are at least 1", where=f"{where}, sparse", hint="correct the table")
     if scheme is False:
         made["quant"] = None
     elif isinstance(scheme, Mapping):

@@ -7,6 +7,8 @@ its role (`graphopt.sparsity.marks`), so that later passes leave it as it is; ho
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 
@@ -28,23 +30,39 @@ def factors_blocked(layer: SparseLayer) -> str | None:
 
 
 def write_factors(model: ir.Model, layer: SparseLayer, factors: Factors, bias: Floats) -> None:
-    """Put the wrappers around a layer and the core in its place.
+    """`write_shared` for one layer."""
+    write_shared(model, [layer], [factors], [bias])
+
+
+def write_shared(
+    model: ir.Model, layers: Sequence[SparseLayer], factors: Sequence[Factors], biases: Sequence[Floats]
+) -> None:
+    """Put the wrappers around layers that read the same tensor, one for all before them, and the cores in their place.
 
     Args:
-        model: to which the layer belongs.
-        layer: `factors_blocked` found nothing against it.
-        factors: blocks that divide the layer's channels.
-        bias: (outputs,), of the whole layer.
+        model: to which the layers belong.
+        layers: in the graph's order; `factors_blocked` found nothing against any.
+        factors: of each; blocks that divide its channels, the same `right` for all.
+        biases: (outputs,) of each.
     """
-    node, site = layer.layer.linear.node, _site(layer, Names(model))
+    names, keys = Names(model), [layer.layer.key for layer in layers]
+    sites = [_site(layer, names) for layer in layers]
+    right = factors[0].right
+    if right is not None:
+        nodes = sites[0].nodes(layers[0].layer.linear.input, np.asarray(right), "in")
+        sites[0].graph.insert_before(layers[0].layer.linear.node, nodes)
+        for node in nodes:
+            mark(node, "in", keys)
+        for layer in layers:
+            layer.layer.linear.node.replace_input_with(0, nodes[-1].outputs[0])
+    for layer, site, own, bias in zip(layers, sites, factors, biases, strict=True):
+        _write_core(layer, site, own, bias)
+
+
+def _write_core(layer: SparseLayer, site: Site, factors: Factors, bias: Floats) -> None:
+    """The core and what is behind it."""
+    node = layer.layer.linear.node
     mark(node, "core", [layer.layer.key])
-    if factors.right is not None:
-        source = layer.layer.linear.input
-        nodes = site.nodes(source, np.asarray(factors.right), "in")
-        site.graph.insert_before(node, nodes)
-        for index, value in enumerate(node.inputs):
-            if value is source:
-                node.replace_input_with(index, nodes[-1].outputs[0])
     outside = layer.layer.linear.add is not None  # the bias of a MatMul stands behind whatever follows it
     inside = bias if factors.left is None or outside else np.zeros_like(bias)
     layer.store(np.asarray(factors.core, dtype=np.float64)[None], inside)

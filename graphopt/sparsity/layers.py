@@ -15,10 +15,20 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.base import Skip
+from graphopt.numerics.patches import Window
 from graphopt.numerics.sparsity.patterns import Pattern
-from graphopt.rewriting.edit import allow_private_initializers, freeze_note, freeze_overridable
+from graphopt.rewriting.edit import (
+    allow_private_initializers,
+    constant,
+    freeze_note,
+    freeze_overridable,
+    is_onnx,
+    label,
+)
 from graphopt.rewriting.layers import Layer, layers_of
+from graphopt.rewriting.linear import LINEAR_OPS
 from graphopt.sparsity.marks import role_of
+from graphopt.target import SparseKernels
 
 Floats = npt.NDArray[np.float64]
 
@@ -40,6 +50,11 @@ class SparseLayer:
         """Positions of the kernel."""
         return self.layer.kernel
 
+    @property
+    def reads(self) -> tuple[str, Window | None, bool]:
+        """Equal for layers of the same metric: the tensor, the columns made of it, whether a bias takes up the mean."""
+        return self.layer.source, self.layer.window, self.layer.has_bias
+
     def by_tap(self, array: Floats) -> Floats:
         """The last axis from channel-major to tap-major columns."""
         shape = array.shape
@@ -54,13 +69,14 @@ class SparseLayer:
         """(groups, outputs per group, taps * channels)."""
         return self.by_tap(self.layer.weight())
 
-    def store(self, weight: Floats, bias: Floats) -> str | None:
-        """Write weights back; says why not where they do not fit the type of the old ones."""
-        dtype = self.dtype
-        if not (_fits(weight, dtype) and _fits(bias, dtype)):
-            return f"its new weights overflow {dtype}"
+    def store(self, weight: Floats, bias: Floats) -> None:
+        """Write weights and (outputs,) biases back; `fits` of both."""
         self.layer.store(self.by_channel(weight), bias)
-        return None
+
+    def fits(self, array: Floats) -> bool:
+        """Whether numbers stay finite in the type of the weights."""
+        with np.errstate(over="ignore"):
+            return bool(np.isfinite(array.astype(self.dtype).astype(np.float64)).all())
 
     @property
     def dtype(self) -> np.dtype[np.generic]:
@@ -81,7 +97,7 @@ def prepare(model: ir.Model) -> list[str]:
 
 
 def sparse_layers(
-    model: ir.Model, pattern: Pattern, exclude: Sequence[str], smallest: int
+    model: ir.Model, pattern: Pattern, exclude: Sequence[str], kernels: SparseKernels
 ) -> tuple[list[SparseLayer], list[Skip]]:
     """Linear nodes of the main graph that can take a pattern, and the others with the reason.
 
@@ -89,26 +105,49 @@ def sparse_layers(
         model: any model.
         pattern: what stays of a weight.
         exclude: globs over names of nodes and weights.
-        smallest: input channels (of one group) below which a layer stays dense.
+        kernels: what the layers are made for.
     """
     layers, refused = layers_of(model)
     found, skipped = [], [Skip(key, reason) for key, reason in refused.items()]
     for layer in layers.values():
-        channels = layer.linear.inputs // layer.groups
         names = [n for n in (layer.label, layer.key, layer.linear.node.inputs[1].name) if n]  # type: ignore[union-attr]
         if any(fnmatchcase(name, glob) for name in names for glob in exclude):
-            skipped.append(Skip(layer.label, "excluded"))
+            reason: str | None = "excluded"
         elif role_of(layer.linear.node) is not None:
-            skipped.append(Skip(layer.label, "part of a factorised layer (merge-factors multiplies it out)"))
-        elif channels < max(smallest, pattern.of):
-            skipped.append(Skip(layer.label, f"{channels} input channels are fewer than {max(smallest, pattern.of)}"))
-        elif layer.stuffing:
-            skipped.append(Skip(layer.label, "kernels that skip zeros do not transpose a convolution"))
+            reason = "part of a factorised layer (merge-factors multiplies it out)"
         else:
-            found.append(SparseLayer(layer, channels))
-    return found, skipped
+            reason = _unsuited(layer, pattern, kernels)
+        if reason:
+            skipped.append(Skip(layer.label, reason))
+        else:
+            found.append(SparseLayer(layer, layer.linear.inputs // layer.groups))
+    return found, skipped + _in_bodies(model)
 
 
-def _fits(array: Floats, dtype: np.dtype[np.generic]) -> bool:
-    with np.errstate(over="ignore"):
-        return bool(np.isfinite(array.astype(dtype)).all())
+def _unsuited(layer: Layer, pattern: Pattern, kernels: SparseKernels) -> str | None:
+    """Why kernels would not run a layer, or not faster; None where they would."""
+    inputs, outputs = layer.linear.inputs // layer.groups, layer.linear.outputs // layer.groups
+    fewest = max(kernels.inputs, pattern.of)
+    if inputs < fewest:
+        return f"{inputs} input channels are fewer than {fewest}"
+    if outputs < kernels.outputs:
+        return f"{outputs} output channels are fewer than {kernels.outputs}"
+    if inputs % kernels.input_multiple:
+        return f"{inputs} input channels are no multiple of {kernels.input_multiple}, as the target's kernels want"
+    if outputs % kernels.output_multiple:
+        return f"{outputs} output channels are no multiple of {kernels.output_multiple}, as the target's kernels want"
+    if layer.stuffing:
+        return "kernels that skip zeros do not transpose a convolution"
+    if layer.window is not None and not kernels.convolutions:
+        return "the target's kernels that skip zeros take no convolutions"
+    return None
+
+
+def _in_bodies(model: ir.Model) -> list[Skip]:
+    """Linear nodes that only the main graph's view leaves out."""
+    return [
+        Skip(label(node), "it stands in the body of an If, Loop or Scan; only layers of the main graph are reached")
+        for graph in model.graph.subgraphs()
+        for node in graph
+        if is_onnx(node, *LINEAR_OPS) and constant(node.inputs[1]) is not None
+    ]

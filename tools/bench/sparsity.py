@@ -151,16 +151,19 @@ def query_moments() -> tuple[Any, list[Any]]:
     """W, and E[x x^T] on calibration sentences, on STS-B's development pairs and on its test pairs."""
     from graphopt.calibration import load
     from graphopt.numerics.sparsity.patterns import parse
+    from graphopt.parallel import Workers
     from graphopt.sparsity.layers import prepare, sparse_layers
-    from graphopt.sparsity.moments import input_moments
+    from graphopt.sparsity.moments import Measured
+    from graphopt.target import SparseKernels
 
     model = graphopt.load(text.DATA / "models" / "minilm_l6.onnx")
     prepare(model)
-    layer = sparse_layers(model, parse("2:4"), (), 16)[0][0]
+    layer = sparse_layers(model, parse("2:4"), (), SparseKernels())[0][0]
     found = []
     for source in (text.sentences, lambda: pairs("stsb_dev_covered"), lambda: pairs("stsb_test")):
-        [(_, [moments])] = input_moments(model, [layer], load(source, model), samples=None, threads=2)
-        found.append(moments.second)
+        with Workers(2) as workers:
+            [[task]] = Measured(model, [(layer,)], load(source, model), None, workers).stages()
+        found.append(task.inputs[0].second)
     return layer.weight()[0], found
 
 
