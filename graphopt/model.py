@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from graphopt.errors import ModelError, UsageError
-from graphopt.files import checks, writer
+from graphopt.files import archive, checks, compression, writer
 from graphopt.files import shape_inference as shapes
 from graphopt.files.external_data import DataFiles
 from graphopt.files.proto_checks import check_proto
+from graphopt.files.stored import Storage
 from graphopt.files.weights import MappedTensor, exchange_tensors, model_tensors
 
 if TYPE_CHECKING:
@@ -25,14 +26,14 @@ if TYPE_CHECKING:
 
 
 def load(path: str | os.PathLike[str], *, check_weights: bool = True) -> ir.Model:
-    """Load and check an ONNX model.
+    """Load and check an ONNX model: an `.onnx` file, or a `.safetensors` archive that `save` wrote.
 
-    External weights are memory-mapped, and only from regular files inside the model's folder. Stored shapes of
-    intermediate tensors are dropped (exporters leave stale ones) and inferred again; nodes are brought into topological
-    order where they are not.
+    Compressed weights are brought back, bit by bit. External weights are memory-mapped, and only from regular files
+    inside the model's folder. Stored shapes of intermediate tensors are dropped (exporters leave stale ones) and
+    inferred again; nodes are brought into topological order where they are not.
 
     Args:
-        path: a binary ONNX file.
+        path: a binary ONNX file, or an archive.
         check_weights: also read all weights once, streamed, and refuse a model that contains NaN.
 
     Raises:
@@ -40,11 +41,14 @@ def load(path: str | os.PathLike[str], *, check_weights: bool = True) -> ir.Mode
     """
     path = Path(path)
     try:
-        proto = _parse(path)
-        files = DataFiles(path.parent)
+        # An archive may be reached through a link (caches of downloads); its weights are in the file that it leads to.
+        source = path.resolve() if path.suffix == archive.SUFFIX else path
+        proto = _parse(source)
+        files = DataFiles(source.parent)
         check_proto(proto, files)
         writer.strip_value_info(proto)
         model = _build(proto, files)
+        compression.decompress(model)
         checks.sort_nodes(model)
         checks.check_graphs(model)
         if check_weights:
@@ -71,6 +75,8 @@ def _parse(path: Path) -> onnx.ModelProto:
     try:
         if path.is_dir():
             raise ModelError("it is a folder, not an ONNX file", hint="name the .onnx file in it")
+        if path.suffix == archive.SUFFIX:
+            return archive.parse(path)
         data = path.read_bytes()
     except OSError as error:
         raise ModelError(f"it cannot be read ({error.strerror or error})", hint="check the path") from error
@@ -110,7 +116,9 @@ def _build(proto: onnx.ModelProto, files: DataFiles) -> ir.Model:
     return model
 
 
-def save(model: ir.Model, path: str | os.PathLike[str], *, external: bool | None = None) -> None:
+def save(
+    model: ir.Model, path: str | os.PathLike[str], *, external: bool | None = None, compress: bool = False
+) -> Storage | None:
     """Save a model: complete or not at all, and byte-identical for an identical model.
 
     The file is written beside its destination, synced and renamed; a failure leaves no file and no part of one. Saving
@@ -133,7 +141,7 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, external: bool | None
         raise UsageError("the destination is a folder", where=str(path), hint="name a .onnx file")
     if not path.parent.is_dir():
         raise UsageError("its folder does not exist", where=str(path), hint="create the folder first")
-    writer.write(model, path, external)
+    return writer.write(model, path, external, compress)
 
 
 def check(model: ir.Model, *, weights: bool = True) -> None:

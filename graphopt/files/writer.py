@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -17,7 +17,9 @@ from typing import IO, TYPE_CHECKING
 import onnx_ir as ir
 
 from graphopt.errors import GraphoptError, ModelError
+from graphopt.files import archive, compression
 from graphopt.files.shape_inference import annotated
+from graphopt.files.stored import Storage
 from graphopt.files.weights import all_graphs, chunks, model_tensors, reference, with_placeholders
 
 if TYPE_CHECKING:
@@ -38,21 +40,28 @@ PROTOBUF_LIMIT = (1 << 31) - (1 << 20)
 """Size of a graph message that leaves room for the rest of the model below protobuf's 2 GiB."""
 
 
-def write(model: ir.Model, path: Path, external: bool | None) -> None:
+def write(model: ir.Model, path: Path, external: bool | None, compress: bool) -> Storage | None:
     """Write the model to `path`, its external data (if any) beside it as `<name>.data`; see `graphopt.model.save`."""
-    if external is None:
-        external = is_external(model) or _weight_bytes(model) > INLINE_LIMIT
+    whole = path.suffix == archive.SUFFIX
+    given = is_external(model) if external is None else external
     # Runtimes decide on fusions by shapes, and their own inference finds fewer of them.
     model = annotated(model)
-    if external:
+    storage = compression.compress(model) if compress else None
+    if whole:
+        _write_archive(model, path)
+    elif given or (external is None and _weight_bytes(model) > INLINE_LIMIT):
         _write_external(model, path)
     else:
         _write_inline(model, path)
+    return storage
 
 
 def is_external(model: ir.Model) -> bool:
-    """Whether weights of the model live in external data files."""
-    return any(isinstance(tensor, ir.ExternalTensor) for _, tensor in model_tensors(model))
+    """Whether weights of the model live in external data files, apart from the file with its graph."""
+    return any(
+        isinstance(tensor, ir.ExternalTensor) and Path(tensor.location).suffix != archive.SUFFIX
+        for _, tensor in model_tensors(model)
+    )
 
 
 def _weight_bytes(model: ir.Model) -> int:
@@ -214,17 +223,37 @@ def _serialize(proto: onnx.ModelProto) -> bytes:
     return encoded
 
 
-def _write_inline(model: ir.Model, path: Path) -> None:
-    import onnx
+def _write_archive(model: ir.Model, path: Path) -> None:
+    proto, sources = _without_weights(model, archive.holds)
+    for tensor in proto.graph.initializer:
+        del tensor.external_data[:]  # where it lies says the header
+    with _replacing(path) as file:
+        for piece in archive.pieces(sources, _serialize(proto)):
+            file.write(piece)
 
+
+def _without_weights(
+    model: ir.Model, apart: Callable[[str, ir.TensorProtocol], bool]
+) -> tuple[onnx.ModelProto, dict[str, ir.TensorProtocol]]:
+    """The message of a model, and the initializers of the main graph that are not in it: those that `apart` takes."""
     clone = with_placeholders(model, in_memory, in_memory)
     sources: dict[str, ir.TensorProtocol] = {}
     for name, value in clone.graph.initializers.items():
         tensor = model.graph.initializers[name].const_value
-        if tensor is not None and tensor.dtype != ir.DataType.STRING and tensor.nbytes > STREAMED:
+        if tensor is not None and apart(name, tensor):
             sources[name] = tensor
-            value.const_value = reference(tensor, "streamed", 0)
-    proto = _skeleton(clone)
+            value.const_value = reference(tensor, "elsewhere", 0)
+    return _skeleton(clone), sources
+
+
+def _is_large(name: str, tensor: ir.TensorProtocol) -> bool:
+    return tensor.dtype != ir.DataType.STRING and tensor.nbytes > STREAMED
+
+
+def _write_inline(model: ir.Model, path: Path) -> None:
+    import onnx
+
+    proto, sources = _without_weights(model, _is_large)
     fields = [_TensorField(entry, sources.get(entry.name)) for entry in proto.graph.initializer]
     graph_before, graph_after = _around(proto.graph, onnx.GraphProto.INITIALIZER_FIELD_NUMBER)
     model_before, model_after = _around(proto, onnx.ModelProto.GRAPH_FIELD_NUMBER)

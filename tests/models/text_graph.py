@@ -48,6 +48,7 @@ def _type(value: Any) -> str:
         "bfloat16": "bfloat16",
         "bool": "bool",
         "int32": "int32",
+        "int16": "int16",
         "int8": "int8",
         "uint8": "uint8",
     }[array.dtype.name]
