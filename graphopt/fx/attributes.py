@@ -28,7 +28,7 @@ def fix_own(module: nn.Module, pruned: ir.Model) -> None:
     """Bring the size attributes of torch's own layers in line with their parameters, in place."""
     groups = _groups(pruned)
     for path, part in module.named_modules():
-        weight = getattr(part, "weight", None)
+        weight = _weight(part)
         shape = tuple(weight.shape) if isinstance(weight, torch.Tensor) else ()
         if isinstance(part, nn.modules.conv._ConvTransposeNd):
             part.groups = groups.get(path, part.groups)
@@ -54,6 +54,12 @@ def fix_own(module: nn.Module, pruned: ir.Model) -> None:
         elif isinstance(part, nn.MultiheadAttention) and part.in_proj_weight is not None:
             part.embed_dim = part.kdim = part.vdim = part.in_proj_weight.shape[1]
             part.head_dim = part.embed_dim // part.num_heads
+
+
+def _weight(part: nn.Module) -> Any:
+    """The weight, or what hooks compute it from before each run: until the next one the attribute is the old one."""
+    held = part._parameters
+    return held.get("weight_orig", held.get("weight_v", getattr(part, "weight", None)))
 
 
 def contradiction(module: nn.Module) -> tuple[str, str] | None:
@@ -122,22 +128,6 @@ def settings(module: nn.Module, dense: ir.Model, pruned: ir.Model) -> Iterator[N
         for part, name, options, kind in places:
             setattr(part, name, options[min(chosen[kind], len(options) - 1)])
         yield
-
-
-def suspect(dense: ir.Model, pruned: ir.Model) -> str | None:
-    """Path of the first module that cuts changed axes into pieces, or whose normalisation became another one."""
-    after = {node.meta[ORIGIN]: node for node in pruned.graph if ORIGIN in node.meta}
-    for node in dense.graph:
-        now = after.get(node.meta[ORIGIN])
-        if node.op_type == "LayerNormalization" and (now is None or now.op_type != node.op_type):
-            return scope(node)
-        if (
-            now is not None
-            and node.op_type == "Reshape"
-            and shapes.dims(node.outputs[0]) != shapes.dims(now.outputs[0])
-        ):
-            return scope(node)
-    return None
 
 
 def _changes(dense: ir.Model, pruned: ir.Model) -> dict[str, dict[int, set[int]]]:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,7 +29,10 @@ if TYPE_CHECKING:
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 """Metadata of a node: the path of modules it comes from. All other metadata of the exporter is dropped: it holds
-source code and paths of the machine."""
+source code and paths of the machine, which no file may carry."""
+
+SOURCE = "graphopt.source"
+"""Key of a node's `meta`, which is never written: the file, the line and the code that it comes from."""
 
 
 @dataclass(frozen=True)
@@ -232,7 +237,9 @@ def _clean(model: ir.Model, names: set[str]) -> dict[str, Moved]:
 
     graph = model.graph
     for node in model.graph.all_nodes():
-        scopes = node.metadata_props.get(_SCOPES)
+        scopes, source = node.metadata_props.get(_SCOPES), _source(node)
+        if source:
+            node.meta[SOURCE] = source
         node.metadata_props.clear()
         if scopes is not None:
             node.metadata_props[_SCOPES] = scopes
@@ -265,6 +272,16 @@ def _clean(model: ir.Model, names: set[str]) -> dict[str, Moved]:
     models.infer_shapes(model)
     models.check(model)
     return moved
+
+
+def _source(node: ir.Node) -> str:
+    """The innermost line outside of torch of the exporter's stack trace, "" where there is none."""
+    lines = node.metadata_props.get("pkg.torch.onnx.stack_trace", "").splitlines()
+    for place, code in reversed(list(zip(lines[::2], lines[1::2], strict=False))):
+        found = re.fullmatch(r'\s*File "(.*)", line (\d+), in .*', place)
+        if found is not None and "/torch/" not in found[1].replace("\\", "/"):
+            return f"{PurePath(found[1]).name}, line {found[2]}: {code.strip()}"
+    return ""
 
 
 def _drop_zero_biases(graph: ir.Graph) -> None:

@@ -81,6 +81,7 @@ def prune_module(
     from graphopt.api import optimize
     from graphopt.fx.attributes import norm_parameters
     from graphopt.fx.carry_over import carry_over, number_nodes
+    from graphopt.fx.refusals import of_path, refusal, with_computed_weights
 
     exported = export(module, example_inputs, dynamic_shapes)
     dense = exported.model
@@ -90,30 +91,25 @@ def prune_module(
         options = {"center": False, **options, "exclude": (*options.get("exclude", ()), *norm_parameters(module))}
     chosen = registry.pass_class("prune" if options else "shrink")(**options)
     data = _calibration(calib, [v.name or "" for v in dense.graph.inputs])
-    result = optimize(dense, [chosen], calib=data, target=target, seed=seed, jobs=jobs, bench=False, units=False)
+    try:
+        result = optimize(dense, [chosen], calib=data, target=target, seed=seed, jobs=jobs, bench=False, units=False)
+    except GraphoptError as error:
+        raise with_computed_weights(error, module) from error.__cause__
     sizes = {name: tuple(t.shape) for name, t in module.state_dict().items()}
     carried = carry_over(dense, result.model, exported.moved, sizes)
     if carried.problems:
         why, name = carried.problems[0]
-        raise _refusal(why, name.rpartition(".")[0] or name)
+        raise with_computed_weights(refusal(why, of_path(name.rpartition(".")[0]) or [name]), module)
     undo = _snapshot(module)
     try:
         replaced = _write(module, carried)
         _settle(module, exported, result.model, example_inputs)
         if optimizer is not None:
             _follow(optimizer, module, replaced, carried)
-    except GraphoptError:
+    except GraphoptError as error:
         undo()
-        raise
+        raise with_computed_weights(error, module) from error.__cause__
     return PrunedModule(module, result.model, result.report, carried.kept)
-
-
-def _refusal(why: str, path: str = "NAME") -> ModelError:
-    return ModelError(
-        f"the module cannot follow the pruned graph: {why}",
-        where="prune_module",
-        hint=f"leave it out with exclude=('{path}.*',), or take the sizes from tensors in forward",
-    )
 
 
 def _calibration(calib: Any, names: list[str]) -> Any:
@@ -172,13 +168,17 @@ def _add_bias(module: torch.nn.Module, weight: str, array: Any) -> None:
     """A layer adds what its removed inputs contributed; one without a bias gets one."""
     import torch
 
+    from graphopt.fx.refusals import of_path, refusal
+
     path, _, leaf = weight.rpartition(".")
     try:
         layer = module.get_submodule(path)
     except AttributeError:
-        raise _refusal(f"'{weight}' got a bias and belongs to no module") from None
+        raise refusal(f"'{weight}' got a bias and belongs to no module", [weight]) from None
     if leaf != "weight" or "bias" not in layer._parameters:
-        raise _refusal(f"'{weight}' got a bias, and {type(layer).__name__} has no place for it")
+        raise refusal(
+            f"'{weight}' got a bias, and {type(layer).__name__} has no place for it", of_path(path) or [weight]
+        )
     like = layer.weight
     added = torch.from_numpy(np.ascontiguousarray(array)).to(like.device, like.dtype)
     if layer.bias is None:
@@ -197,7 +197,8 @@ def _settle(module: torch.nn.Module, exported: Exported, pruned: ir.Model, examp
     import torch
 
     from graphopt.executor import Session
-    from graphopt.fx.attributes import contradiction, fix_own, settings, suspect
+    from graphopt.fx.attributes import contradiction, fix_own, settings
+    from graphopt.fx.refusals import of_difference, of_error, of_path, refusal
 
     args, kwargs = arguments(example_inputs)
     tensors = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
@@ -207,44 +208,25 @@ def _settle(module: torch.nn.Module, exported: Exported, pruned: ir.Model, examp
     fix_own(module, pruned)
     impossible = contradiction(module)
     if impossible is not None:
-        raise _refusal(*impossible)
-    why, place = "", "NAME"
+        why, path = impossible
+        raise refusal(why, of_path(path))
+    first: ModelError | None = None
     for _ in settings(module, exported.model, pruned):
         try:
             with evaluation_mode(module), torch.no_grad():
                 outputs = [leaf for leaf in leaves(module(*args, **kwargs)) if isinstance(leaf, torch.Tensor)]
         except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
-            if not why:
-                why, place = _cause(error, module)
+            first = first or of_error(error, module, exported.model, pruned)
             continue
         gap = _gap([as_array(t) for t in outputs], wanted)
         if gap <= _TOLERANCE:
             return
-        if not why:
-            why = f"its outputs would differ by {gap:.2g} (relative) from the pruned graph's"
-            place = suspect(exported.model, pruned) or place
-    raise _refusal(why, place)
+        first = first or of_difference(gap, exported.model, pruned)
+    raise first or refusal("no setting of its sizes was tried")
 
 
 _TOLERANCE = 1e-4
 """Relative difference of outputs that counts as rounding, as for exact passes."""
-
-
-def _cause(error: Exception, module: torch.nn.Module) -> tuple[str, str]:
-    """The error's own line behind the line of code that raised it, and the path of the module whose code that is."""
-    paths = {id(part): path for path, part in module.named_modules()}
-    trace, place, path = error.__traceback__, "", "NAME"
-    while trace is not None:
-        frame = trace.tb_frame
-        owner = frame.f_locals.get("self")
-        if frame.f_code.co_name == "forward" and id(owner) in paths and not _is_torchs(owner):
-            place, path = f"{type(owner).__name__}.forward, line {trace.tb_lineno}: ", paths[id(owner)] or "NAME"
-        trace = trace.tb_next
-    return f"{place}{next(iter(str(error).splitlines()), type(error).__name__)[:200]}", path
-
-
-def _is_torchs(part: object) -> bool:
-    return type(part).__module__.startswith("torch.nn.")
 
 
 def _gap(found: Iterable[Any], wanted: Iterable[Any]) -> float:

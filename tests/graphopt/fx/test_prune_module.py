@@ -217,7 +217,9 @@ def test_a_size_in_the_code_is_refused_and_nothing_is_changed():
     module = randomised(Transformer(Fixed)).train()
     state = {n: t.clone() for n, t in module.state_dict().items()}
     x = torch.randn(64, *SEQUENCE)
-    with pytest.raises(ModelError, match=r"Fixed\.forward, line \d+: .*exclude=\('attention\.\*',\)"):
+    with pytest.raises(
+        ModelError, match=r"Fixed\.forward \(test_prune_module\.py, line \d+: q, k, v = .*exclude=\('attention\.\*',\)"
+    ):
         graphopt.prune_module(
             module, x[:2], calib=x, target=TARGET, params=0.9, exclude=("up*",), reconstruct="none", score="l2"
         )
@@ -225,6 +227,45 @@ def test_a_size_in_the_code_is_refused_and_nothing_is_changed():
     for name, tensor in module.state_dict().items():
         torch.testing.assert_close(tensor, state[name], rtol=0, atol=0)
     assert module.attention.qkv.out_features == 48
+
+
+def test_a_size_in_the_code_of_the_module_itself_names_its_line_and_layers():
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc, self.head = nn.Conv2d(3, 8, 3), nn.Linear(288, 12), nn.Linear(12, 4)
+
+        def forward(self, x):
+            h = torch.relu(self.conv(x)).view(-1, 288)
+            return self.head(torch.relu(self.fc(h)))
+
+    torch.manual_seed(0)
+    module, x = Flat(), torch.randn(32, 3, 8, 8)
+    options = {"calib": x, "target": TARGET, "params": 0.6, "score": "l2", "reconstruct": "none"}
+    with pytest.raises(
+        ModelError, match=r"h = torch\.relu\(self\.conv\(x\)\)\.view\(-1, 288\).*exclude=\('conv\.\*',\)"
+    ):
+        graphopt.prune_module(module, x[:2], **options)
+    graphopt.prune_module(module, x[:2], exclude=("conv.*",), **options)
+    assert module.fc.out_features < 12
+    assert module.conv.out_channels == 8
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+def test_normalised_weights_follow_or_are_named(norm):
+    def network(*normalised):
+        torch.manual_seed(0)
+        layers = [nn.Conv1d(4, 16, 3), nn.ReLU(), nn.Conv1d(16, 16, 3), nn.ReLU(), nn.Conv1d(16, 4, 3)]
+        return nn.Sequential(*(norm(part) if place in normalised else part for place, part in enumerate(layers)))
+
+    x = torch.randn(32, 4, 12)
+    module = network(2)
+    graphopt.prune_module(module, x[:2], calib=x, target=TARGET, params=0.8)
+    assert module[4].in_channels == module[2].out_channels < 16
+    assert module[2].weight.shape[1] == module[2].in_channels == module[0].out_channels
+    with pytest.raises(UsageError, match=r"weights of '0', '2', '4' are computed.*remove_"):
+        graphopt.prune_module(network(0, 2, 4), x[:2], calib=x, target=TARGET, params=0.6)
 
 
 def test_what_the_error_says_to_exclude_helps():
