@@ -19,6 +19,7 @@ MEMBERS = (
     "remove-identities",
     "fold-batchnorm",
     "fold-conv-affine",
+    "fold-wrappers",
     "merge-common-subexpressions",
     "dedupe-initializers",
     "remove-dead-code",
@@ -43,13 +44,15 @@ class Fold(Pass):
     max_bytes: int = option(1 << 24, "bytes of the largest tensor that constant folding reads or makes", low=0)
     keep_overridable: bool = option(False, "leave initializers alone that are also graph inputs")
     keep_signed_zero: bool = option(False, "leave x + 0.0 alone, which turns -0.0 into 0.0")
+    merge_factors: bool = option(False, "multiply factorised layers (armor) out again: dense weights, fewer nodes")
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         """Run the members until none of them changes the model."""
         result = PassResult(changed=False)
         skipped: dict[str, list[Skip]] = {}
         undone: set[str] = set()
-        members = [self._member(name, ctx) for name in MEMBERS]
+        chosen = ("merge-factors", *MEMBERS) if self.merge_factors else MEMBERS
+        members = [self._member(name, ctx) for name in chosen]
         rows = []
         # One backup serves until a member changes the model: a clone costs O(nodes), and most members find nothing.
         backup: ir.Model | None = None

@@ -18,6 +18,7 @@ import onnx_ir as ir
 from graphopt.base import Skip
 from graphopt.quantization.rules import ABSORBED, CPU_OPS, QUANTISED_OPS, RULES, Kind, Rule
 from graphopt.rewriting.edit import array, constant, is_onnx, label, sole_use
+from graphopt.sparsity.marks import is_wrapper
 from graphopt.target import QuantScheme
 
 
@@ -113,7 +114,7 @@ def _candidates(
         key = name_of(node.outputs[0])
         if key in in_float:
             continue
-        reason = _excluded(node, exclude) or _unfit(node, ops)
+        reason = _excluded(node, exclude) or _wrapper(node) or _unfit(node, ops)
         unit = None if reason else _unit(node, rule, key)
         if unit is None:
             # A connecting node in float is no news; a compute node is.
@@ -137,6 +138,11 @@ def _excluded(node: ir.Node, exclude: tuple[str, ...]) -> str | None:
         if fnmatchcase(label(node), pattern):
             return f"excluded by {pattern!r}"
     return None
+
+
+def _wrapper(node: ir.Node) -> str | None:
+    """Wrappers are a few per cent of a layer; in integers they would lose what they were fitted to make up for."""
+    return "the wrapper of a sparse core: it stays in float" if is_wrapper(node) else None
 
 
 def _unfit(node: ir.Node, ops: Collection[str]) -> str | None:

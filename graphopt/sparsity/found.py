@@ -114,6 +114,14 @@ def sparse_weights(model: ir.Model, *, declared_only: bool = False) -> list[Foun
     return found
 
 
+def holds_any_pattern(node: ir.Node) -> bool:
+    """Whether at most half of the weights of every group of some size are nonzero, whoever zeroed the others."""
+    stored = _stored(node)
+    rows = _along_inputs(node, stored[1]) if stored is not None else None
+    most = {} if stored is None or rows is None else fullest_groups(rows, list(SIZES), stored[2])
+    return any(count <= size // 2 for size, count in most.items())
+
+
 def broken_patterns(model: ir.Model) -> dict[str, str]:
     """Layers whose declared pattern does not hold any more: label -> pattern."""
     return {w.label: str(w.declared) for w in sparse_weights(model, declared_only=True) if w.broken}

@@ -30,7 +30,7 @@ from graphopt.rewriting.edit import (
     set_constant,
     sole_use,
 )
-from graphopt.sparsity.marks import Role, is_wrapper, layers_of, mark, role_of
+from graphopt.sparsity.marks import Role, is_wrapper, layers_of, mark, role_of, unmark
 
 Floats = npt.NDArray[np.float64]
 
@@ -193,18 +193,26 @@ class Wrapper:
             return
         turned = blocks.swapaxes(1, 2).reshape(count, *old.shape[1:-2], size, size)
         set_constant(self.product, 1, turned, names, origin)
-        lead = [0] * (len(old.shape) - 1)
+        lead = [0] * (old.ndim - 2)
         set_constant(self.nodes[0], 1, np.array([*lead, count, size]), names, origin)
         for node in self.nodes[:-1]:
             node.outputs[0].shape = None
 
-    def remove(self, origin_of: ir.Node | None = None) -> None:
-        """Take it out: its readers (but for an `adder`, which stays) read what it read."""
-        name = self.label
-        replace_value(self.product_output, self.source)
+    def remove(self, origin_of: ir.Node | None = None, *, bias: bool = False) -> None:
+        """Take it out: its readers read what it read.
+
+        Args:
+            origin_of: the node that took over the work.
+            bias: an `adder` goes too; else it stays, an ordinary bias from here on.
+        """
+        name, nodes = self.label, [*self.nodes]
+        if self.adder is not None:
+            unmark(self.adder)
+            nodes += [self.adder] if bias else []
+        replace_value(nodes[-1].outputs[0], self.source)
         if origin_of is not None:
             mark_origin(origin_of, [name])
-        for node in reversed(self.nodes):
+        for node in reversed(nodes):
             remove_node(node)
 
 
@@ -238,6 +246,37 @@ def read_wrapper(product: ir.Node) -> Wrapper | None:
         return None
     adder = _adder(nodes[-1], blocks.shape[0] * blocks.shape[-1]) if role == "out" else None
     return Wrapper(role, layers_of(product), tuple(nodes), product, adder)
+
+
+def wrapper_reading(node: ir.Node | None) -> Wrapper | None:
+    """The wrapper whose first node this is."""
+    if node is None or not is_wrapper(node):
+        return None
+    product = node
+    if is_onnx(node, "Reshape"):
+        use = sole_use(node.outputs[0])
+        use = sole_use(use.node.outputs[0]) if use is not None and is_onnx(use.node, "Transpose") else None
+        if use is None:
+            return None
+        product = use.node
+    found = read_wrapper(product) if is_onnx(product, "Conv", "MatMul") else None
+    return found if found is not None and found.nodes[0] is node else None
+
+
+def wrapper_writing(value: ir.Value) -> Wrapper | None:
+    """The outer wrapper whose output, bias included, a tensor is."""
+    node = value.producer()
+    if node is not None and is_onnx(node, "Add"):
+        before = [v.producer() for v in node.inputs if v is not None]
+        node = next((n for n in before if n is not None and is_wrapper(n)), node)
+    if node is not None and is_wrapper(node) and is_onnx(node, "Reshape"):
+        turned = node.inputs[0].producer() if node.inputs[0] is not None else None
+        product = turned.inputs[0].producer() if turned is not None and turned.inputs[0] is not None else None
+        node = product or node
+    if node is None or role_of(node) != "out" or not is_onnx(node, "Conv", "MatMul"):
+        return None
+    found = read_wrapper(node)
+    return found if found is not None and found.output is value else None
 
 
 def _is_pointwise(node: ir.Node, weight: Floats) -> bool:
