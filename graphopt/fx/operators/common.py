@@ -45,16 +45,25 @@ def needed_type(code: int) -> torch.dtype:
     return found
 
 
+def host(value: Tensor) -> Tensor:
+    """A tensor whose numbers are to be read: its copy on the host, where it was given one as `on_host`.
+
+    Reading a tensor of another device waits for that device, which no recorded graph of kernels may do.
+    """
+    found: Tensor = getattr(value, "on_host", value)
+    return found
+
+
 def ints(value: Any) -> list[int]:
     """Integers from a tensor, a sequence or a number."""
     if isinstance(value, torch.Tensor):
-        return [int(i) for i in value.reshape(-1).tolist()]
+        return [int(i) for i in host(value).reshape(-1).tolist()]
     return [int(i) for i in value] if isinstance(value, Sequence) else [int(value)]
 
 
 def number(value: Any) -> Any:
     """A Python number from a tensor of one element, or the number itself."""
-    return value.reshape(-1)[0].item() if isinstance(value, torch.Tensor) else value
+    return host(value).reshape(-1)[0].item() if isinstance(value, torch.Tensor) else value
 
 
 def positive_axes(axes: Sequence[int], rank: int) -> list[int]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from graphopt.fx.operators import operator
-from graphopt.fx.operators.common import ints, positive_axes
+from graphopt.fx.operators.common import host, ints, positive_axes
 
 Kernel = Callable[[Tensor], Tensor]
 
@@ -107,11 +107,12 @@ def resize(
             factors, new = [same] * len(old), [math.floor(same * o + 0.5) for o in old]
     else:
         assert scales is not None
+        scales = host(scales)
         factors = [float(s) for s in scales.tolist()]
         new = ints((torch.tensor(old, dtype=torch.float32) * scales.float().cpu()).floor())
     regions: list[Any] = [(0.0, 1.0)] * len(along)
     if roi is not None and roi.numel():
-        numbers = roi.tolist()
+        numbers = host(roi).tolist()
         regions = list(zip(numbers[: len(along)], numbers[len(along) :], strict=True))
     outside: Tensor | None = None
     crop = coordinate_transformation_mode == "tf_crop_and_resize"

@@ -1,0 +1,311 @@
+"""torch: NVIDIA GPUs whose tensor cores skip the zeros of 2:4 weights, and the same module, dense, on any processor.
+
+A model goes through `to_torch`, its 2:4 layers become products on sparse tensor cores
+(`graphopt.fx.semi_structured`), and what runs is a recorded graph of CUDA kernels. A target's `device` is 'gpu' or
+'cpu'; its `dtype` is that of the products. What a bundle holds is the ONNX model: packed weights belong to one device
+and library, and `run.py` makes them anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.resources
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from graphopt import bundle
+from graphopt.backend import BenchResult
+from graphopt.errors import DataError, MissingBackendError, ModelError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir as ir
+    import torch
+
+    from graphopt.data.feeds import Array
+    from graphopt.fx.semi_structured.lower import Lowered
+    from graphopt.fx.semi_structured.replay import Runner
+    from graphopt.target import Target
+
+LOWER_SECONDS = 1.0
+"""Time that `lower` spends on measuring, where the target can run here."""
+
+FILES = {"run.py": "torch_cuda_run.txt", "bench.sh": "torch_cuda_bench.txt", "README.md": "torch_cuda_readme.txt"}
+"""Files of a bundle beside model and manifest, and where their text is."""
+
+
+class TorchSession:
+    """A lowered model behind names and numpy arrays.
+
+    Args:
+        model: what `runner` was made of.
+        runner: ready to run.
+        threads: of operators on the CPU.
+    """
+
+    def __init__(self, model: ir.Model, runner: Runner, threads: int = 1) -> None:
+        from graphopt.data.feeds import input_specs
+        from graphopt.executor import TensorSpec
+
+        specs = [spec for spec in input_specs(model) if spec.required]
+        self._inputs = [TensorSpec(s.name, s.dtype, s.shape) for s in specs if s.shape is not None]
+        self._kinds = {v.name: v.dtype.numpy() for v in model.graph.outputs if v.dtype is not None}
+        self.runner, self._threads = runner, threads
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Outputs by name, in the types that the model declares.
+
+        Raises:
+            DataError: a feed is missing, unknown, or has a wrong type or shape, or the model fails on these values.
+        """
+        import torch
+
+        from graphopt.executor import check_feeds
+        from graphopt.fx.semi_structured.replay import to_device
+
+        check_feeds(feeds, self._inputs)
+        lowered = self.runner.lowered
+        with _threads(self._threads):
+            try:
+                found = self.runner(*to_device(feeds, lowered))
+            except (RuntimeError, IndexError, ValueError) as error:
+                raise DataError(
+                    f"torch cannot run the model on these inputs: {str(error).partition(chr(10))[0]}",
+                    hint="run it with --target cpu: if that works, the operator's torch function differs",
+                ) from error
+        if lowered.device.type == "cuda":
+            torch.cuda.synchronize(lowered.device)
+        return {name: self._array(name, value) for name, value in zip(lowered.outputs, found, strict=True)}
+
+    def _array(self, name: str, value: torch.Tensor) -> Array:
+        from graphopt.fx.from_torch import as_array
+
+        array: Array = as_array(value.detach().cpu().clone())
+        kind: np.dtype[Any] | None = self._kinds.get(name)
+        return array if kind is None else array.astype(kind, copy=False)
+
+
+class TorchBackend:
+    """The backend `torch`."""
+
+    name: ClassVar[str] = "torch"
+
+    def unavailable(self, target: Target) -> str | None:
+        """Why models for `target` cannot run on this machine; None where they can."""
+        if importlib.util.find_spec("torch") is None:
+            return "torch is not installed (pip install 'graphopt[torch]')"
+        import torch
+
+        if target.device == "cpu" or torch.cuda.is_available():
+            return None
+        return f"torch {torch.__version__} finds no CUDA device here; target torch-cpu runs the same module densely"
+
+    def session(self, model: ir.Model | Path, target: Target, *, threads: int = 1) -> TorchSession:
+        """A session; the module is made now, kernels are recorded at the first run of each set of input sizes.
+
+        Raises:
+            MissingBackendError: it cannot run here.
+            ModelError: `to_torch` does not cover the model.
+        """
+        from graphopt.fx.semi_structured.replay import Runner
+        from graphopt.model import load
+
+        reason = self.unavailable(target)
+        if reason is not None:
+            raise MissingBackendError(reason, where=f"target {target.name!r}", hint="run it on such a device")
+        loaded = load(model) if isinstance(model, Path) else model
+        return TorchSession(loaded, Runner(_lowered(loaded, target)), threads)
+
+    def bench(
+        self,
+        models: Sequence[ir.Model | Path],
+        target: Target,
+        feeds: Mapping[str, Array] | None = None,
+        *,
+        threads: int = 1,
+        seconds: float = 2.0,
+    ) -> BenchResult:
+        """Measure the models, paired and interleaved, inputs on the device, to the end of their last kernel.
+
+        Args:
+            models: the first is the reference of all ratios.
+            target: where they run.
+            feeds: one batch of inputs for all models; None: random inputs, batch 1.
+            threads: of operators on the CPU.
+            seconds: time to spend on measured rounds.
+
+        Raises:
+            MissingBackendError: the target cannot run here.
+            ModelError: `to_torch` does not cover a model.
+            DataError: the feeds do not fit a model.
+        """
+        import torch
+
+        from graphopt.fx.semi_structured.lower import fate_rows
+        from graphopt.model import load
+        from graphopt.timing import paired
+        from graphopt.verify import random_feeds
+
+        loaded = [load(model) if isinstance(model, Path) else model for model in models]
+        if feeds is None:
+            feeds = random_feeds(loaded[0], 0, samples=1)[0]
+        sessions = [self.session(model, target, threads=threads) for model in loaded]
+        with _threads(threads):
+            result = paired([_call(session, feeds) for session in sessions], seconds)
+        runners = [session.runner for session in sessions]
+        return BenchResult(
+            milliseconds=result.milliseconds,
+            ratios=result.ratios,
+            low=result.low,
+            high=result.high,
+            rounds=result.rounds,
+            threads=threads,
+            batch=_batch(feeds),
+            details={
+                "torch": torch.__version__,
+                "device": _device_name(runners[0].lowered.device),
+                "dtype": target.dtype,
+                "runs": [runner.describe() for runner in runners],
+                "layers": [fate_rows(runner.lowered.fates) for runner in runners],
+                "within_noise": list(result.within_noise),
+                "shapes": {name: list(array.shape) for name, array in feeds.items()},
+                **bundle.describe_machine(),
+            },
+        )
+
+    def lower(
+        self,
+        model: ir.Model,
+        target: Target,
+        folder: Path,
+        *,
+        report: Mapping[str, Any] | None = None,
+        feeds: Mapping[str, Array] | None = None,
+    ) -> list[Path]:
+        """Write model.onnx, run.py, bench.sh, README.md and manifest.json; see `graphopt.bundle`.
+
+        Args:
+            model: what to deploy; not changed.
+            target: what it is deployed on.
+            folder: created where it does not exist.
+            report: JSON form of the report that made the model.
+            feeds: one batch of real inputs for timing.
+
+        Raises:
+            MissingBackendError: torch is not installed.
+            ModelError: `to_torch` does not cover the model.
+        """
+        from graphopt.fx.extra import require_torch
+        from graphopt.fx.semi_structured.lower import fate_rows
+
+        require_torch(f"target {target.name!r}")
+        runs_here = self.unavailable(target) is None
+        made = _lowered(model, target if runs_here else on_cpu(target))
+        measured = self._measure(model, target, feeds) if runs_here else None
+
+        def fill(stage: Path) -> dict[str, Any]:
+            from graphopt.model import save
+            from graphopt.version import versions
+
+            save(model, stage / "model.onnx")
+            texts = importlib.resources.files("graphopt.backends")
+            for name, source in FILES.items():
+                (stage / name).write_text(texts.joinpath(source).read_text("utf-8"), encoding="utf-8")
+            return {
+                "target": bundle.target_table(target),
+                "model": "model.onnx",
+                **bundle.describe_model(model),
+                "opset": dict(sorted(model.opset_imports.items())),
+                "ir_version": model.ir_version,
+                "session": {"device": target.device, "dtype": target.dtype},
+                "layers": fate_rows(made.fates),
+                "pipeline": None if report is None else report.get("pipeline"),
+                "versions": versions(),
+                "measured": measured,
+                "report": bundle.report_summary(report),
+            }
+
+        return bundle.write(folder, fill)
+
+    def _measure(self, model: ir.Model, target: Target, feeds: Mapping[str, Array] | None) -> dict[str, Any]:
+        found = self.bench([model], target, feeds, seconds=LOWER_SECONDS)
+        kept = {key: value for key, value in found.details.items() if key != "layers"}
+        return {
+            "latency_ms": found.milliseconds[0],
+            "rounds": found.rounds,
+            "threads": found.threads,
+            "batch": found.batch,
+            "inputs": "random" if feeds is None else "real",
+            **kept,
+        }
+
+
+def on_cpu(target: Target) -> Target:
+    """The same target without its device: the module runs densely on the CPU, in the model's own types."""
+    return dataclasses.replace(target, name=f"{target.name} on the CPU", device="cpu", dtype="model")
+
+
+def _lowered(model: ir.Model, target: Target) -> Lowered:
+    """The module of a model for a target.
+
+    Raises:
+        ModelError: `to_torch` does not cover the model, or its strings have no tensor.
+    """
+    import onnx_ir as ir
+    import torch
+
+    from graphopt.fx.semi_structured.lower import lower
+
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.dtype == ir.DataType.STRING:
+            raise ModelError("torch has no strings", where=str(value.name), hint="use a target of ONNX Runtime")
+    device = torch.device("cpu" if target.device == "cpu" else "cuda")
+    return lower(model, device, None if target.dtype == "model" else getattr(torch, target.dtype))
+
+
+def _call(session: TorchSession, feeds: Mapping[str, Array]) -> Callable[[], object]:
+    """One run to the end of its last kernel, without copies between host and device."""
+    import torch
+
+    from graphopt.fx.semi_structured.replay import to_device
+
+    session.run(feeds)
+    runner = session.runner
+    inputs = to_device(feeds, runner.lowered)
+    if runner.lowered.device.type == "cpu":
+        return lambda: runner(*inputs)
+
+    def call() -> None:
+        runner(*inputs)
+        torch.cuda.synchronize(runner.lowered.device)
+
+    return call
+
+
+def _device_name(device: torch.device) -> str:
+    import torch
+
+    return "cpu" if device.type == "cpu" else str(torch.cuda.get_device_name(device))
+
+
+def _batch(feeds: Mapping[str, Array]) -> int | None:
+    """Samples in one run: the common length of axis 0 of all inputs; None where there is none."""
+    lengths = {array.shape[:1] for array in feeds.values()}
+    length = lengths.pop() if len(lengths) == 1 else ()
+    return int(length[0]) if length else None
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """torch's number of threads belongs to the process: set, and set back."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
