@@ -133,6 +133,7 @@ class OrtBackend:
         *,
         report: Mapping[str, Any] | None = None,
         feeds: Mapping[str, Array] | None = None,
+        compress: bool = False,
     ) -> list[Path]:
         """Write model.onnx, run.py, bench.py and manifest.json; see `graphopt.bundle`.
 
@@ -144,6 +145,7 @@ class OrtBackend:
             folder: created where it does not exist.
             report: JSON form of the report that made the model.
             feeds: one batch of real inputs for timing.
+            compress: store weights with many zeros as values and positions, which the runtime unpacks when it loads.
 
         Raises:
             ModelError: newer than the target's runtime reads, or ONNX Runtime cannot load it.
@@ -157,7 +159,7 @@ class OrtBackend:
             from graphopt.model import save
             from graphopt.version import versions
 
-            save(portable, stage / "model.onnx")
+            save(portable, stage / "model.onnx", compress=compress)
             self._loads(stage / "model.onnx", target, runs_here=runs_here)
             for name in ("run", "bench"):
                 text = importlib.resources.files("graphopt.backends").joinpath(f"ort_{name}.txt").read_text("utf-8")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphopt import registry
+from graphopt.backend import compresses
 from graphopt.base import Context, Effect, Pass
 from graphopt.errors import GateRefused, GraphoptError, UsageError
 from graphopt.manager import PassManager, stats
@@ -31,6 +32,8 @@ from graphopt.version import versions
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from graphopt.files.stored import Storage
+
 
 @dataclass
 class Result:
@@ -48,8 +51,13 @@ class Result:
     target: Target
     context: Context = field(repr=False)
 
-    def save(self, path: str | os.PathLike[str]) -> list[Path]:
-        """Write the model to a `.onnx` file, or to a folder the model, `report.json`, `report.html` and `recipe.toml`.
+    def save(self, path: str | os.PathLike[str], *, compress: bool = False) -> list[Path]:
+        """Write the model to a file, or to a folder the model, `report.json`, `report.html` and `recipe.toml`.
+
+        Args:
+            path: a `.onnx` file, a `.safetensors` archive, or a folder.
+            compress: store weights with many zeros as values and positions (`graphopt.save`); `report.storage` tells
+                what that did.
 
         Returns:
             The files written.
@@ -58,17 +66,25 @@ class Result:
             GraphoptError: something cannot be written.
         """
         from graphopt.model import save
+        from graphopt.pipeline.destination import is_model_file
 
         path = Path(path)
-        if path.suffix == ".onnx":
-            save(self.model, path)
+        if is_model_file(path):
+            self._note_storage(save(self.model, path, compress=compress))
             return [path]
         _make_folder(path)
-        save(self.model, path / "model.onnx")
+        self._note_storage(save(self.model, path / "model.onnx", compress=compress))
         return [path / "model.onnx", *self._write_reports(path)]
 
-    def lower(self, path: str | os.PathLike[str], target: Target | str | None = None) -> list[Path]:
+    def lower(
+        self, path: str | os.PathLike[str], target: Target | str | None = None, *, compress: bool = False
+    ) -> list[Path]:
         """Write the deployable bundle of a target (default: the one the model was made for) into a folder.
+
+        Args:
+            path: the folder.
+            target: whose bundle.
+            compress: as `save`, where the backend writes ONNX files; else the report has a warning.
 
         Returns:
             The files written.
@@ -82,7 +98,17 @@ class Result:
         if self.context.calibration is not None:
             feeds = next(iter(self.context.calibration.batches(batch_size=1, limit=1)), None)
         backend = registry.backend(chosen.backend)
-        return backend.lower(self.model, chosen, Path(path), report=self.report.to_dict(), feeds=feeds)
+        more: dict[str, Any] = {}
+        if compress and compresses(backend):
+            more["compress"] = True
+        elif compress:
+            self.report.warnings.append(f"the bundle is not compressed: backend {chosen.backend!r} cannot")
+        return backend.lower(self.model, chosen, Path(path), report=self.report.to_dict(), feeds=feeds, **more)
+
+    def _note_storage(self, storage: Storage | None) -> None:
+        self.report.storage = storage
+        if storage is not None and not storage.tensors:
+            self.report.warnings.append(f"--compress: {storage.summary()}")
 
     def _write_reports(self, folder: Path) -> list[Path]:
         from graphopt.report.html import render

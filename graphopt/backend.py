@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,6 +99,9 @@ class Backend(Protocol):
     ) -> list[Path]:
         """Write the deployable bundle of the target into `folder` and return its files.
 
+        A backend whose bundle holds an ONNX file may take one more option, `compress: bool = False`, which it hands to
+        `graphopt.save`; it is given only where the user asked for it.
+
         Args:
             model: what to deploy.
             target: what it is deployed on.
@@ -108,3 +112,8 @@ class Backend(Protocol):
         Raises:
             MissingBackendError: a tool that the target's artefacts need is not installed.
         """
+
+
+def compresses(backend: Backend) -> bool:
+    """Whether `lower` of a backend takes `compress`."""
+    return "compress" in inspect.signature(backend.lower).parameters

@@ -61,13 +61,21 @@ dim_option = click.option(
 target_option = click.option("--target", metavar="NAME", help="Device and runtime; see `graphopt targets`.")
 seed_option = click.option("--seed", type=int, help="Of every random choice.  [default: 0]")
 threads_option = click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Of a session.")
+compress_option = click.option(
+    "--compress", is_flag=True, help="Store weights with many zeros as values and positions; runtimes unpack them."
+)
 force_option = click.option("--force", is_flag=True, help="Write into a folder that holds other things.")
 
 
 @cli.command()
 @click.argument("model", type=click.Path())
 @click.option(
-    "-o", "--output", "out", type=click.Path(), metavar="OUT", help="A .onnx file, or a folder for all results."
+    "-o",
+    "--output",
+    "out",
+    type=click.Path(),
+    metavar="OUT",
+    help="A .onnx file, a .safetensors archive, or a folder for all results.",
 )
 @click.option("--passes", metavar="SPEC", help="Pipeline, such as 'fold,prune{macs=0.5},quantize'.")
 @click.option("--recipe", type=click.Path(), metavar="FILE", help="Pipeline and options from a file (--save-recipe).")
@@ -94,6 +102,7 @@ force_option = click.option("--force", is_flag=True, help="Write into a folder t
 @click.option("--report", "page", type=click.Path(), metavar="FILE.html", help="Write the report as a page.")
 @click.option("--dry-run", is_flag=True, help="Check everything and plan; run no pass, write no model.")
 @click.option("--save-recipe", type=click.Path(), metavar="FILE", help="Write pipeline and options to a file.")
+@compress_option
 @click.option(
     "--print-ir-after", multiple=True, metavar="PASS", help="Print the model after a pass, or 'all'; repeatable."
 )
@@ -110,6 +119,7 @@ def optimize(
     out: str | None,
     page: str | None,
     save_recipe: str | None,
+    compress: bool,
     force: bool,
     as_json: bool,
     **options: Any,
@@ -122,7 +132,7 @@ def optimize(
     _limit_threads(options["jobs"])
     from graphopt.api import optimize as run_pipeline
     from graphopt.errors import GateRefused, UsageError
-    from graphopt.pipeline.destination import check_file, check_output
+    from graphopt.pipeline.destination import check_file, check_output, is_model_file
     from graphopt.report.live import LiveProgress
 
     if options["passes"] is not None and not options["passes"].strip():
@@ -130,6 +140,8 @@ def optimize(
         raise UsageError("names no pass", where="--passes", hint="name one, such as fold; -O0 copies the model")
     if out is not None:
         check_output(out, [model], force=force)
+    elif compress:
+        raise UsageError("says how OUT is stored, and there is none", where="--compress", hint="name one with -o")
     for file in (page, save_recipe):
         if file is not None:
             check_file(file, [model])
@@ -145,9 +157,9 @@ def optimize(
         progress.close()
     written: list[str] = []
     if out is not None and not options["dry_run"]:
-        written = [str(path) for path in result.save(out)]
-        if not out.endswith(".onnx"):
-            written += [str(path) for path in result.lower(out)]
+        written = [str(path) for path in result.save(out, compress=compress)]
+        if not is_model_file(out):
+            written += [str(path) for path in result.lower(out, compress=compress)]
     if save_recipe is not None:
         from graphopt.pipeline.recipe import write_recipe
 
@@ -282,6 +294,7 @@ def _bench_layers(models: Sequence[str], target: str, as_json: bool, options: di
 @click.option("-o", "--output", "out", required=True, type=click.Path(), metavar="OUT", help="Folder for the bundle.")
 @click.option("--calib", metavar="DATA", help="One real input for the time in the manifest; without: random.")
 @dim_option
+@compress_option
 @force_option
 @common
 def lower(model: str, target: str, out: str, force: bool, as_json: bool, **options: Any) -> None:

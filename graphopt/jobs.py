@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphopt import registry
+from graphopt.backend import compresses
 from graphopt.errors import DataError, MissingBackendError, UsageError
 from graphopt.pipeline.plan import as_target
 from graphopt.report.data import Stats, Units
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from graphopt.analysis.units import Coupling
     from graphopt.backend import BenchResult
     from graphopt.data.feeds import InputSpec
+    from graphopt.files.stored import Storage
     from graphopt.latency.report import Measured
     from graphopt.report.units import UnitGroup
     from graphopt.target import Target
@@ -41,6 +43,7 @@ class Inspection:
         inputs, outputs: rows of name, dtype and shape; free dimensions are names or None.
         units: what can be pruned, in short.
         coupling: the whole analysis.
+        storage: how the weights are stored in the file, where it is compressed.
     """
 
     model: ir.Model
@@ -49,6 +52,7 @@ class Inspection:
     outputs: list[dict[str, Any]]
     units: Units
     coupling: Coupling
+    storage: Storage | None = None
 
     def groups(self) -> list[UnitGroup]:
         """The units by the parameters they are slices of."""
@@ -68,6 +72,7 @@ class Inspection:
             "inputs": self.inputs,
             "outputs": self.outputs,
             "prunable": asdict(self.units),
+            "storage": None if self.storage is None else asdict(self.storage),
         }
         if units:
             from graphopt.report.units import units_to_dicts
@@ -90,17 +95,24 @@ def inspect(model: ir.Model | str | os.PathLike[str], *, dim: Mapping[str, int] 
     """
     from graphopt.analysis.units import analyse
     from graphopt.bundle import describe_model
+    from graphopt.files.compression import storage_of
     from graphopt.manager import stats
     from graphopt.pipeline.clone import private_clone
     from graphopt.report.units import summary
     from graphopt.rewriting.prepare import prepare
 
-    loaded = _model(model, dim)
+    given = _model(model, None)
+    loaded = _model(given, dim)
     readable = private_clone(loaded)
     prepare(readable)
     coupling = analyse(readable)
     return Inspection(
-        loaded, stats(loaded), **describe_model(loaded), units=summary(loaded, coupling), coupling=coupling
+        loaded,
+        stats(loaded),
+        **describe_model(loaded),
+        units=summary(loaded, coupling),
+        coupling=coupling,
+        storage=storage_of(given),
     )
 
 
@@ -208,6 +220,7 @@ def lower(
     *,
     calib: Any = None,
     dim: Mapping[str, int] | None = None,
+    compress: bool = False,
 ) -> list[Path]:
     """Write the deployable bundle of a target.
 
@@ -217,16 +230,21 @@ def lower(
         folder: gets the bundle.
         calib: data to take one real input from, for the time in the manifest; None: random inputs.
         dim: fixed sizes of symbolic input dimensions.
+        compress: store weights with many zeros as values and positions (`graphopt.save`).
 
     Raises:
         MissingBackendError: a tool that the target needs is not installed.
         ModelError: the target's runtime refuses the model.
-        UsageError: the folder cannot be used.
+        UsageError: the folder cannot be used, or the bundles of the backend cannot be compressed.
     """
     chosen = as_target(target)
+    backend = registry.backend(chosen.backend)
+    if compress and not compresses(backend):
+        raise UsageError(f"backend {chosen.backend!r} writes no compressed bundles", where="compress", hint="leave it")
     loaded = _model(model, dim)
     feeds = None if calib is None else _one_batch(calib, loaded, 1)
-    return registry.backend(chosen.backend).lower(loaded, chosen, Path(folder), feeds=feeds)
+    more: dict[str, Any] = {"compress": True} if compress else {}
+    return backend.lower(loaded, chosen, Path(folder), feeds=feeds, **more)
 
 
 def run(

@@ -80,6 +80,43 @@ def test_optimize_writes_a_folder(tmp_path: Path) -> None:
     assert (out / "model.onnx").read_bytes() == before
 
 
+def test_optimize_compresses_what_is_sparse(tmp_path: Path) -> None:
+    sparse = ("optimize", MODEL, "--passes", "sparsify{method=magnitude}", "--verify-each", "structure")
+    full, small, archive = (tmp_path / name for name in ("full.onnx", "small.onnx", "small.safetensors"))
+    call(*sparse, "-o", full)
+    shown = call(*sparse, "-o", small, "--compress").stdout
+    assert "2:4 along axis 1" in shown and "stored weights" in shown
+    call(*sparse, "-o", archive, "--compress")
+    assert max(small.stat().st_size, archive.stat().st_size) < 0.65 * full.stat().st_size
+    call("compare", full, small, "--tolerance", 0)
+    call("compare", small, archive, "--tolerance", 0)
+    assert "2:4 along axis 1" in call("inspect", small).stdout
+    found = json.loads(call("inspect", archive, "--json").stdout)["storage"]
+    assert found["after"] < 0.65 * found["before"]
+    assert json.loads(call("inspect", full, "--json").stdout)["storage"] is None
+    call("optimize", small, "-O", "0", "-o", tmp_path / "again.onnx")
+    assert (tmp_path / "again.onnx").read_bytes() == full.read_bytes()
+
+    out = tmp_path / "out"
+    call(*sparse, "-o", out, "--compress")
+    report = Report.from_json((out / "report.json").read_text(encoding="utf-8"))
+    assert report.storage is not None
+    assert next(t.share for t in report.storage.tensors if t.form == "2:4 along axis 1") == 0.5 + 1 / 32
+    assert (out / "model.onnx").read_bytes() == small.read_bytes()
+    np.savez(tmp_path / "x.npz", images=np.load(EVAL)["images"][:1])
+    call("run", out, "--input", tmp_path / "x.npz", "-o", tmp_path / "y.npz")
+    call("lower", full, "--target", "cpu", "-o", tmp_path / "bundle", "--compress")
+    assert (tmp_path / "bundle" / "model.onnx").stat().st_size < 0.65 * full.stat().st_size
+
+
+def test_where_there_is_nothing_to_compress_it_says_so(tmp_path: Path) -> None:
+    done = call("optimize", MODEL, "--passes", "fold", "-o", tmp_path / "m.onnx", "--compress")
+    assert "no weight is compressed" in done.stdout and "no weight is compressed" in last_line(done)
+    assert "names" not in done.stderr
+    refused = call("optimize", MODEL, "--passes", "fold", "--compress", code=2)
+    assert "-o" in last_line(refused)
+
+
 def test_json_alone_is_on_stdout() -> None:
     done = call("optimize", MODEL, "--passes", "fold", "--json")
     report = Report.from_json(done.stdout)

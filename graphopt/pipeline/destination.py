@@ -1,7 +1,7 @@
 """Where results may be written: decided before the work starts, so that hours of it are not lost to a wrong path.
 
 - The input model is never overwritten, also not with `force`: it is what every result is judged against.
-- A `.onnx` destination that exists is replaced, as a compiler replaces its output.
+- A `.onnx` or `.safetensors` destination that exists is replaced, as a compiler replaces its output.
 - A folder is used if it is new, empty, or holds what graphopt wrote there before (`report.json` or `manifest.json`);
   any other needs `force`. Files in it that graphopt does not write stay.
 """
@@ -15,8 +15,16 @@ from pathlib import Path
 
 from graphopt.errors import UsageError
 
+MODEL_SUFFIXES = (".onnx", ".safetensors")
+"""Destinations that are a model file; every other one is a folder."""
+
 OURS = ("report.json", "manifest.json")
 """Files that mark a folder as written by graphopt."""
+
+
+def is_model_file(path: str | os.PathLike[str]) -> bool:
+    """Whether a destination is named like a model file."""
+    return Path(path).suffix in MODEL_SUFFIXES
 
 
 def check_output(
@@ -25,7 +33,7 @@ def check_output(
     """The destination, if it may be used; its parent folders are not made here.
 
     Args:
-        out: a `.onnx` file, or a folder.
+        out: a model file, or a folder.
         inputs: files that must stay.
         force: also a folder with other things in it.
 
@@ -33,15 +41,17 @@ def check_output(
         UsageError: it may not be used; names the reason.
     """
     path = Path(out)
-    if path.suffix == ".onnx":
+    if is_model_file(path):
         if path.is_dir():
-            raise UsageError("is a folder", where=str(path), hint="name a file, or a folder without .onnx at its end")
+            raise UsageError("is a folder", where=str(path), hint=f"name a file, or a folder not named {path.suffix}")
         _check_parent(path)
         targets = [path]
     else:
         if path.exists() and not path.is_dir():
             raise UsageError(
-                "exists and is neither a folder nor named .onnx", where=str(path), hint="choose another name"
+                "exists and is neither a folder nor named .onnx or .safetensors",
+                where=str(path),
+                hint="choose another name",
             )
         targets = [path / "model.onnx"]
     for given in inputs:
@@ -64,7 +74,7 @@ def check_folder(
     Raises:
         UsageError: it may not be used; names the reason.
     """
-    if Path(out).suffix == ".onnx":
+    if is_model_file(out):
         raise UsageError("is named like a model, and this writes a folder", where=str(out), hint="name a folder")
     return check_output(out, inputs, force=force)
 

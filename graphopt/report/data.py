@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from graphopt.base import Skip
 from graphopt.errors import UsageError
+from graphopt.files.stored import Storage
 
 SCHEMA = 2
 """Version of the JSON form; raised when a field changes its meaning or goes away."""
@@ -219,6 +220,7 @@ class Report:
     fidelity: Fidelity | None = None
     accuracy: Accuracy | None = None
     units: Units | None = None
+    storage: Storage | None = None
     gates: dict[str, float | None] = field(default_factory=dict)
     preset: str | None = None
     calibration: str | None = None

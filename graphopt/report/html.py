@@ -41,6 +41,7 @@ def render(report: Report) -> str:
         warnings=summary.warnings(report),
         notes=summary.notes(report),
         skips=[(r.name, summary.group_skips(r.skipped)) for r in report.passes if r.skipped],
+        stored=[] if report.storage is None else summary.storage_rows(report.storage),
         ops=ops,
         most_ops=max((max(before, after) for _, before, after in ops), default=1) or 1,
         most_rows=MOST_ROWS,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from graphopt.base import Skip
+from graphopt.files.stored import Storage
 from graphopt.report import text
 from graphopt.report.data import Latency, PassRecord, Report, Stats
 
@@ -76,6 +77,8 @@ def count_rows(before: Stats, after: Stats) -> list[Row]:
 def rows(report: Report) -> list[Row]:
     """Everything measured on the model before and after; what could not be measured says why."""
     found = count_rows(report.input, report.output)
+    if report.storage is not None:
+        found.append(_lower_is_better("stored weights", report.input.bytes, report.storage.after, text.size))
     latency, fidelity, accuracy = report.latency, report.fidelity, report.accuracy
     if latency is not None:
         found.append(_latency_row(latency))
@@ -149,6 +152,24 @@ def op_rows(before: Stats, after: Stats, *, changed_only: bool) -> list[tuple[st
     if changed_only:
         found = [row for row in found if row[1] != row[2]]
     return sorted(found, key=lambda row: (-abs(row[1] - row[2]), -row[2], row[0]))
+
+
+def storage_rows(storage: Storage) -> list[dict[str, Any]]:
+    """Compressed weights, the largest first."""
+    largest = sorted(storage.tensors, key=lambda tensor: (-tensor.before, tensor.name))
+    return [
+        {
+            "weight": text.clean(tensor.name, 80),
+            "type": tensor.dtype,
+            "shape": "x".join(map(str, tensor.shape)),
+            "stored as": tensor.form,
+            "bytes": tensor.before,
+            "stored bytes": tensor.after,
+            "share": f"{tensor.share:.1%}",
+            "of float16": f"{tensor.share_of_float16:.1%}",
+        }
+        for tensor in largest
+    ]
 
 
 def pass_error(record: PassRecord) -> str:

@@ -19,11 +19,14 @@ from graphopt.report.data import PassRecord, Report, Units
 
 if TYPE_CHECKING:
     from graphopt.backend import BenchResult
+    from graphopt.files.stored import Storage
     from graphopt.jobs import Inspection
     from graphopt.verify import Comparison
 
 TONES = {"good": "green", "bad": "bold red", "neutral": ""}
 STATUS_TONES = {"applied": "green", "undone": "bold yellow", "not run": "yellow", "unchanged": "dim", "planned": "cyan"}
+MOST_WEIGHTS = 24
+"""Compressed weights that the terminal shows; `report.json` has all of them."""
 PLAIN_WIDTH = 4000
 """Lines are not folded where no person reads them: a script that greps them wants whole rows."""
 
@@ -51,6 +54,7 @@ def print_report(out: Console, report: Report) -> None:
         _print_plan(out, report)
         return
     print_rows(out, summary.rows(report))
+    print_storage(out, report.storage)
     print_passes(out, report.passes)
     print_ops(out, report)
     print_skips(out, report.passes)
@@ -65,6 +69,20 @@ def print_rows(out: Console, rows: Iterable[summary.Row]) -> None:
     for row in rows:
         found.add_row(row.label, row.before, Text(row.after, TONES[row.tone]), Text(row.change, TONES[row.tone]))
     out.print(found)
+
+
+def print_storage(out: Console, storage: Storage | None) -> None:
+    """How compressed weights are stored: the largest ones, and all together."""
+    if storage is None:
+        return
+    out.print(Text(text.clean(storage.summary(), 1000)))
+    rows = summary.storage_rows(storage)
+    if rows:
+        print_mappings(out, rows[:MOST_WEIGHTS])
+    if len(rows) > MOST_WEIGHTS:
+        out.print(Text(f"and {len(rows) - MOST_WEIGHTS} smaller ones"))
+    for note in storage.notes if rows else ():
+        out.print(Text(text.clean(note, 1000)))
 
 
 def print_passes(out: Console, records: Sequence[PassRecord]) -> None:
@@ -171,6 +189,7 @@ def print_inspection(out: Console, name: str, found: Inspection, *, units: bool)
     )
     by_count = sorted(found.stats.ops.items(), key=lambda item: (-item[1], item[0]))
     print_mappings(out, [{"operator": op, "nodes": number} for op, number in by_count])
+    print_storage(out, found.storage)
     print_units(out, found.units)
     if units:
         print_mappings(out, [group.to_row() for group in found.groups()])

@@ -31,6 +31,24 @@ def optimize(passes: Any, model: Any = None, **settings: Any) -> graphopt.Result
     return graphopt.optimize(small_model() if model is None else model, passes, **settings)
 
 
+def test_a_backend_that_cannot_compress_is_not_asked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Plain:
+        name = "plain"
+        asked: ClassVar[list[Any]] = []
+
+        def lower(self, model: Any, target: Any, folder: Path, *, report: Any = None, feeds: Any = None) -> list[Path]:
+            self.asked.append(folder)
+            return [folder]
+
+    result = optimize([DropIdentity()])
+    monkeypatch.setattr("graphopt.registry.backend", lambda name: Plain())
+    assert result.lower(tmp_path, compress=True) == [tmp_path]
+    assert result.report.warnings[-1] == "the bundle is not compressed: backend 'ort' cannot"
+    with pytest.raises(UsageError, match="writes no compressed bundles"):
+        graphopt.lower(small_model(), TARGET, tmp_path, compress=True)
+    assert len(Plain.asked) == 1
+
+
 def test_the_report_tells_what_happened() -> None:
     model = small_model()
     result = optimize([DropIdentity(), Noise(0.01), Grow()], model, calib=feeds(), seed=3, command="test")

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from graphopt.base import Skip
+from graphopt.files.stored import Storage, StoredTensor
 from graphopt.report.data import (
     Accuracy,
     Fidelity,
@@ -21,6 +22,11 @@ from graphopt.report.data import (
 )
 
 HOSTILE = "<script>alert('x')</script><img src=x onerror=alert(1)>\x1b[31m\u202e&\"[red]"
+
+
+def stored(name: str) -> StoredTensor:
+    """A compressed weight."""
+    return StoredTensor(name, "float32", [64, 32], "2:4 along axis 1", 8192, 4352, 0.53125, 1.0625)
 
 
 @pytest.fixture
@@ -79,6 +85,13 @@ def report() -> Report:
             301_000,
             300_000,
             frozen=[{"where": HOSTILE, "reason": "operator has no rule", "units": 48}],
+        ),
+        storage=Storage(
+            258_000,
+            139_960,
+            [stored(f"layer{number}") for number in range(30)] + [stored(HOSTILE)],
+            {f"too dense {HOSTILE}": 2},
+            [f"IR version {HOSTILE}"],
         ),
         gates={"max_drop": 0.01, "max_latency": None},
         calibration="calib.npz",

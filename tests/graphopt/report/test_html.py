@@ -84,6 +84,8 @@ def test_every_part_of_the_report_is_shown(report: Report) -> None:
         f"and {80 - MOST_NAMES} more",
         "78.8%",
         "operator has no rule",
+        "31 weights are compressed to 53.1% of their bytes",
+        "2:4 along axis 1",
         "QuantizeLinear" if report.output.ops.get("QuantizeLinear") else "BatchNormalization",
         "graphopt 0.1.0",
     ):
@@ -96,6 +98,7 @@ def test_bars_are_in_proportion(report: Report) -> None:
     measured = [
         (report.input.macs, report.output.macs),
         (report.input.bytes, report.output.bytes),
+        (report.input.bytes, 139_960),
         (0.411, 0.170),
         (0.9926, 0.9907),
     ]

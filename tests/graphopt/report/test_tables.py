@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from graphopt.base import Skip
+from graphopt.files.stored import Storage
 from graphopt.report import summary, tables, text
 from graphopt.report.data import Accuracy, Fidelity, Latency, Report
 
@@ -156,3 +157,16 @@ def test_numbers() -> None:
 )
 def test_speed_claims_no_more_than_the_quartiles_support(ratio: float, low: float, high: float, words: str) -> None:
     assert summary._speed(ratio, low, high) == words
+
+
+def test_compressed_weights_are_listed_and_summed_up(report: Report) -> None:
+    shown = printed(report)
+    (row,) = (line.split() for line in shown.splitlines() if line.startswith("layer0 "))
+    assert row == ["layer0", "float32", "64x32", "2:4", "along", "axis", "1", "8,192", "4,352", "53.1%", "106.2%"]
+    assert "31 weights are compressed to 53.1% of their bytes, all weights together to 54.2%" in shown
+    assert "and 7 smaller ones" in shown
+    (row,) = (line.split() for line in shown.splitlines() if line.startswith("stored weights"))
+    assert row[2:] == ["1.53", "MB", "140", "kB", "-90.8%"]
+    nothing = Storage(100, 100, notes=["opset 9 cannot"])
+    assert "no weight is compressed; opset 9 cannot" in printed(replace(report, storage=nothing))
+    assert "compressed" not in printed(replace(report, storage=None))
