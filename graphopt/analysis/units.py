@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from graphopt.analysis import shapes
 from graphopt.analysis.dead_values import DeadValues, colours
+from graphopt.analysis.frozen import Frozen, from_constants, frozen_axes
 from graphopt.analysis.labels import Axes, Factors, Solution, Vector
 from graphopt.analysis.members import MemberTable, Mode, modes
 from graphopt.analysis.rules import CostTerm, CostView, Labeller, Role, Sink, Use, node_key, rule_for
@@ -70,17 +71,6 @@ class Unit:
 
     def _key(self) -> tuple[object, ...]:
         return self.id, self.members, self.exact, self.reason, self.mode
-
-
-@dataclass(frozen=True)
-class Frozen:
-    """An axis of a parameter that keeps its length, or part of it, and why."""
-
-    tensor: str
-    axis: int
-    positions: int
-    size: int
-    reason: str
 
 
 @dataclass
@@ -162,8 +152,9 @@ class Coupling:
 
     def unsafe(self, values: DeadValues) -> dict[int, str]:
         """Units that some consumer cannot do without, given what their positions hold; with the first reason."""
+        first = " (all that it reads is constant: run fold first)"
         reasons: dict[int, str] = {}
-        nodes = nodes_by_key(self.model)
+        nodes, ahead = nodes_by_key(self.model), from_constants(self.model)
         for colour in values.every_colour():
             for sink in self.sinks:
                 if sink.accepts == "anything":
@@ -175,7 +166,7 @@ class Coupling:
                     else:
                         bad = ~np.isfinite(held) if sink.accepts == "constant" else ~(held == sink.zero)
                     for unit in np.unique(vector[bad & (vector != 0) & (values.colours[vector] == colour)]):
-                        reasons.setdefault(int(unit), sink.reason)
+                        reasons.setdefault(int(unit), sink.reason + (first if sink.node in ahead else ""))
         return reasons
 
 
@@ -194,7 +185,7 @@ def analyse(model: ir.Model) -> Coupling:
     solution = _only_with_parameters(g)
     coupling = Coupling(model, g.uses, g.sinks, g.labels, solution)
     coupling.units = _units(coupling)
-    coupling.frozen = list(_frozen(coupling))
+    coupling.frozen = list(frozen_axes(coupling))
     view = CostView(coupling.operand_units, lambda v, axis: coupling.axis_units(v.name or "", axis))
     coupling.terms = list(_terms(model.graph, view))
     return coupling
@@ -231,18 +222,3 @@ def _units(coupling: Coupling) -> list[Unit]:
         Unit(unit, unit not in unsafe, unsafe.get(unit, ""), kinds[unit], table)
         for unit in range(1, coupling.solution.count + 1)
     ]
-
-
-def _frozen(coupling: Coupling) -> Iterator[Frozen]:
-    seen: set[tuple[str, int]] = set()
-    for use in coupling.uses:
-        for axis, factors in use.axes.items():
-            stays = np.ones(len(factors[0]), dtype=bool)
-            for vector in coupling.solution.units(factors):
-                stays &= vector == 0
-            if not stays.any() or (use.parameter, axis) in seen:
-                continue
-            seen.add((use.parameter, axis))
-            reasons = coupling.solution.why(tuple(vector[stays] for vector in factors))
-            text = "; ".join(reasons[:3]) + (f"; and {len(reasons) - 3} more" if len(reasons) > 3 else "")
-            yield Frozen(use.parameter, axis, int(stays.sum()), len(stays), text or "owns no parameter")

@@ -12,7 +12,8 @@ from graphopt.report.text import names
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from graphopt.analysis.units import Coupling, Frozen
+    from graphopt.analysis.frozen import Frozen
+    from graphopt.analysis.units import Coupling
 
 
 @dataclass
