@@ -16,7 +16,7 @@ class GatherShuffles(Pass):
     """Write Reshape, Transpose, Reshape that only permute the positions of one axis as one Gather.
 
     What for: channels on both sides of a shuffle can go one by one. Through the reshapes the same channels must go in
-    every group; grouped convolutions next to a shuffle still ask for that. `prune` does it by itself where it harms less.
+    every group; grouped convolutions next to a shuffle still ask for that. `prune` does it itself where it harms less.
 
     Algebra: (.., g n, ..) -> (.., g, n, ..) -> (.., n, g, ..) -> (.., n g, ..) is y[i] = x[(i mod g) n + i div g].
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from graphopt.base import Context, Effect, Pass, PassResult, Skip, option
 from graphopt.errors import UsageError
@@ -31,6 +31,9 @@ BUDGETS = {
     "latency": "time",
 }
 """What each budget is a fraction of."""
+
+Kind = Literal["channel", "head", "kv_group", "query_head", "head_dim", "group", "group_channel"]
+"""Kinds of units, `graphopt.analysis.members.Mode`."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,9 @@ class Prune(Pass):
     multiple: int | None = option(None, "widths are multiples of this, or full; default: the target's", low=1)
     min_keep: int = option(1, "channels that every axis keeps at least", low=1)
     exclude: tuple[str, ...] = option((), "globs over node and parameter names that must stay as they are")
+    fixed: tuple[Kind, ...] = option(
+        (), "kinds of units that stay (inspect --units tells them): with head_dim attention loses whole heads only"
+    )
     center: bool = option(True, "layer norms whose channels go become RMS norms where that is exact (center-norms)")
     samples: int | None = option(None, "calibration samples to use at most; default: all", low=1)
     sweeps: int = option(1, "how often all layers are refitted; from the second on where a Relu forgives", low=1)
@@ -92,7 +98,7 @@ class Prune(Pass):
         """Check the options.
 
         Raises:
-            UsageError: out of range, or not exactly one budget.
+            UsageError: out of range, not exactly one budget, or an unknown kind of unit.
         """
         super().__post_init__()
         given = [(n, v) for n in BUDGETS if (v := getattr(self, n)) is not None]
@@ -104,6 +110,11 @@ class Prune(Pass):
             raise UsageError(
                 f"{given[0][0]}={given[0][1]:g} keeps nothing or all", where="prune", hint="give a fraction between"
             )
+
+        unknown = [kind for kind in self.fixed if kind not in get_args(Kind)]
+        if unknown:
+            hint = f"kinds are {', '.join(get_args(Kind))}"
+            raise UsageError(f"there is no kind of unit {unknown[0]!r}", where="prune.fixed", hint=hint)
 
     @property
     def budget(self) -> tuple[str, float]:
@@ -174,11 +185,14 @@ class _Run:
         self.score, self.reconstruct = score, reconstruct
         self.name, self.fraction = options.budget
         self.multiple = options.multiple or ctx.target.channel_multiple
+        self._limits = {"multiple": self.multiple, "min_keep": options.min_keep}
         self.bare: list[Layer] = give_biases(model) if reconstruct != "none" else []
         self.coupling: Coupling = analyse(model)
         self.layers: dict[str, Layer] = layers_of(model)[0]
         self.families: list[Candidates]
-        self.families, notes = candidates(self.coupling, self.layers, options.exclude, refitted=reconstruct != "none")
+        self.families, notes = candidates(
+            self.coupling, self.layers, options.exclude, refitted=reconstruct != "none", fixed=options.fixed
+        )
         self.eraser: Eraser | None = None
         self.branches: list[Branch] = []
         self.turned: Turned | None = None
@@ -208,10 +222,11 @@ class _Run:
         Raises:
             UsageError: the budget is out of reach.
         """
+        from graphopt.pruning.decision import out_of_reach
         from graphopt.rewriting.layers import drop_zero_biases
 
         if not self.met and self.decision.choice.least:
-            raise self._refusal()
+            raise out_of_reach(self.decision, f"{self.name}={self.fraction:g}", BUDGETS[self.name], self._limits)
         if self.turned is not None:
             dead = self.decision.choice.dead
             self.turned.restore(self.layers, self.turned.shortened(self.coupling, self.layers, dead))
@@ -241,8 +256,7 @@ class _Run:
         erasures = self._erasures(terms, keep)
 
         def decide(keep: float) -> Decision:
-            limits = {"multiple": self.multiple, "min_keep": self.options.min_keep}
-            choice = choose(ranked, terms, axes, keep=keep, erasures=erasures, **limits)
+            choice = choose(ranked, terms, axes, keep=keep, erasures=erasures, **self._limits)
             return Decision(choice, ranked, self.branches[: choice.erased])
 
         if budget is None:
@@ -326,12 +340,9 @@ class _Run:
         if self.options.distil:
             from graphopt.fx.after_pruning import match_dense
 
-            self.result.notes.append(
-                match_dense(
-                    dense, self.model, self.coupling, dead, self.ctx, steps=self.options.distil,
-                    samples=self.options.samples,
-                )
-            )  # fmt: skip
+            steps, samples = self.options.distil, self.options.samples
+            outcome = match_dense(dense, self.model, self.coupling, dead, self.ctx, steps=steps, samples=samples)
+            self.result.notes.append(outcome)
         if self.reconstruct == "none":
             unknown = "a removed input held an unknown value, taken as 0"
             self.result.notes += [f"{name}: {unknown}" for name in report.assumed_zero]
@@ -382,16 +393,3 @@ class _Run:
         if outcome.rows:
             self.result.details["refitted layers"] = outcome.rows
         return outcome.dead
-
-    # -- telling -----------------------------------------------------------------------------------------------------
-
-    def _refusal(self) -> UsageError:
-        """Why the budget is out of reach."""
-        units = sum(len(f.units) for f in self.decision.ranked)
-        return UsageError(
-            f"{self.name}={self.fraction:g} cannot be met: with all {units} candidate units gone that "
-            f"multiple={self.multiple} and min_keep={self.options.min_keep} let go, {self.decision.choice.least:.3f} "
-            f"of the {BUDGETS[self.name]} is left",
-            where="prune",
-            hint="raise the budget, set multiple=1, or see `graphopt inspect --units` for what is frozen",
-        )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from graphopt.analysis.remove import remove_units
 from graphopt.analysis.units import Coupling, analyse
+from graphopt.errors import UsageError
 from graphopt.pipeline.clone import private_clone
 from graphopt.pruning.branches import Branch
 from graphopt.pruning.erasing import Eraser
@@ -69,6 +70,25 @@ def rows(decision: Decision) -> list[dict[str, str | int | float]]:
         {"family": f.name, "units": len(f.units), "removed": k, "harm": float(f.harm[k])}
         for f, k in zip(decision.ranked, decision.choice.removed, strict=True)
     ]
+
+
+def out_of_reach(decision: Decision, budget: str, what: str, limits: Mapping[str, int]) -> UsageError:
+    """The error of a budget that no choice of units meets.
+
+    Args:
+        decision: the one of least work.
+        budget: as it was given.
+        what: what it is a fraction of.
+        limits: options that keep units from going.
+    """
+    units = sum(len(f.units) for f in decision.ranked)
+    told = " and ".join(f"{name}={value}" for name, value in limits.items())
+    return UsageError(
+        f"{budget} cannot be met: with all {units} candidate units gone that {told} let go, "
+        f"{decision.choice.least:.3f} of the {what} is left",
+        where="prune",
+        hint="raise the budget, set multiple=1, or see `graphopt inspect --units` for what is frozen",
+    )
 
 
 def built(model: ir.Model, coupling: Coupling, decision: Decision, eraser: Eraser | None) -> ir.Model:

@@ -40,7 +40,12 @@ class Candidates:
 
 
 def candidates(
-    coupling: Coupling, layers: dict[str, Layer], exclude: Sequence[str], *, refitted: bool
+    coupling: Coupling,
+    layers: dict[str, Layer],
+    exclude: Sequence[str],
+    *,
+    refitted: bool,
+    fixed: Collection[Mode] = (),
 ) -> tuple[list[Candidates], list[str]]:
     """Group the units of a model.
 
@@ -49,6 +54,7 @@ def candidates(
         layers: linear layers by key.
         exclude: globs over names of parameters and nodes; a unit that has a part in one of them is left out.
         refitted: True: layers are refitted without the dead inputs, whatever these hold.
+        fixed: kinds of units that are left out.
 
     Returns:
         Families in graph order, and a sentence for every reason for which units were left out and every exclusion that
@@ -58,10 +64,13 @@ def candidates(
     unsafe = _unsafe(coupling, layers if refitted else {})
     groups: dict[tuple[Mode, frozenset[tuple[str, int]]], list[Unit]] = {}
     reasons: dict[str, int] = {}
+    kinds: dict[Mode, int] = {}
     out = 0
     for unit in coupling.units:
         if unit.id in barred:
             out += 1
+        elif unit.mode in fixed:
+            kinds[unit.mode] = kinds.get(unit.mode, 0) + 1
         elif unit.id in unsafe:
             reasons[unsafe[unit.id]] = reasons.get(unsafe[unit.id], 0) + 1
         else:
@@ -69,6 +78,7 @@ def candidates(
             groups.setdefault((unit.mode, axes), []).append(unit)
     notes = [f"{out} units excluded by {', '.join(exclude)}"] if out else []
     notes += [f"warning: exclude={glob} matches nothing" for glob in exclude if not _matches(coupling, [glob])]
+    notes += [f"{count} units stay, because fixed={kind}" for kind, count in kinds.items()]
     notes += [f"{count} units left out, because removing them is not exact: {why}" for why, count in reasons.items()]
     reads = _readers(coupling, layers)
     families = []

@@ -268,6 +268,14 @@ def test_normalised_weights_follow_or_are_named(norm):
         graphopt.prune_module(network(0, 2, 4), x[:2], calib=x, target=TARGET, params=0.6)
 
 
+def test_whole_heads_where_their_size_is_fixed():
+    module, x = randomised(Transformer(Attention)), torch.randn(64, *SEQUENCE)
+    graphopt.prune_module(module, x[:2], calib=x, target=TARGET, params=0.85, fixed=("head_dim",), exclude=("up*",))
+    assert module.attention.head_dim == 4
+    assert module.attention.num_heads < 4
+    assert module.attention.qkv.out_features == 12 * module.attention.num_heads
+
+
 def test_what_the_error_says_to_exclude_helps():
     class Separate(nn.Module):
         """q and k may lose other places of a head than v, and one number is the size of all three."""
