@@ -184,6 +184,7 @@ class TorchBackend:
         *,
         report: Mapping[str, Any] | None = None,
         feeds: Mapping[str, Array] | None = None,
+        compress: bool = False,
     ) -> list[Path]:
         """Write model.onnx, run.py, bench.sh, README.md and manifest.json; see `graphopt.bundle`.
 
@@ -193,6 +194,7 @@ class TorchBackend:
             folder: created where it does not exist.
             report: JSON form of the report that made the model.
             feeds: one batch of real inputs for timing.
+            compress: store weights with many zeros as values and positions.
 
         Raises:
             MissingBackendError: torch is not installed.
@@ -210,7 +212,7 @@ class TorchBackend:
             from graphopt.model import save
             from graphopt.version import versions
 
-            save(model, stage / "model.onnx")
+            save(model, stage / "model.onnx", compress=compress)
             texts = importlib.resources.files("graphopt.backends")
             for name, source in FILES.items():
                 (stage / name).write_text(texts.joinpath(source).read_text("utf-8"), encoding="utf-8")

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.model import infer_shapes
-from graphopt.numerics.sparsity.armor import Factors
+from graphopt.numerics.sparsity.factors import Factors
 from graphopt.numerics.sparsity.patterns import mask, parse
 from graphopt.rewriting.layers import layers_of
 from graphopt.sparsity.factors import write_factors

@@ -9,7 +9,7 @@ Source: torch.cuda.graphs; NVIDIA's guide to CUDA graphs in PyTorch.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +82,7 @@ class Runner:
         if not self._record:
             return fixed
         try:
-            return _recorded(fixed, inputs)
+            return record(fixed, inputs, fixed.device)
         except RuntimeError as error:  # torch's only type for what a stream refuses
             torch.cuda.synchronize(self.lowered.device)
             self.not_recorded[sizes] = str(error).partition("\n")[0]
@@ -97,29 +97,33 @@ class Runner:
         return "as a recorded graph of kernels" if self._record else "call by call"
 
 
-def _recorded(module: Lowered, inputs: tuple[Tensor, ...]) -> Recording:
-    """Record one run.
+def record(call: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...], device: torch.device) -> Recording:
+    """Record one call on a CUDA device.
+
+    Args:
+        call: makes tensors of tensors.
+        inputs: to call it with; recordings are for these sizes.
+        device: of the inputs.
 
     Raises:
         RuntimeError: something waits for the device or the host.
     """
     static = tuple(x.clone() for x in inputs)
-    device = module.device
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         for _ in range(WARM_UP):
-            module(*static)
+            call(*static)
         before = torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            module(*static)
+            call(*static)
         finally:
             torch.cuda.set_sync_debug_mode(before)
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        outputs = module(*static)
+        outputs = call(*static)
     return Recording(graph, static, outputs)
 
 
