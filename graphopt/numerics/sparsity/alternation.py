@@ -3,9 +3,12 @@
     f(A, S, B) = tr((W - A S B) H (W - A S B)^T)
 
 A cycle updates B by conjugate gradients, A by one solve a block row (`blocks`), then S by one pass over all its groups
-(`descent`); each lowers f. Alternation is slow at the end, so the next cycle starts ahead, at theta_k + beta (theta_k -
-theta_k-1); a cycle that ends higher is dropped and beta halved (a monotone safeguard). The gauge is fixed by unit rows
-of B and unit columns of A.
+(`descent`); each lowers f. The gauge is fixed by unit rows of B and unit columns of A.
+
+Alternation is slow at the end, and ends in a support that is hard to leave. So the next cycle starts ahead of the last
+one, at theta_k + beta (theta_k - theta_k-1). While beta is large, f hardly falls: the motion keeps supports changing.
+As beta goes to zero, with 1 - t^2 over the budget, f falls below where small steps would have ended (as with a learning
+rate that is annealed). A cycle may end a little above the last, one that ends higher is dropped, and the best counts.
 
 With V = W H made once, a cycle without A costs four products of m n^2 multiply-adds at most: S^T S, the residual times
 H, and what the pass over S spends; f before the pass comes from that residual, what the pass gains from the pass.
@@ -25,7 +28,9 @@ from graphopt.numerics.sparsity.factors import Factors, Wrappers
 from graphopt.numerics.sparsity.patterns import Pattern
 
 CONJUGATE_STEPS = 4
-FIRST_MOMENTUM, LAST_MOMENTUM, GROWTH = 0.7, 0.95, 1.05
+MOMENTUM = 0.95
+SLACK = 0.02
+"""A cycle ahead may end this much above the last, relative to its loss."""
 
 
 @dataclass(frozen=True)
@@ -95,38 +100,42 @@ class Problem:
         core = state.core[:m, :][:, places(state.core, n // taps, self.columns)]
         return Factors(core, state.left, state.right, taps, losses)
 
-    def solve(self, core: Any, cycles: int, late: Callable[[], bool], tolerance: float) -> tuple[State, list[float]]:
-        """Alternate with momentum from A = B = I; the loss never rises.
+    def solve(self, core: Any, spent: Callable[[int], float], tolerance: float) -> tuple[State, list[float]]:
+        """Alternate with momentum from A = B = I.
 
         Args:
             core: S to begin with, of the pattern, filled up.
-            cycles: at most.
-            late: whether to stop now.
-            tolerance: ends when a cycle gains less than this share of the loss.
+            spent: share of the budget that is used up after so many cycles; 1: stop.
+            tolerance: ends when neither a cycle ahead nor one from where it ended gains this share of the loss.
+
+        Returns:
+            The best found; its loss at first and after every cycle, which never rises.
         """
         left = None if self.rows is None else identity(core, self.rows)
         right = identity(core, self.columns) if self.bent else None
-        state = previous = State(left, core, right)
-        loss, momentum = self._residual(state)[1], 0.0
+        best = previous = state = State(left, core, right)
+        loss = self._residual(state)[1]
         losses = [loss]
-        for _ in range(cycles):
-            if late():
-                break
-            after, reached = self._cycle(_ahead(state, previous, momentum) if momentum else state)
-            if not reached < loss:
-                if not momentum:
+        while (used := spent(len(losses) - 1)) < 1:
+            ahead = previous is not state
+            beta = MOMENTUM * (1 - used * used)
+            after, reached = self._cycle(_ahead(state, previous, beta) if ahead else state)
+            gained = (loss - reached) / loss if loss > 0 else 0.0
+            if not gained > (-SLACK if ahead else 0.0):
+                losses.append(losses[-1])
+                if not ahead:
                     break
-                momentum = momentum / 2 if momentum > 0.1 else 0.0
                 previous = state
-                losses.append(loss)
                 continue
-            gained = loss - reached
             previous, state, loss = state, after, reached
-            losses.append(loss)
-            momentum = min(LAST_MOMENTUM, momentum * GROWTH) if momentum else FIRST_MOMENTUM
-            if gained < tolerance * loss:
-                break
-        return state, losses
+            if loss < losses[-1]:
+                best = state
+            losses.append(min(loss, losses[-1]))
+            if abs(gained) < tolerance:
+                if not ahead:
+                    break
+                previous = state
+        return best, losses
 
     def _residual(self, state: State) -> tuple[Any, float]:
         """(W - A S B) H and f."""

@@ -63,7 +63,7 @@ def armor(
         taps: T; n is a multiple of it.
         cycles: at most.
         seconds: at most. The number of cycles then depends on the speed of the machine: no longer the same bytes twice.
-        tolerance: ends when a cycle gains less than this share of the loss.
+        tolerance: ends when cycles gain less than this share of the loss.
 
     Raises:
         ValueError: the weight is not finite or all zero; a pattern without groups; no wrappers to fit.
@@ -116,7 +116,7 @@ def _fit(
     seconds: float | None,
     tolerance: float,
 ) -> list[Factors]:
-    late = _clock(seconds)
+    spent = _budget(cycles, seconds)
     if not weights:
         raise ValueError("there are no weights to factorise")
     for weight in weights:
@@ -136,7 +136,7 @@ def _fit(
     else:
         start = sparsegpt(target, metric, pattern)
     problem = Problem.of(target, metric, pattern, block, wrappers, taps)
-    found, losses = problem.solve(problem.pad(start), cycles, late, tolerance)
+    found, losses = problem.solve(problem.pad(start), spent, tolerance)
     factors = problem.factors(found, losses, int(target.shape[0]), int(target.shape[1]))
     return stack.parted(factors if rows is None else unscaled(factors, rows, columns))
 
@@ -185,8 +185,14 @@ class _Stack:
         return found
 
 
-def _clock(seconds: float | None) -> Callable[[], bool]:
-    if seconds is None:
-        return lambda: False
-    end = time.monotonic() + seconds
-    return lambda: time.monotonic() > end
+def _budget(cycles: int, seconds: float | None) -> Callable[[int], float]:
+    """Which share of the budget is used up after so many cycles."""
+    began = time.monotonic()
+
+    def spent(done: int) -> float:
+        share = done / cycles if cycles > 0 else 1.0
+        if seconds is None:
+            return share
+        return max(share, (time.monotonic() - began) / seconds if seconds > 0 else 1.0)
+
+    return spent
