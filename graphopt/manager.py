@@ -102,6 +102,7 @@ class PassManager:
 
     def _apply(self, p: Pass, model: ir.Model, ctx: Context, record: PassRecord) -> ir.Model:
         from graphopt.model import infer_shapes
+        from graphopt.sparsity.found import lost_patterns
 
         candidate = private_clone(model)
         try:
@@ -121,7 +122,7 @@ class PassManager:
             record.notes = result.notes
             return model
         record.after = stats(candidate)
-        record.notes = [*result.notes, *_version_notes(model, candidate)]
+        record.notes = [*result.notes, *_version_notes(model, candidate), *lost_patterns(model, candidate)]
         if veto is not None:
             record.status, record.reason = "undone", veto
             # What the pass would have given stays readable in the notes; the counts are those of the model that stands.

@@ -127,6 +127,24 @@ def broken_patterns(model: ir.Model) -> dict[str, str]:
     return {w.label: str(w.declared) for w in sparse_weights(model, declared_only=True) if w.broken}
 
 
+def lost_patterns(before: ir.Model, after: ir.Model) -> list[str]:
+    """What to tell about a pass that broke patterns, one sentence for each pattern.
+
+    Removing input channels moves the weights behind them into other groups, and a refit fills zeros.
+    """
+    broken = broken_patterns(after)
+    known = broken_patterns(before) if broken else {}
+    lost: dict[str, list[str]] = {}
+    for name, pattern in broken.items():
+        if name not in known:
+            lost.setdefault(pattern, []).append(name)
+    return [
+        f"warning: the pattern {pattern} no longer holds in {len(names)} layers ({', '.join(names[:5])}"
+        f"{', ...' if len(names) > 5 else ''}): put sparsify or armor behind this pass"
+        for pattern, names in lost.items()
+    ]
+
+
 def fullest_groups(rows: npt.NDArray[Any], sizes: list[int], zero: int = 0) -> dict[int, int]:
     """For each size M, how many nonzeros the fullest group of M neighbours on the last axis has.
 
