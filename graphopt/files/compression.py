@@ -19,7 +19,7 @@ from graphopt.files import unpacking
 from graphopt.files.opset import opset_of
 from graphopt.files.stored import Storage, StoredTensor
 from graphopt.files.weights import model_tensors
-from graphopt.numerics.packing import Array, Choice, Form, Groups, Mask, choose, pack, unpack
+from graphopt.numerics.packing import LARGEST_GROUP, Array, Choice, Form, Groups, Mask, choose, pack, unpack
 from graphopt.rewriting.edit import Names
 
 LEAST_SAVING = 4096
@@ -273,7 +273,7 @@ def _form(call: ir.Node, shape: tuple[int, ...], dtype: ir.DataType, where: str)
         found: tuple[Form, Any] = (Mask(), None)
     else:
         axis, keep, of = (_int(call, name, where) for name in ("axis", "keep", "of"))
-        if not (0 <= axis < len(shape) and 0 < keep < of <= 16 and min(shape) > 0):
+        if not (0 <= axis < len(shape) and 0 < keep < of <= LARGEST_GROUP and min(shape) > 0):
             raise ModelError(f"{keep}:{of} along axis {axis} is no pattern of shape {list(shape)}", where=where)
         form, fill = Groups(keep, of, axis), _fill(call, dtype, where)
         expected = _group_attributes(form, shape, fill, dtype)

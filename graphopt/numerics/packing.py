@@ -19,8 +19,8 @@ Array = npt.NDArray[Any]
 Bytes = npt.NDArray[np.uint8]
 Bools = npt.NDArray[np.bool_]
 
-GROUP_SIZES = (2, 4, 8, 16)
-"""Sizes of groups that are tried: a position in any of them fits into four bits."""
+LARGEST_GROUP = 16
+"""Groups of 2, 4, 8 and 16 are tried: a position in any of them fits into four bits."""
 
 MOST_ELEMENTS = (1 << 31) - 1
 """Positions are computed with 32-bit integers where the model runs."""
@@ -125,14 +125,22 @@ def _groups(stored: Bools) -> list[Groups]:
     """For every axis and group size the fewest positions that hold all stored elements."""
     found = []
     for axis, length in enumerate(stored.shape):
-        for of in GROUP_SIZES:
-            if of > length:
-                break
-            counts = np.add.reduceat(stored, np.arange(0, length, of), axis=axis, dtype=np.uint8)
+        of, counts = 2, stored.view(np.uint8)
+        while of <= min(length, LARGEST_GROUP):
+            counts = _pairs(counts, axis)
             keep = max(int(counts.max()), 1)
             if keep < of:
                 found.append(Groups(keep, of, axis))
+            of *= 2
     return found
+
+
+def _pairs(counts: Bytes, axis: int) -> Bytes:
+    """Sums of neighbours along an axis, two by two; a last one without a neighbour stays."""
+    before = (slice(None),) * axis
+    sums, second = counts[(*before, slice(0, None, 2))].copy(), counts[(*before, slice(1, None, 2))]
+    sums[(*before, slice(0, second.shape[axis]))] += second
+    return sums
 
 
 def _group_bytes(form: Groups, array: Array) -> int:
@@ -169,11 +177,12 @@ def _fill_groups(stored: Bools, form: Groups) -> tuple[Bools, Bytes]:
     length = stored.shape[-1]
     short = -length % form.of
     padded = np.pad(stored, [(0, 0)] * (stored.ndim - 1) + [(0, short)]).reshape(-1, form.of)
-    free = ~padded
+    missing = form.keep - np.add.reduce(padded.view(np.uint8), axis=1, dtype=np.uint8)
+    open_groups = np.flatnonzero(missing)
+    free = ~padded[open_groups]
     # What is past the end of a line comes last in its group, so that a shorter group takes it only when it is full.
-    missing = form.keep - padded.sum(axis=1, dtype=np.int8)
-    marked = padded | (free & (np.cumsum(free, axis=1, dtype=np.int8) <= missing[:, None]))
-    marked = marked.reshape(*stored.shape[:-1], length + short)[..., :length]
+    padded[open_groups] |= free & (np.cumsum(free, axis=1, dtype=np.uint8) <= missing[open_groups, None])
+    marked = padded.reshape(*stored.shape[:-1], length + short)[..., :length]
     positions = np.arange(length, dtype=np.int64) % form.of
     return marked, np.broadcast_to(positions.astype(np.uint8), marked.shape)[marked]
 
@@ -195,7 +204,7 @@ def unpack(values: Array, packed: Bytes, form: Form, shape: tuple[int, ...], fil
         raise ValueError(f"shape {list(shape)} has no elements")
     if isinstance(form, Mask):
         return _unpack_mask(values, packed, shape)
-    if not (0 <= form.axis < len(shape) and 0 < form.keep < form.of <= max(GROUP_SIZES)):
+    if not (0 <= form.axis < len(shape) and 0 < form.keep < form.of <= LARGEST_GROUP):
         raise ValueError(f"{form} is no pattern of shape {list(shape)}")
     expected = form.stored_shape(shape)
     if values.shape != expected:
