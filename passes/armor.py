@@ -77,6 +77,10 @@ class Armor(SparsePass):
             raise DataError("no calibration data", where="armor", hint="give unlabelled samples with --calib")
         return super().run(model, ctx)
 
+    @property
+    def _propagates(self) -> bool:
+        return self.objective == "hessian"
+
     def _factors(self, ctx: Context) -> bool:
         """Whether the factors are written, not their product."""
         return self.form == "factors" or (self.form == "auto" and ctx.target.sparsity_2_4)

@@ -61,6 +61,10 @@ class Sparsify(SparsePass):
             )
         return super().run(model, ctx)
 
+    @property
+    def _propagates(self) -> bool:
+        return self.method == "cd"
+
     def _sets(self, layers: list[SparseLayer], ctx: Context, result: PassResult) -> Sequence[Set]:
         return [(layer,) for layer in layers]
 

@@ -32,8 +32,8 @@ class SparsePass(Pass):
     max_error: float | None = option(
         None, "layers whose output would be further off stay dense (relative squared error)", low=0
     )
-    propagate: bool = option(
-        False, "refit each layer to what the dense model computes, behind the sparse ones before it"
+    propagate: bool | None = option(
+        None, "fit layers front to back, behind the sparse ones, to the dense outputs; default: but for published methods"
     )
     smallest: int | None = option(None, "layers with fewer input channels stay dense; default: the target's", low=1)
     exclude: tuple[str, ...] = option((), "globs over node and weight names that stay dense")
@@ -60,6 +60,11 @@ class SparsePass(Pass):
         except ValueError as error:
             hint = f"{self.name}{{pattern=2:4}}"
             raise UsageError(str(error), where=f"{self.name}.pattern", hint=hint) from error
+
+    @property
+    @abstractmethod
+    def _propagates(self) -> bool:
+        """What `propagate` is by default."""
 
     @abstractmethod
     def _sets(self, layers: list[SparseLayer], ctx: Context, result: PassResult) -> Sequence[Set]:
@@ -144,7 +149,7 @@ class SparsePass(Pass):
 
         if ctx.calibration is None:
             return Unmeasured(sets)
-        if self.propagate:
+        if self._propagates if self.propagate is None else self.propagate:
             return Sequential(model, sets, ctx.calibration, self.samples, workers)
         return Measured(model, sets, ctx.calibration, self.samples, workers, self.memory << 20)
 
