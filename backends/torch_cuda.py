@@ -144,7 +144,7 @@ class TorchBackend:
         """
         import torch
 
-        from graphopt.fx.semi_structured.lower import fate_rows
+        from graphopt.fx.semi_structured.lower import fate_rows, summary
         from graphopt.model import load
         from graphopt.timing import paired
         from graphopt.verify import random_feeds
@@ -168,7 +168,7 @@ class TorchBackend:
                 "torch": torch.__version__,
                 "device": _device_name(runners[0].lowered.device),
                 "dtype": target.dtype,
-                "runs": [runner.describe() for runner in runners],
+                "runs": [f"{runner.describe()}; {summary(runner.lowered.fates)}" for runner in runners],
                 "layers": [fate_rows(runner.lowered.fates) for runner in runners],
                 "within_noise": list(result.within_noise),
                 "shapes": {name: list(array.shape) for name, array in feeds.items()},

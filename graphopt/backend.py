@@ -35,7 +35,8 @@ class BenchResult:
         rounds: number of interleaved rounds.
         threads: threads of one session.
         batch: samples per run; None where the model has no batch axis.
-        details: whatever else the backend wants in the report (versions, providers), JSON-serialisable.
+        details: whatever else the backend wants in the report (versions, providers), JSON-serialisable; under `runs`, a
+            line for every model that says how it runs is shown beside the times.
     """
 
     milliseconds: tuple[float, ...]

@@ -236,6 +236,8 @@ def print_bench(out: Console, models: Sequence[str], found: BenchResult) -> None
             style="dim",
         )
     )
+    for name, line in zip(models, found.details.get("runs", ()), strict=False):
+        out.print(Text(f"{text.clean(name)} runs {line}", style="dim"))
 
 
 def bench_dict(models: Sequence[str], found: BenchResult) -> dict[str, Any]:

@@ -8,6 +8,7 @@ the type, and where padding it to legal sizes leaves work to save. Every layer's
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -248,6 +249,13 @@ def _forget_unused(module: torch.fx.GraphModule) -> None:
         folder, _, leaf = name.rpartition(".")
         if name not in used and folder not in calls and not any(folder.startswith(f"{call}.") for call in calls):
             delattr(module.get_submodule(folder), leaf)
+
+
+def summary(fates: tuple[Fate, ...]) -> str:
+    """How many linear layers are sparse, and the reasons of the others, the most frequent first; one line."""
+    reasons = Counter(fate.reason.partition(":")[0] for fate in fates if fate.runs == "dense")
+    line = f"{len(fates) - reasons.total()} of {len(fates)} linear layers on sparse tensor cores"
+    return "; ".join([line, *(f"{count} dense: {reason}" for reason, count in reasons.most_common())])
 
 
 def fate_rows(fates: tuple[Fate, ...]) -> list[dict[str, Any]]:
