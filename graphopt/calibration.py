@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from graphopt.data.activations import activations, paired_activations
-from graphopt.data.feeds import Array, InputSpec, convert, input_specs
+from graphopt.data.feeds import Array, Call, InputSpec, convert, input_specs
 from graphopt.data.sources import Arrays, Feeds, Folder, Source, as_arrays, hash_block, rebatch
 from graphopt.data.userfunc import is_function_spec, load_function
 from graphopt.errors import DataError
@@ -73,7 +73,7 @@ class Calibration:
         """What the user should know about how the data is read (ignored keys, conversions)."""
         return self._source.notes
 
-    def batches(self, batch_size: int | None = None, limit: int | None = None) -> Iterator[dict[str, Array]]:
+    def batches(self, batch_size: int | None = None, limit: int | None = None) -> Iterator[Call]:
         """Feeds of successive calls of the model, the same at every pass.
 
         Args:
@@ -87,15 +87,15 @@ class Calibration:
         for feeds, _ in self.counted(batch_size, limit):
             yield feeds
 
-    def counted(
-        self, batch_size: int | None = None, limit: int | None = None
-    ) -> Iterator[tuple[dict[str, Array], int]]:
+    def counted(self, batch_size: int | None = None, limit: int | None = None) -> Iterator[tuple[Call, int]]:
         """As `batches`, each with the number of samples it holds."""
         size = self.batch_size if batch_size is None else batch_size
         if size < 1:
             raise ValueError(f"batch_size must be positive, not {size}")
+        done = 0
         for feeds, count in rebatch(self._source, size, limit):
-            yield convert(self.specs, feeds, self.name), count
+            yield Call.of_samples(convert(self.specs, feeds, self.name), self.name, done, done + count), count
+            done += count
 
     def fingerprint(self) -> str:
         """SHA-256 of names, dtypes, shapes and values of the first GiB, in hexadecimal; taken once, then remembered."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from graphopt.data.feeds import Array, InputSpec, convert, format_shape, input_specs
+from graphopt.data.feeds import Array, Call, InputSpec, convert, format_shape, input_specs
 from graphopt.data.sources import Arrays, Source, as_arrays
 from graphopt.data.userfunc import is_function_spec, load_function
 from graphopt.errors import DataError, UsageError
@@ -200,7 +200,7 @@ def padded_calls(source: Source, specs: tuple[InputSpec, ...], batch_size: int, 
             else:
                 # a plain slice is no copy; only a padded last batch needs the index array
                 feeds[key] = array[start:stop] if len(rows) == stop - start else array[rows]
-        yield convert(specs, feeds, name), start, stop
+        yield Call.of_samples(convert(specs, feeds, name), name, start, stop), start, stop
 
 
 def _rows(out: Array, count: int, evaluation: LabelledArrays) -> Array:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from graphopt.data.feeds import Call
 from graphopt.errors import DataError, GraphoptError, MissingBackendError, ModelError, UsageError
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ class Session:
         try:
             results = self.session.run(self.output_names, dict(feeds))
         except Exception as error:
-            raise explain(error, "the model failed while running") from error
+            raise explain(error, running(feeds)) from error
         return dict(zip(self.output_names, results, strict=True))
 
     def close(self) -> None:
@@ -289,6 +290,11 @@ def _fits(given: np.dtype[Any], wanted: np.dtype[Any]) -> bool:
 def _list(names: Mapping[str, Any]) -> str:
     shown = list(names)[:8]
     return ", ".join(shown) + (", ..." if len(names) > len(shown) else "") if shown else "none"
+
+
+def running(feeds: Mapping[str, Array]) -> str:
+    """How a failure while running on these feeds begins: values out of range are found in the data that is named."""
+    return "the model failed while running" + (f" on {feeds.origin}" if isinstance(feeds, Call) else "")
 
 
 def explain(error: Exception, doing: str) -> GraphoptError:

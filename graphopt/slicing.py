@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.errors import ModelError
-from graphopt.executor import Session, TensorSpec, check_feeds, explain
+from graphopt.executor import Session, TensorSpec, check_feeds, explain, running
 from graphopt.files.weights import MappedTensor
 from graphopt.rewriting.edit import bodies
 
@@ -157,25 +157,26 @@ class SlicedSession:
         for feed in feeds:
             check_feeds(feed, [spec for spec in specs if spec is not None])
         alive = [{name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in f.items()} for f in feeds]
+        failures = [running(feed) for feed in feeds]
         for index, piece in enumerate(self._slices):
             if piece.writes:
-                self._run_slice(index, piece, alive)
+                self._run_slice(index, piece, alive, failures)
             for file in self._files:
                 file.shed()
         return [dict(self._collect(values)) for values in alive]
 
-    def _run_slice(self, index: int, piece: Slice, alive: list[dict[str, Any]]) -> None:
+    def _run_slice(self, index: int, piece: Slice, alive: list[dict[str, Any]], failures: Sequence[str]) -> None:
         fed = _fed_weights(piece)
         weights = {value.name or "": _runtime_value(value) for value in fed}
         model = _slice_model(self._model, piece, alive[0], fed)
         names = [value.name or "" for value in piece.writes]
         with Session(model, threads=self._threads, low_memory=True) as session:
-            for values in alive:
+            for values, doing in zip(alive, failures, strict=True):
                 feed = weights | {value.name or "": values[value.name or ""] for value in piece.reads}
                 try:
                     results = session.session.run_with_ort_values(names, feed)
                 except Exception as error:
-                    raise explain(error, "the model failed while running") from error
+                    raise explain(error, doing) from error
                 values.update(zip(names, results, strict=True))
         for values in alive:
             for name in [n for n in values if self._last_read.get(n, index + 1) <= index]:

@@ -66,6 +66,28 @@ class Layout:
     alone: bool = False
 
 
+class Call(dict[str, Array]):
+    """Arrays of one call of a model, by input name.
+
+    Attributes:
+        origin: which samples of which data they are, for messages.
+    """
+
+    def __init__(self, arrays: Mapping[str, Array], origin: str) -> None:
+        super().__init__(arrays)
+        self.origin = origin
+
+    @classmethod
+    def of_samples(cls, arrays: Mapping[str, Array], source: str, start: int, stop: int) -> Call:
+        """The samples from `start` up to, not including, `stop` of what the user calls `source`."""
+        last = stop - 1
+        return cls(arrays, f"{source}, sample {start}" if last <= start else f"{source}, samples {start} to {last}")
+
+    def only(self, names: Iterable[str]) -> Call:
+        """Some of the arrays, of the same origin."""
+        return Call({name: self[name] for name in names}, self.origin)
+
+
 def format_shape(shape: Iterable[int | str | None] | None) -> str:
     """`[batch,3,?]`, as error messages and tables show shapes."""
     if shape is None:

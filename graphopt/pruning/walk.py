@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from graphopt.data.feeds import Call
 from graphopt.errors import ModelError
 
 if TYPE_CHECKING:
@@ -164,7 +165,8 @@ class _Part:
         with self._opening:
             if self._session is None:
                 self._session = self._open(rest, batch)
-        feeds = {spec.name: batch[spec.name] for spec in self._session.inputs}
+        read = [spec.name for spec in self._session.inputs]
+        feeds = batch.only(read) if isinstance(batch, Call) else {name: batch[name] for name in read}
         return there | self._session.run(feeds)
 
     def _open(self, names: list[str], batch: Mapping[str, Array]) -> Session:

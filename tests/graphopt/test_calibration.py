@@ -10,10 +10,13 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from graphopt import calibration, model
+from graphopt import calibration, evaluation, model
 from graphopt.data.feeds import input_specs
 from graphopt.data.sources import Feeds
 from graphopt.errors import DataError, ModelError, UsageError
+from graphopt.pruning.walk import Walk
+from graphopt.slicing import SlicedSession
+from graphopt.verify import compare
 
 ONE = """<ir_version: 8, opset_import: ["" : 17]>
 g (float[N,3,4] x) => (float[N,3,4] z) { y = Relu(x)  z = Neg(y) }"""
@@ -422,3 +425,32 @@ def test_no_such_tensor_is_named() -> None:
     data = calibration.load({"x": samples()}, network)
     with pytest.raises(ModelError, match="'nope'"):
         next(calibration.activations(network, ["nope"], data))
+
+
+# --- values that the model does not take ---------------------------------------------------------------------------
+
+TABLE = """<ir_version: 8, opset_import: ["" : 17]>
+g (int64[N,S] ids) => (float[N,S] y) <float[3] t = {1, 2, 3}> { e = Gather(t, ids)  y = Neg(e) }"""
+
+
+@pytest.mark.parametrize("way", ["whole", "tapped", "sliced", "walked", "evaluated"])
+def test_values_out_of_range_are_traced_to_the_file_and_its_samples(way: str, tmp_path: Path) -> None:
+    ids = np.zeros((10, 2), dtype=np.int64)
+    ids[7, 1] = 77
+    file = tmp_path / "tokens.npz"
+    np.savez(file, ids=ids, labels=np.zeros(10, dtype=np.int64))
+    network = net(TABLE)
+    data = calibration.load(file, network, batch_size=4)
+    batches = data.batches()
+    with pytest.raises(ModelError, match=r"idx=77") as error:
+        if way == "whole":
+            compare(network, network, batches)
+        elif way == "sliced":
+            SlicedSession(network, budget=1).run_all(list(batches))
+        elif way == "tapped":
+            list(calibration.activations(network, ["e"], data))
+        elif way == "walked":
+            list(Walk(network, data).stream(["e"]))
+        else:
+            evaluation.load(str(file), "top1", network, batch_size=4).score(network)
+    assert f"{file}, samples 4 to 7" in str(error.value)
