@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -12,7 +16,7 @@ from text_graph import graph
 from graphopt.executor import Session
 from graphopt.fx.operators.common import ints, number
 from graphopt.fx.semi_structured.known import with_known_sizes
-from graphopt.fx.semi_structured.lower import lower
+from graphopt.fx.semi_structured.lower import Lowered, lower
 from graphopt.fx.semi_structured.replay import KEPT, Recording, Runner
 
 CPU = torch.device("cpu")
@@ -70,6 +74,77 @@ def test_a_runner_takes_any_sizes_and_keeps_some() -> None:
             np.testing.assert_allclose(runner(torch.from_numpy(x))[0].numpy(), want, atol=1e-6)
     assert len(runner._sized) == KEPT
     assert runner.describe() == "densely on the CPU: no CUDA device"
+
+
+class Device:
+    """Stands in for CUDA: what is recorded is the call itself, and `waits` makes it wait for the device."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.waits, self.mode, self.recorded = False, 0, 0
+        nothing: Any = contextlib.nullcontext
+        for name, stand_in in {
+            "Stream": lambda device: self,
+            "current_stream": lambda device: self,
+            "stream": lambda stream: nothing(),
+            "synchronize": lambda device: None,
+            "get_sync_debug_mode": lambda: self.mode,
+            "set_sync_debug_mode": self.debug,
+            "CUDAGraph": lambda: self,
+            "graph": lambda graph, stream: nothing(),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+
+    def wait_stream(self, other: object) -> None:
+        assert other is self
+
+    def debug(self, mode: str | int) -> None:
+        self.mode = 2 if mode == "error" else int(mode)
+        if self.mode and self.waits:
+            raise RuntimeError("called a synchronizing CUDA operation\nand more")
+
+    def replay(self) -> None:
+        self.recorded += 1
+
+
+def on(device: str, model: ir.Model) -> Lowered:
+    return dataclasses.replace(lower(model, CPU, None), device=torch.device(device))
+
+
+def test_sizes_are_recorded_once_and_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, model = Device(monkeypatch), reshaping()
+    runner = Runner(on("cuda", model))
+    x = torch.randn(3, 4, 32)
+    runner(x)
+    first = runner.ready((x,))
+    assert isinstance(first, Recording)
+    assert first.inputs[0].data_ptr() != x.data_ptr()  # a recording reads its own tensor
+    assert device.recorded == 2  # once to compare, once for the call
+    other = torch.randn(3, 4, 32)
+    runner(other)
+    assert runner.ready((other,)) is first
+    assert torch.equal(first.inputs[0], other)
+    assert runner.describe() == "as a recorded graph of kernels"
+    assert device.mode == 0
+
+
+def test_a_call_that_waits_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, model = Device(monkeypatch), reshaping()
+    device.waits = True
+    runner = Runner(on("cuda", model))
+    x = np.random.default_rng(0).normal(size=(3, 4, 32)).astype(np.float32)
+    np.testing.assert_allclose(runner(torch.from_numpy(x))[0].numpy(), Session(model).run({"x": x})["y"], atol=1e-6)
+    assert device.recorded == 0
+    assert runner.describe().endswith("not as a recorded graph: called a synchronizing CUDA operation")
+
+
+def test_a_replay_that_differs_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, model = Device(monkeypatch), reshaping()
+    runner = Runner(on("cuda", model))
+    monkeypatch.setattr(Recording, "replay", lambda self, inputs: tuple(2 * y for y in self.outputs))
+    x = np.random.default_rng(0).normal(size=(3, 4, 32)).astype(np.float32)
+    np.testing.assert_allclose(runner(torch.from_numpy(x))[0].numpy(), Session(model).run({"x": x})["y"], atol=1e-6)
+    assert runner.describe().endswith("its replay computed something else")
+    assert device.mode == 0
 
 
 @needs_cuda
