@@ -22,7 +22,16 @@ from typing import Any
 
 from array_api_compat import array_namespace
 
-from graphopt.numerics.sparsity.blocks import Blocks, identity, left_update, places, right_update, transposed
+from graphopt.numerics.sparsity.blocks import (
+    Blocks,
+    identity,
+    left_update,
+    lengths,
+    moved,
+    places,
+    right_update,
+    transposed,
+)
 from graphopt.numerics.sparsity.descent import Sweep
 from graphopt.numerics.sparsity.factors import Factors, Wrappers
 from graphopt.numerics.sparsity.patterns import Pattern
@@ -153,10 +162,10 @@ class Problem:
         if self.bent:
             outer = state.core if self.rows is None else self.rows.left(state.left, state.core)
             change = right_update(outer, self.wanted, state.right, self.metric, self.columns, CONJUGATE_STEPS)
-            state = replace(state, right=state.right + change)
+            state = replace(state, right=moved(state.right, change, along=2))
         if self.rows is not None:
             change = left_update(self._inner(state), self.wanted, state.left, self.metric, self.rows)
-            state = replace(state, left=state.left + change)
+            state = replace(state, left=moved(state.left, change, along=1))
         state = self._gauged(state)
         gradient, loss = self._residual(state)
         metric = self.metric
@@ -176,11 +185,11 @@ class Problem:
         xp = array_namespace(state.core)
         core = state.core
         if state.right is not None:
-            norms = _norms(state.right, axis=2)
+            norms = lengths(state.right, along=2)
             state = replace(state, right=state.right / norms[:, :, None])
             core = core * xp.tile(xp.reshape(norms, (-1,)), (self.columns.taps,))[None, :]
         if state.left is not None:
-            norms = _norms(state.left, axis=1)
+            norms = lengths(state.left, along=1)
             state = replace(state, left=state.left / norms[:, None, :])
             core = core * xp.reshape(norms, (-1,))[:, None]
         return replace(state, core=core)
@@ -190,15 +199,9 @@ def _ahead(state: State, previous: State, momentum: float) -> State:
     """theta + beta (theta - theta'); the core keeps its support."""
     xp = array_namespace(state.core)
 
-    def ahead(now: Any, before: Any) -> Any:
-        return None if now is None else now + momentum * (now - before)
+    def ahead(now: Any, before: Any, along: int) -> Any:
+        return None if now is None else moved(now, momentum * (now - before), along)
 
-    core = xp.where(state.core != 0, ahead(state.core, previous.core), xp.zeros_like(state.core))
-    return State(ahead(state.left, previous.left), core, ahead(state.right, previous.right))
-
-
-def _norms(blocks: Any, axis: int) -> Any:
-    """Lengths of rows (axis 2) or columns (axis 1) of each block; 1 for an empty one."""
-    xp = array_namespace(blocks)
-    norms = xp.sqrt(xp.sum(blocks * blocks, axis=axis))
-    return xp.where(norms > 0, norms, xp.ones_like(norms))
+    core = state.core + momentum * (state.core - previous.core)
+    core = xp.where(state.core != 0, core, xp.zeros_like(core))
+    return State(ahead(state.left, previous.left, 1), core, ahead(state.right, previous.right, 2))

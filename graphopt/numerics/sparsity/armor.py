@@ -26,7 +26,7 @@ from array_api_compat import array_namespace
 
 from graphopt.numerics.sparsity.alternation import Problem
 from graphopt.numerics.sparsity.factors import Factors, Wrappers, block_size, unscaled
-from graphopt.numerics.sparsity.moments import check_weight, error
+from graphopt.numerics.sparsity.moments import check_metric, check_weight, error
 from graphopt.numerics.sparsity.one_shot import normalise, sparsegpt, wanda
 from graphopt.numerics.sparsity.patterns import Pattern
 
@@ -66,7 +66,8 @@ def armor(
         tolerance: ends when cycles gain less than this share of the loss.
 
     Raises:
-        ValueError: the weight is not finite or all zero; a pattern without groups; no wrappers to fit.
+        ValueError: the weight is not finite or all zero; the metric not finite, positive definite or of its size; a
+            pattern without groups; blocks that do not hold whole ones.
     """
     return _fit([weight], metric, pattern, block, objective, wrappers, taps, cycles, seconds, tolerance)[0]
 
@@ -121,6 +122,7 @@ def _fit(
         raise ValueError("there are no weights to factorise")
     for weight in weights:
         check_weight(weight)
+        check_metric(metric, int(weight.shape[1]))
     if not pattern.of:
         raise ValueError("a factorisation needs a pattern of groups, such as 2:4")
     if wrappers != "none" and (block < 2 or block % pattern.of):

@@ -26,7 +26,12 @@ from typing import Any
 from array_api_compat import array_namespace
 
 RIDGE = 1e-6
-"""Of normal equations, relative to the mean of their diagonal: an unused row of the core stays solvable."""
+"""Of normal equations, relative to the mean of their diagonal: what is not used, or twice, stays solvable."""
+
+CONDITION = 1e3
+"""Of a block, at most, up to the lengths of its rows or columns: wrappers are stored and run in half precision."""
+
+HALVINGS = 6
 
 
 @dataclass(frozen=True)
@@ -174,12 +179,40 @@ def left_update(made: Any, wanted: Any, left: Any, metric: Any, blocks: Blocks) 
     return xp.astype(transposed(xp.linalg.solve(ridged(gram), transposed(missing))), left.dtype)
 
 
+def moved(blocks: Any, change: Any, along: int) -> Any:
+    """Blocks and their change, or as much of it (1, 1/2, ... or none) as leaves each well conditioned.
+
+    Args:
+        blocks, change: (count, b, b).
+        along: axis whose lengths do not matter, since the core takes them over: 2 (rows), 1 (columns).
+    """
+    xp = array_namespace(blocks)
+    share = xp.ones((int(blocks.shape[0]),), dtype=blocks.dtype, device=blocks.device)
+    for _ in range(HALVINGS):
+        made = blocks + share[:, None, None] * change
+        unit = made / xp.expand_dims(lengths(made, along), axis=along)
+        singular = xp.linalg.svdvals(unit)
+        bad = singular[:, 0] > CONDITION * singular[:, -1]
+        if not bool(xp.any(bad)):
+            return made
+        share = xp.where(bad, share / 2, share)
+    return xp.where(bad[:, None, None], blocks, made)
+
+
+def lengths(blocks: Any, along: int) -> Any:
+    """Lengths of rows (2) or columns (1) of each block, 1 for an empty one: (count, b)."""
+    xp = array_namespace(blocks)
+    found = xp.sqrt(xp.sum(blocks * blocks, axis=along))
+    return xp.where(found > 0, found, xp.ones_like(found))
+
+
 def ridged(squares: Any) -> Any:
-    """Blocks with a little of their mean diagonal added."""
+    """Blocks (count, b, b) with a little of their own mean diagonal added; those of zeros become I."""
     xp = array_namespace(squares)
-    mean = float(xp.mean(xp.linalg.diagonal(squares)))
+    mean = xp.mean(xp.linalg.diagonal(squares), axis=-1)
+    added = xp.where(mean > 0, RIDGE * mean, xp.ones_like(mean))
     eye = xp.eye(int(squares.shape[-1]), dtype=squares.dtype, device=squares.device)
-    return squares + (RIDGE * mean if mean > 0 else 1.0) * eye[None, :, :]
+    return squares + added[:, None, None] * eye[None, :, :]
 
 
 def _empty(like: Any, blocks: Blocks) -> Any:

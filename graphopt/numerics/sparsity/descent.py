@@ -22,7 +22,8 @@ from typing import Any
 
 from array_api_compat import array_namespace
 
-from graphopt.numerics.sparsity.moments import check_weight
+from graphopt.numerics.sparsity.blocks import ridged
+from graphopt.numerics.sparsity.moments import check_metric, check_weight
 from graphopt.numerics.sparsity.one_shot import sparsegpt
 from graphopt.numerics.sparsity.patterns import Pattern
 
@@ -54,11 +55,12 @@ def coordinate_descent(
         (m, n) in the dtype of `weight`; never worse than the start.
 
     Raises:
-        ValueError: `weight` is not finite or all zero.
+        ValueError: `weight` is not finite or all zero; `metric` is not finite, positive definite or of its size.
     """
     began = time.monotonic()
     xp = array_namespace(weight)
     check_weight(weight)
+    check_metric(metric, int(weight.shape[1]))
     core = (sparsegpt(weight, metric, pattern) if start is None else start) + 0.0
     solve = Sweep(xp.astype(metric, weight.dtype), pattern)
     gap = weight - core
@@ -199,7 +201,7 @@ def _fills(blocks: Any, pattern: Pattern) -> list[_Fill]:
     """(groups, M, M) -> one each."""
     xp = array_namespace(blocks)
     count, size = int(blocks.shape[0]), pattern.of
-    double = xp.astype(blocks, xp.float64)
+    double = ridged(xp.astype(blocks, xp.float64))
     supports = pattern.supports()
     inverses = xp.zeros((count, len(supports), size, size), dtype=xp.float64, device=blocks.device)
     for place, support in enumerate(supports):

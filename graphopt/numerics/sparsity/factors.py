@@ -45,6 +45,11 @@ class Factors:
         sides = ((self.left, m), (self.right, n // self.taps))
         return sum(_elements(blocks, size) for blocks, size in sides if blocks is not None) / (m * n)
 
+    def largest(self) -> float:
+        """The largest magnitude in A, S and B: a type that does not hold it cannot store them."""
+        parts = (part for part in (self.left, self.core, self.right) if part is not None)
+        return max(float(array_namespace(part).max(array_namespace(part).abs(part))) for part in parts)
+
 
 def block_size(m: int, n: int, overhead: float, wrappers: Wrappers, pattern: Pattern, taps: int = 1) -> int:
     """The largest block whose wrappers hold at most `overhead` of W's elements, a multiple of the group; 0: none does.

@@ -58,3 +58,23 @@ def check_weight(weight: Any) -> None:
         raise ValueError("its weights are not finite")
     if not bool(xp.any(weight != 0)):
         raise ValueError("its weights are all zero")
+
+
+def check_metric(metric: Any, columns: int) -> None:
+    """Refuse moments that measure nothing, or another layer.
+
+    Args:
+        metric: H, (n, n).
+        columns: n of the weight.
+
+    Raises:
+        ValueError: of another shape, not finite, or an input without any moment.
+    """
+    xp = array_namespace(metric)
+    shape = tuple(int(size) for size in metric.shape)
+    if shape != (columns, columns):
+        raise ValueError(f"the moments of its inputs have shape {shape}, its weights {columns} columns")
+    if not bool(xp.all(xp.isfinite(metric))):
+        raise ValueError("the moments of its inputs are not finite")
+    if not bool(xp.all(xp.linalg.diagonal(metric) > 0)):
+        raise ValueError("the moments of its inputs are not positive definite: damp them")

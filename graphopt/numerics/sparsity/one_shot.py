@@ -22,8 +22,6 @@ from graphopt.numerics.sparsity.patterns import Pattern, largest, mask
 CHUNK = 64
 """Columns per chunk: within it updates are vectors, behind it one matrix product."""
 
-TINY = 1e-12
-
 
 def magnitude(weight: Any, pattern: Pattern) -> Any:
     """The largest weights, unchanged."""
@@ -38,12 +36,17 @@ def wanda(weight: Any, second: Any, pattern: Pattern) -> Any:
 
 
 def normalise(weight: Any) -> tuple[Any, Any, Any]:
-    """W = diag(r) V diag(c): columns brought to unit length, then rows; returns V, r, c."""
-    xp = array_namespace(weight)
-    columns = xp.sqrt(xp.sum(weight * weight, axis=0)) + TINY
+    """W = diag(r) V diag(c): columns brought to unit length, then rows, but for those of zeros; returns V, r, c."""
+    columns = _lengths(weight, axis=0)
     scaled = weight / columns[None, :]
-    rows = xp.sqrt(xp.sum(scaled * scaled, axis=1)) + TINY
+    rows = _lengths(scaled, axis=1)
     return scaled / rows[:, None], rows, columns
+
+
+def _lengths(matrix: Any, axis: int) -> Any:
+    xp = array_namespace(matrix)
+    lengths = xp.sqrt(xp.sum(matrix * matrix, axis=axis))
+    return xp.where(lengths > 0, lengths, xp.ones_like(lengths))
 
 
 def nowag(weight: Any, second: Any, pattern: Pattern) -> Any:
@@ -63,6 +66,9 @@ def sparsegpt(weight: Any, metric: Any, pattern: Pattern) -> Any:
 
     Returns:
         (m, n) in the dtype of `weight`.
+
+    Raises:
+        ValueError: the metric is not positive definite.
     """
     xp = array_namespace(weight)
     m, n = (int(size) for size in weight.shape)
