@@ -253,7 +253,7 @@ def _forget_unused(module: torch.fx.GraphModule) -> None:
 
 def summary(fates: tuple[Fate, ...]) -> str:
     """How many linear layers are sparse, and the reasons of the others, the most frequent first; one line."""
-    reasons = Counter(fate.reason.partition(":")[0] for fate in fates if fate.runs == "dense")
+    reasons = Counter(fate.reason.partition(": ")[0] for fate in fates if fate.runs == "dense")
     line = f"{len(fates) - reasons.total()} of {len(fates)} linear layers on sparse tensor cores"
     return "; ".join([line, *(f"{count} dense: {reason}" for reason, count in reasons.most_common())])
 
