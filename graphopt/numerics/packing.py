@@ -83,7 +83,7 @@ class Choice:
 def choose(array: Array, least_saving: int, least_share: float) -> Choice | None:
     """The smallest form; None where none saves enough.
 
-    Groups are preferred up to 1/64 above the mask: they are unpacked in half of the memory, and are what kernels read.
+    Groups are preferred up to 1/64 above the mask: they are unpacked in less memory, and are what kernels read.
 
     Args:
         array: of fixed-size elements of 1, 2, 4 or 8 bytes.
