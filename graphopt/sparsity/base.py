@@ -33,7 +33,8 @@ class SparsePass(Pass):
         None, "layers whose output would be further off stay dense (relative squared error)", low=0
     )
     propagate: bool | None = option(
-        None, "fit layers front to back, behind the sparse ones, to the dense outputs; default: but for published methods"
+        None,
+        "fit layers front to back, behind the sparse ones, to the dense outputs; default: but for published methods",
     )
     smallest: int | None = option(None, "layers with fewer input channels stay dense; default: the target's", low=1)
     exclude: tuple[str, ...] = option((), "globs over node and weight names that stay dense")
@@ -115,10 +116,10 @@ class SparsePass(Pass):
         title = f"{self.pattern} {self.made}"
         thin: list[Fitted] = []
         done, total = 0, sum(map(len, sets))
-        stages = self._stages(model, sets, ctx, workers)
+        stages, step = self._stages(model, sets, ctx, workers), self._pattern().of or 1
 
         def fitted(task: Task) -> list[Fitted | Refused]:
-            return fit(task, lambda problem: self._solve(problem, ctx), budget, self.max_error)
+            return fit(task, lambda problem: self._solve(problem, ctx), step, budget, self.max_error)
 
         for stage in stages.stages():
             ctx.progress.step("sparse weights", done, total)

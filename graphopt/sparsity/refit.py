@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -128,13 +128,14 @@ def cost(layers: Set) -> float:
 
 
 def fit(
-    task: Task, solve: Solve, budget: Budget | None = None, max_error: float | None = None
+    task: Task, solve: Solve, step: int, budget: Budget | None = None, max_error: float | None = None
 ) -> list[Fitted | Refused]:
     """New weights for the layers of a task, in their order.
 
     Args:
         task: what to fit to what.
         solve: makes weights sparse; raises ValueError where it cannot.
+        step: size of the pattern's groups; 1: none. It divides the columns of a tap in every problem.
         budget: of time.
         max_error: layers that would be further off stay as they are.
     """
@@ -143,7 +144,7 @@ def fit(
     if sound:
         spent = cost(tuple(each.layer for each in sound))
         seconds = budget.share(spent) if budget is not None else None
-        reason = _solve(sound, task, solve, seconds)
+        reason = _solve(sound, task, solve, step, seconds)
         if budget is not None:
             budget.spent(spent)
         if reason:
@@ -151,23 +152,59 @@ def fit(
     return [each if isinstance(each, Refused) else each.finished(max_error) for each in works]
 
 
-def _solve(sound: list[_Work], task: Task, solve: Solve, seconds: float | None) -> str | None:
+def _solve(sound: list[_Work], task: Task, solve: Solve, step: int, seconds: float | None) -> str | None:
     """Solve group by group; the reason where that fails."""
     first = sound[0]
     layers = tuple(each.layer for each in sound)
-    groups = len(first.weight)
+    groups, filling = len(first.weight), _Filling(layers[0], step)
     for group in range(groups):
         try:
             metric = damped(first.samples[group].covariance) if task.inputs is not None else None
             part = None if seconds is None else seconds / groups
-            found = solve(Problem(layers, [each.goal[group] for each in sound], metric, part))
+            weights = [filling.columns(each.goal[group]) for each in sound]
+            found = solve(Problem(layers, weights, None if metric is None else filling.metric(metric), part))
         except np.linalg.LinAlgError:
             return "the moments of its inputs are singular in spite of damping"
         except ValueError as error:
             return str(error)
         for each, solution in zip(sound, found, strict=True):
-            each.solutions.append(solution)
+            each.solutions.append(filling.undone(solution))
     return None
+
+
+class _Filling:
+    """Columns of zeros behind each tap, so that no group of a pattern reaches from one tap into the next.
+
+    A row that ends within a group needs none: its last group is shorter.
+    """
+
+    def __init__(self, layer: SparseLayer, step: int) -> None:
+        short = -layer.channels % step if layer.taps > 1 else 0
+        wide = layer.channels + short
+        self._width = wide * layer.taps
+        self._place = np.add.outer(np.arange(layer.taps) * wide, np.arange(layer.channels)).ravel() if short else None
+
+    def columns(self, weight: Floats) -> Floats:
+        if self._place is None:
+            return weight
+        filled = np.zeros((len(weight), self._width))
+        filled[:, self._place] = weight
+        return filled
+
+    def metric(self, metric: Floats) -> Floats:
+        if self._place is None:
+            return metric
+        filled = np.mean(np.diag(metric)) * np.eye(self._width)
+        filled[np.ix_(self._place, self._place)] = metric
+        return filled
+
+    def undone(self, solution: Solution) -> Solution:
+        if self._place is None:
+            return solution
+        factors = solution.factors
+        if factors is not None:
+            factors = replace(factors, core=factors.core[:, self._place])
+        return Solution(solution.weight[:, self._place], factors)
 
 
 @dataclass

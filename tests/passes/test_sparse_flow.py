@@ -224,6 +224,19 @@ def test_other_patterns(pattern: str, method: str) -> None:
         assert (stored != 0).mean() > 0.8 * parse(pattern).density
 
 
+@pytest.mark.parametrize(
+    "make", [Sparsify(method="magnitude"), Sparsify(), Armor(overhead=0.5, form="factors", wrappers="out")]
+)
+def test_groups_end_with_the_tap(make: Any) -> None:
+    model = graph("(float[n,18,6,6] x) => (float[n,16,4,4] y)", "y = Conv<kernel_shape=[3,3]>(x, w)", w=(16, 18, 3, 3))
+    x = np.random.default_rng(0).normal(size=(64, 18, 6, 6)).astype(np.float32)
+    dense = Session(model.clone()).run({"x": x})["y"]
+    assert make.run(model, context(model, {"x": x})).changed
+    weight = model.graph.initializers["w"].const_value.numpy()
+    assert holds(weight.transpose(0, 2, 3, 1).reshape(-1, 18), parse("2:4"))
+    assert relative(dense, Session(model).run({"x": x})["y"]) < 0.5
+
+
 # -- limits ------------------------------------------------------------------------------------------------------------
 
 
