@@ -55,7 +55,7 @@ def follow(start: ir.Value, axis: int, sizes: Sizes) -> list[Leaf] | str:
     labels = np.arange(shape[axis], dtype=np.int64).reshape([-1 if a == axis else 1 for a in range(len(shape))])
     first = Channels(labels, np.zeros((1,) * len(shape), np.int64))
     leaves: list[Leaf] = []
-    entered: dict[ir.Node, int] = {}
+    entered: dict[ir.Node, tuple[int, bool]] = {}
     waiting = [(start, first)]
     while waiting:
         value, channels = waiting.pop()
@@ -63,9 +63,13 @@ def follow(start: ir.Value, axis: int, sizes: Sizes) -> list[Leaf] | str:
             leaves.append(Leaf(value, None, 0, channels))
         for use in value.uses():
             node, index = use.node, use.idx
-            if entered.setdefault(node, index) != index and not is_onnx(node, "Concat"):
-                return f"{node.op_type} {node.name or ''} reads it twice".replace("  ", " ")
+            if is_onnx(node, "Shape", "Size"):
+                continue  # what channels hold does not matter there
             moved = None if is_wrapper(node) else _moved(node, index, channels, sizes)
+            earlier = entered.setdefault(node, (index, moved is not None))
+            if earlier[0] != index and (moved is not None or earlier[1]) and not is_onnx(node, "Concat"):
+                # A product of the channels with themselves moves nothing.
+                return f"{node.op_type} {node.name or ''} reads it twice".replace("  ", " ")
             if moved is None:
                 leaves.append(Leaf(value, node, index, channels))
             else:

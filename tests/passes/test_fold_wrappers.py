@@ -234,6 +234,37 @@ def test_heads_merged_with_the_batch_are_told_apart() -> None:
                 stays(model, tokens(3, 5, 16), "of several heads")
 
 
+FUSED = """
+qkv = MatMul(x, wqkv)  b = Add(qkv, bias)  q, k, v = Split<axis=2>(b, parts)  size = Shape(v)
+qs = Reshape(q, cut)  qt = Transpose<perm=[0,2,1,3]>(qs)
+ks = Reshape(k, cut)  kt = Transpose<perm=[0,2,3,1]>(ks)
+vs = Reshape(v, cut)  vt = Transpose<perm=[0,2,1,3]>(vs)
+s = MatMul(qt, kt)  p = Softmax<axis=-1>(s)  o = MatMul(p, vt)
+ot = Transpose<perm=[0,2,1,3]>(o)  oj = Reshape(ot, size)  y = MatMul(oj, wo)
+"""
+
+
+def test_fused_projections_are_mixed_in_their_values_alone() -> None:
+    for layer, side, block, into in (("y", "right", 4, "qkv"), ("qkv", "left", 8, "")):
+        model = graph(TOKENS, FUSED, wqkv=(16, 48), bias=(48,), wo=(16, 16), parts=np.array([16, 16, 16]),
+                      cut=np.array([0, 0, 2, 8]))  # fmt: skip
+        factorise(model, {layer: {side: block}})
+        if into:
+            before = model.graph.initializers["wqkv"].const_value.numpy()
+            folded(model, tokens(), [into])
+            after = model.graph.initializers["wqkv"].const_value.numpy()
+            assert np.array_equal(before[:, :32], after[:, :32])
+            assert not np.allclose(before[:, 32:], after[:, 32:])
+        else:
+            stays(model, tokens(), "MatMul reads it")
+
+
+def test_a_product_of_channels_with_themselves_moves_nothing() -> None:
+    body = "a = MatMul(x, v) t = Identity(a) b = Mul(a, t) y = MatMul(b, w)"
+    model = graph(TOKENS, body, v=(16, 16), w=(16, 16))
+    stays(factorise(model, {"y": {"right": 8}}), tokens(), "reads it twice")
+
+
 GROUPED = """
 q = MatMul(x, wq)  k = MatMul(x, wk)  v = MatMul(x, wv)
 qs = Reshape(q, cut)  qt = Transpose<perm=[0,2,1,3]>(qs)
