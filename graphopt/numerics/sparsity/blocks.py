@@ -206,11 +206,11 @@ def lengths(blocks: Any, along: int) -> Any:
     return xp.where(found > 0, found, xp.ones_like(found))
 
 
-def ridged(squares: Any) -> Any:
+def ridged(squares: Any, ridge: float = RIDGE) -> Any:
     """Blocks (count, b, b) with a little of their own mean diagonal added; those of zeros become I."""
     xp = array_namespace(squares)
     mean = xp.mean(xp.linalg.diagonal(squares), axis=-1)
-    added = xp.where(mean > 0, RIDGE * mean, xp.ones_like(mean))
+    added = xp.where(mean > 0, ridge * mean, xp.ones_like(mean))
     eye = xp.eye(int(squares.shape[-1]), dtype=squares.dtype, device=squares.device)
     return squares + added[:, None, None] * eye[None, :, :]
 

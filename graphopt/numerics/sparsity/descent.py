@@ -201,7 +201,7 @@ def _fills(blocks: Any, pattern: Pattern) -> list[_Fill]:
     """(groups, M, M) -> one each."""
     xp = array_namespace(blocks)
     count, size = int(blocks.shape[0]), pattern.of
-    double = ridged(xp.astype(blocks, xp.float64))
+    double = ridged(xp.astype(blocks, xp.float64), 10 * float(xp.finfo(blocks.dtype).eps))
     supports = pattern.supports()
     inverses = xp.zeros((count, len(supports), size, size), dtype=xp.float64, device=blocks.device)
     for place, support in enumerate(supports):

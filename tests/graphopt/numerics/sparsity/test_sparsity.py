@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graphopt.numerics.sparsity.armor import armor, armor_shared, block_size
+from graphopt.numerics.sparsity.blocks import CONDITION
 from graphopt.numerics.sparsity.descent import Sweep, coordinate_descent
 from graphopt.numerics.sparsity.moments import damped, error, relative_error
 from graphopt.numerics.sparsity.one_shot import magnitude, normalise, nowag, sparsegpt, wanda
@@ -139,7 +140,40 @@ def test_armor_only_gets_better_and_keeps_the_pattern(wrappers: str, m: int, n: 
     assert error(weight, found.dense(), metric) == pytest.approx(found.losses[-1])
     for blocks in (found.left, found.right):
         if blocks is not None:
-            assert np.linalg.cond(blocks).max() < 1e4
+            assert np.linalg.cond(blocks).max() <= CONDITION * (1 + 1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(["2:4", "1:4", "4:8", "1:2"]),
+    st.sampled_from(["in", "out", "both", "none"]),
+    st.sampled_from(["hessian", "paper"]),
+    st.sampled_from([np.float32, np.float64]),
+    st.integers(1, 21),
+    st.integers(1, 43),
+    st.integers(0, 1000),
+)
+def test_any_shape_any_pattern(
+    text: str, wrappers: str, objective: str, dtype: type, m: int, n: int, seed: int
+) -> None:
+    weight, second = layer(m, n, seed, samples=max(4, n // 2))  # fewer samples than inputs
+    pattern, metric = parse(text), damped(second)
+    options = {"block": 8, "wrappers": wrappers, "objective": objective, "cycles": 6}
+    found = armor(weight.astype(dtype), metric, pattern, **options)
+    dense = found.dense().astype(np.float64)
+    assert found.core.dtype == dtype
+    for start in range(0, n, pattern.of):
+        group = found.core[:, start : start + pattern.of]
+        assert ((group != 0).sum(axis=1) == min(pattern.keep, group.shape[1])).all()
+    assert np.isfinite(dense).all()
+    assert (np.diff(found.losses) <= 0).all()
+    if objective == "hessian":
+        start = error(weight, sparsegpt(weight.astype(dtype), metric, pattern).astype(np.float64), metric)
+        signal = error(weight, 0 * weight, metric)
+        assert error(weight, dense, metric) <= start + signal * (1e-12 if dtype is np.float64 else 1e-5)
+        for blocks in (found.left, found.right):
+            if blocks is not None:
+                assert np.linalg.cond(blocks.astype(np.float64)).max() <= 1.01 * CONDITION
 
 
 def test_wrappers_help() -> None:
@@ -229,40 +263,3 @@ def test_the_overhead_is_what_was_asked_for() -> None:
         assert 0.1 < found.overhead() <= 0.2
     assert block_size(8, 8, 0.05, "in", TWO_OF_FOUR) == 0
     assert block_size(64, 9 * 64, 0.05, "in", TWO_OF_FOUR, taps=9) == 28
-
-
-@pytest.mark.parametrize(
-    ("weight", "second", "why"),
-    [
-        (np.zeros((4, 8)), np.eye(8), "weights are all zero"),
-        (np.full((4, 8), np.nan), np.eye(8), "weights are not finite"),
-        (np.ones((4, 8)), np.zeros((8, 8)), "inputs are all zero"),
-        (np.ones((4, 8)), np.full((8, 8), np.inf), "not finite"),
-    ],
-)
-def test_hopeless_layers_are_refused_with_the_reason(weight: np.ndarray, second: np.ndarray, why: str) -> None:
-    with pytest.raises(ValueError, match=why):
-        armor(weight, damped(second), TWO_OF_FOUR, block=4)
-
-
-def test_singular_moments_and_short_rows_give_finite_weights() -> None:
-    second = np.zeros((6, 6))
-    second[0, 0] = 1.0
-    weight = np.random.default_rng(0).normal(size=(3, 6))
-    found = armor(weight, damped(second), TWO_OF_FOUR, block=4, cycles=4)
-    assert np.isfinite(found.dense()).all()
-    assert relative_error(weight, found.dense(), damped(second)) < 0.05
-
-
-def test_torch_arrays_give_the_same() -> None:
-    torch = pytest.importorskip("torch")
-    weight, second = layer(10, 22, 4)
-    expected = armor(weight, damped(second), TWO_OF_FOUR, block=4, wrappers="both", cycles=5)
-    found = armor(torch.tensor(weight), torch.tensor(damped(second)), TWO_OF_FOUR, block=4, wrappers="both", cycles=5)
-    assert isinstance(found.core, torch.Tensor)
-    assert np.allclose(found.dense().numpy(), expected.dense(), atol=1e-6)
-    share = parse("50%")
-    assert np.allclose(
-        coordinate_descent(torch.tensor(weight), torch.tensor(damped(second)), share).numpy(),
-        coordinate_descent(weight, damped(second), share),
-    )
