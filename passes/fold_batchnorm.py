@@ -102,22 +102,22 @@ def inference_affine(node: ir.Node, opset: int) -> tuple[Float64, Float64] | str
         return "training_mode=1: it normalises by the statistics of the batch"
     extra = [v for v in node.outputs[1:] if v.name]
     if extra and opset < 14:
-        return f"it gives out {extra[0].name}, which before opset 14 means training mode"
+        return "it gives out a second result, which before opset 14 means training mode"
     if any(v.uses() or v.is_graph_output() for v in extra):
-        return f"its running statistics ({extra[0].name}) are in use"
+        return "its running statistics are in use"
     if opset < 9 and not node.attributes.get_int("spatial", 1):
         return "spatial=0: its statistics are per pixel"
     if len(node.inputs) < 5:
         return "an input is missing"
     parameters = []
-    for value in node.inputs[1:5]:
+    for role, value in zip(("scale", "bias", "mean", "variance"), node.inputs[1:5], strict=True):
         data = float64(value)
         if data is None or value is None:
             overridable = value is not None and value.is_graph_input() and value.is_initializer()
             why = "can be overridden by the caller" if overridable else "is not a floating-point constant"
-            return f"{value.name if value is not None else 'a parameter'} {why}"
+            return f"its {role} {why}"
         if data.ndim != 1:
-            return f"{value.name} has shape {data.shape}, not one number per channel"
+            return f"its {role} has shape {data.shape}, not one number per channel"
         parameters.append(data)
     gamma, beta, mean, variance = parameters
     with np.errstate(all="ignore"):
@@ -171,23 +171,23 @@ def _into_consumers(node: ir.Node, scale: Float64, shift: Float64, opset: int, n
     value = node.outputs[0]
     source = node.inputs[0]
     if value.is_graph_output():
-        return f"{value.name} is given out"
+        return "its result is given out"
     if source is None or not value.uses():
         return "nothing reads it"
     views: list[Linear] = []
     for use in value.uses():
         if not is_onnx(use.node, *LINEAR_OPS) or use.idx != 0:
-            return f"{label(use.node)} ({use.node.op_type}) reads it and is not a linear operator on it"
+            return f"{use.node.op_type} reads it and is not a linear operator on it"
         if use.node.graph is not node.graph:
-            return f"{label(use.node)} is inside a body"
+            return f"the {use.node.op_type} that reads it is inside a body"
         linear = linear_view(use.node, opset=opset)
         if isinstance(linear, str):
-            return f"{label(use.node)}: {linear}"
+            return f"{use.node.op_type} reads it: {linear}"
         if linear.inputs != scale.size:
-            return f"{label(use.node)} has {linear.inputs} input channels, not {scale.size}"
+            return f"{use.node.op_type} reads it and has {linear.inputs} input channels, not {scale.size}"
         reason = _channels_on_axis_1(linear, value) or linear.before_blocked(scale, shift)
         if reason:
-            return f"{label(use.node)}: {reason}"
+            return f"{use.node.op_type} reads it: {reason}"
         views.append(linear)
     # All or none: a normalisation that stays for one reader is not saved by folding it into another.
     for linear in views:

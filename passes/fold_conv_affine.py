@@ -196,13 +196,13 @@ def _into_consumer(
     if isinstance(linear, str):
         return linear
     if follower.graph is not node.graph:
-        return f"{label(follower)} is inside a body"
+        return f"the {follower.op_type} that reads it is inside a body"
     if source.shape is None:
-        return f"the shape of {source.name} is unknown"
+        return "the shape of what it reads is unknown"
     rank = len(source.shape)
     axis = linear.channel_axis(rank)
     if axis >= rank or source.shape[axis] != linear.inputs:
-        return f"{source.name} is not known to have {linear.inputs} channels, so its constant may broadcast it"
+        return f"what it reads is not known to have {linear.inputs} channels, so its constant may broadcast it"
     scale, shift = (_per_channel(a, rank, axis, linear.inputs) for a in affine)
     if scale is None or shift is None:
         return f"its constant of shape {affine[0].shape} is not one number per input channel ({linear.inputs})"

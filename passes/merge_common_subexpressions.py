@@ -60,7 +60,7 @@ def _merge(graph: ir.Graph, outer: dict[Any, ir.Node], result: PassResult) -> in
             filter(None, (cannot_replace(o, n) for o, n in zip(node.outputs, first.outputs, strict=True))), None
         )
         if reason:
-            result.skipped.append(Skip(label(node), f"equal to {label(first)}, but {reason}"))
+            result.skipped.append(Skip(label(node), f"equal to another {node.op_type}, but {reason}"))
             continue
         for old, new in zip(node.outputs, first.outputs, strict=True):
             replace_value(old, new)

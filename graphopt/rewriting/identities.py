@@ -148,7 +148,7 @@ def _dropout(node: ir.Node, opset: int) -> Outcome:
         return node.inputs[0]
     mode = array(training)
     if mode is None:
-        return f"its training mode {training.name} is not constant"
+        return "its training mode is not constant"
     return "its training mode is on" if mode.any() else node.inputs[0]
 
 
@@ -316,7 +316,7 @@ def _neutral(node: ir.Node, opset: int) -> Outcome:
         if data is None or not bool((data == _NEUTRAL[node.op_type]).all()):
             continue
         if _broadcasts(source, data.shape):
-            return f"its constant of shape {data.shape} may broadcast {source.name} to a larger shape"
+            return f"its constant of shape {data.shape} may broadcast what it reads to a larger shape"
         return source
     return None
 

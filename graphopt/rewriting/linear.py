@@ -233,18 +233,18 @@ def linear_view(node: ir.Node, *, opset: int) -> Linear | str:
     tensor = constant(weight)
     if tensor is None:
         overridable = weight.is_graph_input() and weight.is_initializer()
-        return f"weight {weight.name} " + ("can be overridden by the caller" if overridable else "is not constant")
+        return "its weight " + ("can be overridden by the caller" if overridable else "is not constant")
     if not tensor.dtype.is_floating_point() or tensor.dtype.bitwidth < 16:
-        return f"weight {weight.name} has dtype {tensor.dtype.name}"
+        return f"its weight has dtype {tensor.dtype.name}"
     if not sole_use(weight):
-        return f"weight {weight.name} is shared or given out, and would have to be duplicated"
+        return "its weight is shared or given out, and would have to be duplicated"
     shape = _weight_shape(node)
     if math.prod(shape) == 0:
-        return f"weight {weight.name} is empty"
+        return "its weight is empty"
     if is_onnx(node, "Conv", "ConvTranspose"):
         return _view_convolution(node, shape)
     if len(shape) != 2:
-        return f"weight {weight.name} has {len(shape)} axes, not 2"
+        return f"its weight has {len(shape)} axes, not 2"
     return _view_gemm(node, shape) if is_onnx(node, "Gemm") else _view_matmul(node, shape)
 
 
@@ -264,7 +264,7 @@ def _view_convolution(node: ir.Node, shape: tuple[int, ...]) -> Linear | str:
     if bias is not None:
         data = float64(bias)
         if data is None or data.shape != (outputs,):
-            return f"bias {bias.name} is not a constant of {outputs} numbers"
+            return f"its bias is not a constant of {outputs} numbers"
     return Linear(node, None, 2, node.outputs[0], groups, inputs, outputs)
 
 
@@ -276,7 +276,7 @@ def _view_gemm(node: ir.Node, shape: tuple[int, ...]) -> Linear | str:
     if bias is not None:
         data = float64(bias)
         if data is None or data.size not in (1, outputs) or data.shape[-1:] not in ((), (1,), (outputs,)):
-            return f"bias {bias.name} is not one constant per output channel"
+            return "its bias is not one constant per output channel"
     return Linear(node, None, 2, node.outputs[0], 1, inputs, outputs, node.attributes.get_float("alpha", 1.0))
 
 

@@ -169,7 +169,7 @@ def test_random_operators_stay() -> None:
 
 def test_graph_output_that_is_constant_stays_an_output() -> None:
     text = """g (float[2] x) => (float[2] y, float[2] z) <float[2] a = {1.0, 2.0}> { y = Relu(x) z = Add(a, a) }"""
-    assert "computes the graph output z" in reasons(expect(text, None, FOLD))
+    assert "computes an output of the graph" in reasons(expect(text, None, FOLD))
 
 
 def test_nan_and_infinity_are_computed_as_they_are() -> None:
