@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 import numpy.typing as npt
@@ -113,9 +114,12 @@ def _same(node: ir.Node, index: int, c: Channels, before: Shape, sizes: Sizes) -
 
 def _reshape(node: ir.Node, index: int, c: Channels, before: Shape, sizes: Sizes) -> Moved | None:
     after = sizes.reshaped(node.outputs[0], before)
-    if after is None or math.prod(after) != math.prod(before):
+    if after is None or not all(before) or not all(after):
         return None
-    for inner, _ in _runs(before, after):
+    for inner, outer in _runs(before, after):
+        same = math.prod(before[i] for i in inner) == math.prod(after[i] for i in outer)
+        if not same and any(a.shape[i] != 1 for a in (c.labels, c.meeting) for i in inner):
+            return None
         if len(inner) > 1 and any(c.labels.shape[i] != 1 for i in inner):
             # Positions that are merged with channels tell copies of a channel apart from here on.
             for i in inner:
@@ -143,20 +147,32 @@ def _varying(a: Integers) -> Integers:
     return a
 
 
-def _runs(before: tuple[int, ...], after: tuple[int, ...]) -> Iterator[tuple[list[int], list[int]]]:
-    """Shortest runs of axes with equal products: (2, 12, 5), (2, 3, 4, 5) -> ([0], [0]), ([1], [1, 2]), ([2], [3])."""
-    i = j = 0
-    while i < len(before) or j < len(after):
-        inner, outer = [i] if i < len(before) else [], [j] if j < len(after) else []
-        i, j = i + len(inner), j + len(outer)
-        while (left := math.prod(before[k] for k in inner)) != (right := math.prod(after[k] for k in outer)):
-            if (left < right and i < len(before)) or j == len(after):
-                inner.append(i)
-                i += 1
+def _runs(before: Shape, after: Shape) -> list[tuple[list[int], list[int]]]:
+    """Short runs of axes with equal products: (2, 12, 5), (2, 3, 4, 5) -> ([0], [0]), ([1], [1, 2]), ([2], [3]).
+
+    Equal axes in front and runs from the end come first; what is between them is one run, of unequal products where a
+    size is not known (it is right at run time, or the Reshape would fail).
+    """
+    lead = 0
+    while lead < min(len(before), len(after)) and before[lead] == after[lead]:
+        lead += 1
+    runs: list[tuple[list[int], list[int]]] = []
+    i, j = len(before), len(after)
+    while i > lead and j > lead:
+        k, m = i - 1, j - 1
+        while (left := math.prod(before[k:i])) != (right := math.prod(after[m:j])):
+            if left < right and k > lead:
+                k -= 1
+            elif left > right and m > lead:
+                m -= 1
             else:
-                outer.append(j)
-                j += 1
-        yield inner, outer
+                break
+        if left != right:
+            break
+        runs.insert(0, (list(range(k, i)), list(range(m, j))))
+        i, j = k, m
+    between = [(list(range(lead, i)), list(range(lead, j)))] if i > lead or j > lead else []
+    return [*(([axis], [axis]) for axis in range(lead)), *between, *runs]
 
 
 def _transpose(node: ir.Node, index: int, c: Channels, before: Shape, sizes: Sizes) -> Moved | None:
@@ -261,9 +277,9 @@ def _scaled(node: ir.Node, index: int, c: Channels, before: Shape, sizes: Sizes)
 def _met(c: Channels, shape: Sequence[int]) -> Channels:
     rank = max(c.labels.ndim, len(shape))
     labels, meeting = (a.reshape((1,) * (rank - a.ndim) + a.shape) for a in (c.labels, c.meeting))
-    count = math.prod(shape)
-    numbers = np.arange(count, dtype=np.int64).reshape((1,) * (rank - len(shape)) + tuple(shape))
-    _, dense = np.unique(meeting * count + numbers, return_inverse=True)
+    total = math.prod(shape)
+    numbers = np.arange(total, dtype=np.int64).reshape((1,) * (rank - len(shape)) + tuple(shape))
+    _, dense = np.unique(meeting * total + numbers, return_inverse=True)
     return Channels(labels, dense.reshape(np.broadcast_shapes(meeting.shape, numbers.shape)))
 
 
@@ -320,14 +336,8 @@ RULES: dict[str, tuple[Rule, tuple[int, ...] | None]] = {
 
 
 def _primes() -> Iterator[int]:
-    """2, 3, 5, ...: sizes of symbols."""
-    found: list[int] = []
-    number = 2
-    while True:
-        if all(number % p for p in found):
-            found.append(number)
-            yield number
-        number += 1
+    """101, 103, 107, ...: sizes of symbols, hardly ever one that a model writes down."""
+    return (n for n in count(101) if all(n % p for p in range(2, math.isqrt(n) + 1)))
 
 
 def _least_factor(number: int) -> int:
