@@ -51,6 +51,15 @@ class Sparsify(SparsePass):
     )
     sweeps: int = option(6, "for method=cd: passes over all groups at most", low=1)
 
+    def __post_init__(self) -> None:
+        """Check the options, and ask for data before any work where the method needs it.
+
+        Raises:
+            UsageError: out of range, or no pattern.
+        """
+        super().__post_init__()
+        object.__setattr__(self, "needs_calibration", self.method != "magnitude")
+
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         """See the class."""
         if self.method != "magnitude" and ctx.calibration is None:

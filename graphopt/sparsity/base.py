@@ -42,7 +42,9 @@ class SparsePass(Pass):
     memory: int = option(
         1024, "MiB of input moments held at once; more layers than fit are more passes over the data", low=1
     )
-    seconds: float | None = option(None, "time for everything; not the same bytes twice", low=0)
+    seconds: float | None = option(
+        None, "time for the fits; what measuring inputs takes is taken from it; not the same bytes twice", low=0
+    )
 
     def __post_init__(self) -> None:
         """Check the options.

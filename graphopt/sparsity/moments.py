@@ -20,8 +20,11 @@ from graphopt.sparsity.layers import Floats, SparseLayer
 from graphopt.sparsity.tasks import Set, Task, by_input
 
 MEMORY = 1 << 30
-"""Bytes of moments that are kept at once: 8 n^2 a group for n columns. Beside them each thread holds one batch of
-activations and up to five more matrices of one layer."""
+"""Bytes of moments that are kept at once: 8 n^2 a group for n columns.
+
+Beside them each thread holds one batch of activations (at most `graphopt.data.activations.SLICE_BYTES`) and up to five
+more matrices as large as those of one layer.
+"""
 
 ROWS = 1 << 18
 """Observations per layer; regularly thinned where there are more."""

@@ -99,6 +99,12 @@ def test_data_is_asked_for_where_it_is_needed() -> None:
     assert Sparsify(method="magnitude").run(model, context(model, None)).changed
 
 
+def test_the_manager_asks_for_data_only_where_the_method_needs_it() -> None:
+    assert Sparsify().needs_calibration
+    assert not Sparsify(method="magnitude").needs_calibration
+    assert not Sparsify.needs_calibration  # a preset may hold it
+
+
 def test_an_unknown_pattern_is_refused_before_any_work() -> None:
     with pytest.raises(UsageError, match="pattern"):
         Sparsify(pattern="4:2")
