@@ -86,6 +86,7 @@ class Prune(Pass):
     fixed: tuple[Kind, ...] = option(
         (), "kinds of units that stay (inspect --units tells them): with head_dim attention loses whole heads only"
     )
+    gather: bool = option(True, "channel shuffles become Gathers where that harms less at the same budget")
     center: bool = option(True, "layer norms whose channels go become RMS norms where that is exact (center-norms)")
     samples: int | None = option(None, "calibration samples to use at most; default: all", low=1)
     sweeps: int = option(1, "how often all layers are refitted; from the second on where a Relu forgives", low=1)
@@ -141,7 +142,9 @@ class Prune(Pass):
         # channels of a stream between RMS norms go without a trace; copies of shared tables would spoil the budget
         centred = self.center and ctx.resolve("center-norms")(copies=0.0).run(model, ctx).changed  # type: ignore[call-arg]
         score, reconstruct = self._fallbacks(ctx, result)
-        form = choose_form(model, lambda form: _Run(self, form, ctx, score, reconstruct, given=model))
+        form = choose_form(
+            model, lambda form: _Run(self, form, ctx, score, reconstruct, given=model), gather=self.gather
+        )
         done = form.trial.go()
         result.notes += form.trial.result.notes
         result.skipped += form.trial.result.skipped

@@ -67,9 +67,9 @@ def prune_module(
         seed: of random choices.
         jobs: threads.
         optimizer: an optimiser of the module's parameters; gets the new ones, and moments that are cut alike.
-        **options: those of the pass `prune` (`graphopt passes prune`), with `center=False`, and the features that
-            layer and RMS norms normalise over excluded: a module keeps its norms. Without any, only what is dead
-            already goes (`shrink`), which changes nothing that the module computes.
+        **options: those of the pass `prune` (`graphopt passes prune`), with `center=False` and `gather=False`, and the
+            features that layer and RMS norms normalise over excluded: a module keeps its code. Without any, only what
+            is dead already goes (`shrink`), which changes nothing that the module computes.
 
     Raises:
         MissingBackendError: torch is not installed.
@@ -78,6 +78,7 @@ def prune_module(
     """
     require_torch("prune_module")
     from graphopt import registry
+    from graphopt.analysis.grouped import keep_groups_whole
     from graphopt.api import optimize
     from graphopt.fx.attributes import norm_parameters
     from graphopt.fx.carry_over import carry_over, number_nodes
@@ -86,9 +87,15 @@ def prune_module(
     exported = export(module, example_inputs, dynamic_shapes)
     dense = exported.model
     number_nodes(dense)
+    keep_groups_whole(dense)
     if options:
-        # a module keeps the norms that it is written with, over the features that they are written for
-        options = {"center": False, **options, "exclude": (*options.get("exclude", ()), *norm_parameters(module))}
+        # a module keeps the norms and shuffles that it is written with, norms over the features they are written for
+        options = {
+            "center": False,
+            "gather": False,
+            **options,
+            "exclude": (*options.get("exclude", ()), *norm_parameters(module)),
+        }
     chosen = registry.pass_class("prune" if options else "shrink")(**options)
     data = _calibration(calib, [v.name or "" for v in dense.graph.inputs])
     try:

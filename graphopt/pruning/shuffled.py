@@ -2,11 +2,13 @@
 
 Reshape, Transpose, Reshape can only say what is a box of its parts: the same channels must go in every group. A Gather
 (`graphopt.rewriting.shuffles`) says any permutation of what is left, so that every channel is a unit of its own; but it
-takes an index, and runtimes fuse or skip it less often. Three forms are tried at the same budget:
+takes an index, and runtimes fuse or skip it less often. These forms are tried at the same budget:
 
-    none    every shuffle stays as it is written
-    all     every shuffle is a Gather
-    some    only those are whose survivors in the form `all` are no box; the others need none
+    none      every shuffle stays as it is written
+    all       every shuffle is a Gather
+    some      only those are whose survivors in the form `all` are no box; the others need none
+    ordered   all, and channels between grouped convolutions in an order in which they can go a few at a time
+              (`graphopt.rewriting.transversals`); whole groups cannot go in it
 
 The one of least harm wins, and of equals the one with the fewest Gathers. With a budget of latency every form is timed
 with its Gathers, over the model as it is given; multiply-accumulates, parameters and bytes of weights are those of the
@@ -28,6 +30,7 @@ from graphopt.analysis.units import Coupling
 from graphopt.pipeline.clone import private_clone
 from graphopt.rewriting.edit import graphs
 from graphopt.rewriting.shuffles import Shuffle, gather_shuffles, shuffles
+from graphopt.rewriting.transversals import order_transversals
 
 MARGIN = 0.01
 """Part of the harm that Gathers must save: harms are estimates, and a form is not changed for nothing."""
@@ -70,24 +73,41 @@ class Chosen(Generic[T]):
     rows: list[dict[str, str]] = field(default_factory=list)
 
 
-def choose_form(model: ir.Model, attempt: Callable[[ir.Model], T]) -> Chosen[T]:
+@dataclass(frozen=True)
+class Form:
+    """How shuffles are written.
+
+    Attributes:
+        gathers: names of those that are a Gather.
+        ordered: channels of the groups around them were put in order.
+    """
+
+    gathers: frozenset[str] = frozenset()
+    ordered: bool = False
+
+
+def choose_form(model: ir.Model, attempt: Callable[[ir.Model], T], *, gather: bool = True) -> Chosen[T]:
     """Try the forms of a model's shuffles.
 
     Args:
         model: with inferred shapes; the form `none` is tried on it, the others on private clones.
         attempt: decides a pruning of a model; may change it in a way that the trial can take back or carry on.
+        gather: False: shuffles stay as they are.
     """
-    found = {s.name: s for graph in graphs(model) for s in shuffles(graph)}
+    found = {s.name: s for graph in graphs(model) for s in shuffles(graph)} if gather else {}
     if not found:
         return Chosen(attempt(model))
-    dense = private_clone(model)
-    trials: dict[frozenset[str], T] = {frozenset(): attempt(model)}
-    everything = _gathered(dense, found, trials, attempt)
-    uneven = frozenset(name for name, s in found.items() if not even(s, everything.coupling, everything.dead))
-    if uneven not in trials:
-        _gathered(dense, uneven, trials, attempt)
-    best = frozenset[str]()
-    for form in sorted(trials, key=len)[1:]:
+    dense, everything = private_clone(model), frozenset(found)
+    trials: dict[Form, T] = {Form(): attempt(model), Form(everything): attempt(_gathered(dense, everything))}
+    free = trials[Form(everything)]
+    uneven = frozenset(name for name, s in found.items() if not even(s, free.coupling, free.dead))
+    if Form(uneven) not in trials:
+        trials[Form(uneven)] = attempt(_gathered(dense, uneven))
+    copy = _gathered(dense, everything)
+    if order_transversals(copy):
+        trials[Form(everything, ordered=True)] = attempt(copy)
+    best = Form()
+    for form in sorted(trials, key=lambda form: (len(form.gathers), form.ordered))[1:]:
         if trials[form].harm < trials[best].harm * (1 - MARGIN) - ROUNDING:
             best = form
     harms = {form: trial.harm for form, trial in trials.items()}
@@ -104,40 +124,41 @@ def even(shuffle: Shuffle, coupling: Coupling, dead: Iterable[int]) -> bool:
     return int(grid.sum()) == int(np.prod([side.sum() for side in sides]))
 
 
-def _gathered(
-    dense: ir.Model, names: Iterable[str], trials: dict[frozenset[str], T], attempt: Callable[[ir.Model], T]
-) -> T:
-    form, copy = frozenset(names), private_clone(dense)
-    gather_shuffles(copy, form)
-    trials[form] = attempt(copy)
-    return trials[form]
+def _gathered(dense: ir.Model, names: frozenset[str]) -> ir.Model:
+    copy = private_clone(dense)
+    gather_shuffles(copy, names)
+    return copy
 
 
-def _note(best: frozenset[str], count: int, harms: Mapping[frozenset[str], float]) -> str:
-    plain = harms[frozenset()]
-    if not best:
-        other = min(harm for form, harm in harms.items() if form)
-        return f"{count} channel shuffles stay reshapes: harm {_told(plain)}, with Gathers {_told(other)}"
+def _note(best: Form, count: int, harms: Mapping[Form, float]) -> str:
+    plain = _told(harms[Form()])
+    if not best.gathers:
+        other = min(harm for form, harm in harms.items() if form.gathers)
+        return f"{count} channel shuffles stay reshapes: harm {plain}, with Gathers {_told(other)}"
+    order = ", channels of their groups in a new order" if best.ordered else ""
     return (
-        f"{len(best)} of {count} channel shuffles became a Gather each: harm {_told(harms[best])}, "
-        f"with reshapes alone {_told(plain)}"
+        f"{len(best.gathers)} of {count} channel shuffles became a Gather each{order}: harm {_told(harms[best])}, "
+        f"with reshapes alone {plain}"
     )
 
 
 def _rows(
-    found: Iterable[str], best: frozenset[str], uneven: frozenset[str], harms: Mapping[frozenset[str], float]
+    found: Iterable[str], best: Form, uneven: frozenset[str], harms: Mapping[Form, float]
 ) -> list[dict[str, str]]:
     rows = []
     for name in found:
-        if name in best and name in uneven:
+        if name in best.gathers and best.ordered:
+            why = "channels of different groups go together whose places the reshapes cannot pair"
+        elif name in best.gathers and name in uneven:
             why = "more channels go of one group than of another"
-        elif name in best:
+        elif name in best.gathers:
             why = f"Gathers throughout harm {_told(harms[best])}, less than where they are needed alone"
-        elif best:
+        elif best.gathers:
             why = "the same channels go in every group"
         else:
             why = "the same channels can go in every group at no more harm"
-        rows.append({"shuffle": name, "form": "Gather" if name in best else "Reshape, Transpose, Reshape", "why": why})
+        form = "Gather" if name in best.gathers else "Reshape, Transpose, Reshape"
+        rows.append({"shuffle": name, "form": form, "why": why})
     return rows
 
 

@@ -268,6 +268,26 @@ def test_normalised_weights_follow_or_are_named(norm):
         graphopt.prune_module(network(0, 2, 4), x[:2], calib=x, target=TARGET, params=0.6)
 
 
+def test_channel_shuffles_stay_as_they_are_written():
+    class Halves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right, self.out = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1), nn.Conv2d(16, 4, 1)
+
+        def forward(self, x):
+            h = torch.cat([torch.relu(self.left(x)), torch.relu(self.right(x))], 1)
+            b, c, height, width = h.shape
+            return self.out(h.view(b, 2, c // 2, height, width).transpose(1, 2).reshape(b, -1, height, width))
+
+    torch.manual_seed(0)
+    module, x = Halves(), torch.randn(32, 3, 6, 6)
+    with torch.no_grad():
+        module.left.weight[4:] = module.left.weight[:4]  # as Gathers, only these would go
+        module.left.bias[4:] = module.left.bias[:4]
+    graphopt.prune_module(module, x[:2], calib=x, target=TARGET, params=0.8)
+    assert module.left.out_channels == module.right.out_channels < 8
+
+
 def test_whole_heads_where_their_size_is_fixed():
     module, x = randomised(Transformer(Attention)), torch.randn(64, *SEQUENCE)
     graphopt.prune_module(module, x[:2], calib=x, target=TARGET, params=0.85, fixed=("head_dim",), exclude=("up*",))
