@@ -125,6 +125,9 @@ def variance_of(node: ir.Node) -> ir.Node | None:
     return None if axes is None else shifted(square_of(node.inputs[0]), axes)
 
 
+_TAKING = ("Slice", "Gather")
+
+
 def gain_index(node: ir.Node) -> int | None:
     """Which operand of a Mul is the constant gain of a normalised tensor; None where the node is no such Mul."""
     if node.op_type != "Mul":
@@ -137,27 +140,29 @@ def gain_index(node: ir.Node) -> int | None:
 
 def _normalised(value: ir.Value | None) -> bool:
     """Whether a value is a centred tensor, divided or multiplied, or groups of channels normalised and put back."""
-    inner = standard(uncast(value), "Div", "Mul", "Reshape")
+    inner = standard(uncast(value), "Div", "Mul", "Reshape", *_TAKING)
     if inner is None:
         return False
-    if inner.op_type == "Reshape":
-        cut = standard(inner.inputs[0], "Slice")  # what a removal padded is cut
-        return standard(cut.inputs[0] if cut is not None else inner.inputs[0], "InstanceNormalization") is not None
+    if inner.op_type in _TAKING:  # what is left of the channels is taken after a removal
+        inner = standard(inner.inputs[0], "Reshape") or inner
+    if inner.op_type in {"Reshape", *_TAKING}:
+        return standard(inner.inputs[0], "InstanceNormalization") is not None
     sides = inner.inputs if inner.op_type == "Mul" else inner.inputs[:1]
     return any(shifted(side) is not None for side in sides)
 
 
 def has_gain_behind(norm: ir.Node) -> bool:
     """Whether groups of channels, normalised as one channel each, are put back and get a constant gain by channel."""
-    reader = _only_reader(norm)
-    if reader is not None and reader.op_type == "Slice":
-        reader = _only_reader(reader)
+    reader = only_reader(norm)
     if reader is None or reader.op_type != "Reshape":
         return False
+    taken = only_reader(reader)
+    reader = taken if taken is not None and taken.op_type in _TAKING else reader
     behind = [use.node for use in reader.outputs[0].uses()]
     return bool(behind) and all(gain_index(node) is not None for node in behind)
 
 
-def _only_reader(node: ir.Node) -> ir.Node | None:
+def only_reader(node: ir.Node) -> ir.Node | None:
+    """The only node that reads the first result of a node; None where there are several, or a graph gives it away."""
     uses = list(node.outputs[0].uses())
     return uses[0].node if len(uses) == 1 and not node.outputs[0].is_graph_output() else None

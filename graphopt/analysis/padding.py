@@ -33,7 +33,7 @@ def feeds_norm(pad: ir.Node) -> bool:
     return bool(readers) and all(op_type in _NORMS for op_type in readers)
 
 
-_NORMS = {"LayerNormalization", "SkipLayerNormalization", "InstanceNormalization", "GroupNormalization"}
+_NORMS = {"LayerNormalization", "SkipLayerNormalization", "GroupNormalization"}
 
 
 def own_axis(node: ir.Node, index: int, axis: int, rank: int) -> int:

@@ -178,13 +178,18 @@ class Removal(Survivors):
         ]
         self.insert_after(node, "Slice", *values, index=index)
 
-    def insert_after(self, node: ir.Node, op_type: str, *operands: ir.Value, index: int = 0) -> None:
+    def take_output(self, node: ir.Node, axis: int, places: npt.NDArray[np.int64]) -> None:
+        """Take some positions of the first result along an axis, under its name."""
+        index = self.new_constant(f"{node.outputs[0].name}_places", places, node.graph)
+        self.insert_after(node, "Gather", index, axis=axis)
+
+    def insert_after(self, node: ir.Node, op_type: str, *operands: ir.Value, index: int = 0, **given: int) -> None:
         """node -> op(node, operands), under the old output's name."""
         output = node.outputs[index]
         assert output.name is not None
         name = output.name
         users = list(output.uses())
-        added = self.new_node(op_type, [output, *operands], f"{name}_{op_type}", output, output.shape)
+        added = self.new_node(op_type, [output, *operands], f"{name}_{op_type}", output, output.shape, **given)
         result = added.outputs[0]
         node.append(added)
         for use in users:
@@ -195,7 +200,7 @@ class Removal(Survivors):
                 outputs[place] = result
         output.name, result.name = self._names.fresh(f"{name}_raw"), name
         self.by_name[name], self.by_name[output.name] = result, output
-        if op_type != "Slice":  # what is sliced is larger
+        if op_type not in {"Slice", "Gather"}:  # what is taken from is larger
             self.raw.setdefault(name, []).append(output)
 
     # Pieces ----------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from graphopt.analysis import shapes
 from graphopt.analysis.dead_values import DeadValues
+from graphopt.analysis.grouped import written_norm
 from graphopt.analysis.labels import Axes
 from graphopt.analysis.movement import Array, Move, Movement, same
 from graphopt.analysis.remove import Removal
@@ -59,6 +60,13 @@ class Reshape(Movement):
 
     ops = ("Reshape", "Flatten")
 
+    def label(self, node: ir.Node, g: Labeller) -> None:
+        norm = written_norm(node)
+        if norm is None:
+            super().label(node, g)
+        else:
+            norm.label(node, g)
+
     def moves(self, node: ir.Node, axes: Sequence[int], output: int) -> list[Move] | str:
         found = _shapes(node)
         if isinstance(found, str):
@@ -90,7 +98,10 @@ class Reshape(Movement):
         return moves
 
     def rewrite(self, node: ir.Node, r: Removal) -> None:
-        if node.op_type == "Reshape":  # Flatten computes its sizes itself
+        norm = written_norm(node)
+        if norm is not None and node is norm.enter:
+            norm.rewrite(r)
+        elif node.op_type == "Reshape":  # Flatten computes its sizes itself
             set_sizes(r, node, 1)
 
 

@@ -11,10 +11,9 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis import shapes
-from graphopt.analysis.centred import has_gain_behind
 from graphopt.analysis.dead_values import DeadValues
+from graphopt.analysis.grouped import WHOLE, spread, spread_operand, take_result
 from graphopt.analysis.labels import Factors
-from graphopt.analysis.padding import cannot_pad, pad, pad_to_dense
 from graphopt.analysis.remove import Removal
 from graphopt.analysis.rules import Labeller, OpRule, Role, rule, where
 
@@ -78,23 +77,16 @@ class InstanceNormalization(_ChannelNorm):
     """Each channel of each sample normalised over its positions: a constant channel becomes its bias.
 
     Exporters write group normalisation as a reshape of each group to one channel, this operator, the reshape back and
-    a gain for each true channel. There the positions are channels in part, which may go if their gain goes with them:
-    as in `graphopt.analysis.ops.layer_norm`, what is left is padded with zeros before the norm and cut behind it.
+    a gain for each true channel: see `graphopt.analysis.grouped`.
     """
 
     ops = ("InstanceNormalization",)
     roles = ("producer", "producer")
 
     def label(self, node: ir.Node, g: Labeller) -> None:
-        x = g.operand(node, 0)
-        if has_gain_behind(node) and cannot_pad(node) is None:
-            for axis in (axis for axis in x if axis > 1):
-                g.sink(node, 0, axis, "zero", f"{where(node)}: normalises a value that is not zero")
-        else:
-            g.freeze(x, f"{where(node)}: the axis is normalised over", but=(0, 1))
-            x = {axis: x[axis] for axis in (0, 1) if axis in x}
+        g.freeze(g.operand(node, 0), f"{where(node)}: the axis is normalised over", but=(0, 1))
         super().label(node, g)
-        g.set(node.outputs[0], {**x, **{a: f for a, f in g.of(node.outputs[0]).items() if a <= 1}})
+        g.set(node.outputs[0], {axis: f for axis, f in g.of(node.outputs[0]).items() if axis < 2})
 
     def dead(self, node: ir.Node, d: DeadValues) -> None:
         output = node.outputs[0]
@@ -103,9 +95,6 @@ class InstanceNormalization(_ChannelNorm):
             if scale is not None and bias is not None:
                 constant = (scale == 0) if x is None else (scale == 0) | ~np.isnan(x)
                 d.set(output, 1, np.where(constant, bias, np.nan))
-
-    def rewrite(self, node: ir.Node, r: Removal) -> None:
-        pad_to_dense(node, range(2, len(shapes.dims(node.outputs[0]) or ())), (0,), r)
 
 
 @rule
@@ -139,19 +128,24 @@ class AxisTogether(OpRule):
 
 @rule
 class GroupNormalization(OpRule):
-    """Each group of channels of each sample normalised together: whole groups go, and `num_groups` shrinks.
+    """Each group of channels of each sample normalised together: channels with a scale of their own go one by one.
 
-    Scale and bias are per channel, before opset 21 per group. A group that holds one constant becomes its bias. Of one
-    group with a scale for each channel single channels go, with their scale: what is left is padded to the dense width.
+    See `graphopt.analysis.grouped`. Before opset 21 scale and bias
+    are per group: whole groups go, and `num_groups` shrinks; a group that holds one constant becomes its bias.
     """
 
     ops = ("GroupNormalization",)
 
     @staticmethod
-    def _single(node: ir.Node) -> bool:
-        """Whether there is one group, in which each channel has a scale of its own."""
-        sizes = shapes.sizes(node.inputs[1])
-        return int(node.attributes.get_int("num_groups", 1) or 1) == 1 and sizes is not None and sizes[-1:] != [1]
+    def _groups(node: ir.Node) -> int:
+        return int(node.attributes.get_int("num_groups", 1) or 1)
+
+    def _single(self, node: ir.Node) -> bool:
+        """Whether each channel has a scale of its own, and may go by itself."""
+        if WHOLE in node.metadata_props:
+            return False
+        sizes, shape = shapes.sizes(node.inputs[1]), shapes.dims(node.outputs[0])
+        return sizes is not None and shape is not None and sizes == [shape[1]] and sizes != [self._groups(node)]
 
     def label(self, node: ir.Node, g: Labeller) -> None:
         name = where(node)
@@ -162,8 +156,7 @@ class GroupNormalization(OpRule):
                 g.freeze(g.operand(node, index), f"{name}: its channels are never removed")
             g.set(node.outputs[0], {0: x.get(0, ())})
             return
-        channels = g.table.product(x[1])
-        count = int(node.attributes.get_int("num_groups", 1) or 1)
+        channels, count = g.table.product(x[1]), self._groups(node)
         rows = channels.reshape(count, -1)
         if self._single(node):
             g.sink(node, 0, 1, "zero", f"{name}: normalises a value that is not zero")
@@ -188,20 +181,22 @@ class GroupNormalization(OpRule):
             return
         x = d.operand(node, 0, 1)
         rows = np.full(size, np.nan) if x is None else x
-        rows = rows.reshape(int(node.attributes.get_int("num_groups", 1) or 1), -1)
+        rows = rows.reshape(self._groups(node), -1)
         uniform = np.repeat((rows == rows[:, :1]).all(axis=1), rows.shape[1])
         scale, bias = (np.repeat(v, size // len(v)) for v in (scale, bias))
         d.set(output, 1, np.where(uniform | (scale == 0), bias, np.nan))
 
     def rewrite(self, node: ir.Node, r: Removal) -> None:
         mask = r.mask(node.outputs[0], 1)
-        if mask is not None and self._single(node):
+        if mask is None:
+            return
+        plan = spread(mask, self._groups(node))
+        if not plan.whole:
             for index in (1, 2):  # first: a result that is cut leaves its name, which the node is known by
-                pad(node, index, {0: len(mask) - int(mask.sum())}, r)
-            pad_to_dense(node, (1,), (0,), r)
-        elif mask is not None:
-            count = int(node.attributes.get_int("num_groups", 1) or 1)
-            node.attributes.add(ir.AttrInt64("num_groups", int(mask.reshape(count, -1).any(axis=1).sum())))
+                r.change_operand(node, index, lambda array: np.append(array, 0.0)[plan.index])
+        spread_operand(node, plan, r)
+        node.attributes.add(ir.AttrInt64("num_groups", int(plan.groups.sum())))
+        take_result(node, plan, r)
 
 
 @rule

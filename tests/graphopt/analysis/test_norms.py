@@ -101,10 +101,10 @@ EXPORTED = """r = Reshape({0}, {1})  i = InstanceNormalization(r, o{2}, z{2})  q
     n = Add(k, bc)"""
 GROUPS = {  # units, and the norm
     "one group": (16, "n = GroupNormalization<num_groups=1>(s, g, b)"),
-    "four groups": (4, "n = GroupNormalization<num_groups=4>(s, g, b)"),
+    "four groups": (16, "n = GroupNormalization<num_groups=4>(s, g, b)"),
     "one group as exported": (16, EXPORTED.format("s", "one", 1, "sizes")),
-    "two groups as exported": (2 + 8, EXPORTED.format("s", "two", 2, "sizes")),
-    "four groups, a free size": (4, f"sh = Shape(t)  {EXPORTED.format('t', 'four', 4, 'sh')}"),
+    "two groups as exported": (16, EXPORTED.format("s", "two", 2, "sizes")),
+    "four groups, a free size": (16, f"sh = Shape(t)  {EXPORTED.format('t', 'four', 4, 'sh')}"),
 }
 
 
@@ -144,6 +144,35 @@ def test_what_was_pruned_can_be_pruned_again(name: str) -> None:
     certificate = certify(model, again, choose(again, 0.4, 2))
     assert certificate.holds, certificate
     assert certificate.effect > 1e-3
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_groups_that_do_not_fit_each_other_leave_every_channel_free(written: bool) -> None:
+    """As in a U-Net with skips: 6 channels in groups of 3, then behind 10 others in groups of 8."""
+    norms = {"s": (2, 6), "k": (2, 16)}
+    body = ["s = Conv(x, w, c)", "{s}", "a = Relu(ns)", "t = Conv(a, w2, c2)", "k = Concat<axis=1>(t, s)", "{k}"]
+    single = "n{0} = GroupNormalization<num_groups={1}>({0}, g{0}, b{0})"
+    several = """r{0} = Reshape({0}, to)  i{0} = InstanceNormalization(r{0}, ones, noughts)
+        q{0} = Reshape(i{0}, from{0})
+        m{0} = Mul(q{0}, gain{0})  n{0} = Add(m{0}, shift{0})"""
+    steps = {name: (several if written else single).format(name, groups) for name, (groups, _) in norms.items()}
+    text = "  ".join(body).format(**steps) + "  z = Relu(nk)  y = Conv(z, v)"
+    parameters = {
+        "w": (6, 3, 3, 3), "c": (6,), "w2": (10, 6, 1, 1), "c2": (10,), "v": (5, 16, 1, 1), "to": np.array([0, 2, -1]),
+        "ones": np.ones(2, np.float32), "noughts": np.zeros(2, np.float32),
+        **{f"{p}{name}": (count,) for name, (_, count) in norms.items() for p in "gb"},
+        **{f"{p}{name}": (count, 1, 1) for name, (_, count) in norms.items() for p in ("gain", "shift")},
+        **{f"from{name}": np.array([0, count, 6, 6]) for name, (_, count) in norms.items()},
+    }  # fmt: skip
+    read = set(re.findall(r"\w+", text))
+    used = {name: value for name, value in parameters.items() if name in read}
+    model = graph("(float[n,3,8,8] x) => (float[n,5,6,6] y)", text, opset=21, **used)
+    coupling = analyse(model)
+    assert len(exact(coupling)) == len(coupling.units) == 6 + 10
+    for dead in ({1, 2, 3}, {1, 2, 4, 7, 8}, choose(coupling, 0.5, 1)):  # a whole group, uneven ones
+        certificate = certify(model, coupling, dead)
+        assert certificate.holds, certificate
+        assert certificate.effect > 1e-2
 
 
 def test_a_norm_over_channels_first_and_one_for_each_head() -> None:
