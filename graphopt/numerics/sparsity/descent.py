@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from math import comb
 from typing import Any
 
 from array_api_compat import array_namespace
@@ -28,6 +29,9 @@ from graphopt.numerics.sparsity.one_shot import sparsegpt
 from graphopt.numerics.sparsity.patterns import Pattern
 
 CHUNK = 64
+
+SUPPORTS = 1000
+"""Of a group, to be tried one by one (6:12 has 924); where there are more, supports stay and only values move."""
 
 
 def coordinate_descent(
@@ -44,7 +48,8 @@ def coordinate_descent(
     Args:
         weight: W, (m, n).
         metric: H, (n, n), positive definite.
-        pattern: what stays; without groups the start's support stays and only values move.
+        pattern: what stays; without groups, or with more than `SUPPORTS` of one, the start's support stays and only
+            values move.
         sweeps: passes over all groups, at most.
         start: (m, n), of this pattern; None: SparseGPT's.
         tolerance: ends when a pass gains less than this share of the loss.
@@ -100,8 +105,9 @@ class Sweep:
 
     def __init__(self, metric: Any, pattern: Pattern) -> None:
         self.metric = metric
-        self._step = pattern.of or 1
-        self._fills = _fillings(metric, pattern) if pattern.of else None
+        tried = pattern.of > 0 and comb(pattern.of, pattern.keep) <= SUPPORTS
+        self._step = pattern.of if tried else 1
+        self._fills = _fillings(metric, pattern) if tried else None
 
     def __call__(self, core: Any, gradient: Any, rows: Any = None) -> float:
         """Improve `core` in place.

@@ -15,7 +15,7 @@ from graphopt.numerics.sparsity.one_shot import magnitude, normalise, nowag, spa
 from graphopt.numerics.sparsity.patterns import holds, mask, parse
 
 TWO_OF_FOUR = parse("2:4")
-PATTERNS = ["2:4", "1:4", "4:8", "50%"]
+PATTERNS = ["2:4", "1:4", "4:8", "8:16", "50%"]
 
 
 def layer(m: int, n: int, seed: int = 0, samples: int = 200) -> tuple[np.ndarray, np.ndarray]:
@@ -115,7 +115,7 @@ def test_a_sweep_of_one_group_finds_the_best_of_all_supports() -> None:
         assert error(weight[row : row + 1], found[row : row + 1], metric) == pytest.approx(best)
 
 
-@pytest.mark.parametrize("text", ["2:4", "4:8", "50%"])
+@pytest.mark.parametrize("text", ["2:4", "4:8", "8:16", "50%"])
 def test_a_sweep_says_what_it_gained(text: str) -> None:
     weight, second = layer(6, 140)
     metric, pattern = damped(second), parse(text)
