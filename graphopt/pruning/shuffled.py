@@ -1,8 +1,8 @@
 """Channel shuffles: three nodes that move channels by groups, or a Gather each? Whichever harms less at the budget.
 
 Reshape, Transpose, Reshape can only say what is a box of its parts: the same channels must go in every group. A Gather
-(`graphopt.rewriting.shuffles`) says any permutation of what is left, so that every channel is a unit of its own; but it
-takes an index, and runtimes fuse or skip it less often. These forms are tried at the same budget:
+(`graphopt.rewriting.shuffles`) says any permutation of what is left, so that every channel is a unit of its own, for
+the price of an index. These forms are tried at the same budget:
 
     none      every shuffle stays as it is written
     all       every shuffle is a Gather
