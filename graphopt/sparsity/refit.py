@@ -275,6 +275,11 @@ def _work(task: Task, place: int) -> _Work | Refused:
         return _Work(layer, weight, bias, [], [], False, weight, [])
     if not all(moments.n for moments in task.inputs):
         return Refused(layer, "nothing of the calibration data reaches it")
+    if any(_constant(moments) for moments in task.inputs):
+        seen = task.inputs[0].n
+        return Refused(
+            layer, f"its inputs never vary over the {seen} positions of the calibration data; give more samples"
+        )
     goals = task.goals[place] if task.goals is not None else [None] * len(task.inputs)
     samples = [_sample(layer, moments, goal) for moments, goal in zip(task.inputs, goals, strict=True)]
     goal = weight
@@ -289,6 +294,13 @@ def _work(task: Task, place: int) -> _Work | Refused:
         )
     means = [layer.by_tap(np.asarray(moments.mean)) for moments in task.inputs]
     return _Work(layer, weight, bias, samples, means, task.goals is not None, goal, [])
+
+
+def _constant(moments: Moments) -> bool:
+    """Whether inputs are always the same and not zero: nothing is known of how the layer answers to others."""
+    with np.errstate(all="ignore"):
+        mean = np.asarray(moments.mean)
+        return bool(np.all(moments.variance == 0) and np.isfinite(mean).all() and mean.any())
 
 
 def _sample(layer: SparseLayer, moments: Moments, goal: Moments | None) -> Sample:
