@@ -207,7 +207,7 @@ def _session_of(
         path = Path(owner._folder.name) / "model.onnx"
         tapped = model.clone()
         _tap(tapped, outputs)
-        write(tapped, path, True)
+        write(tapped, path, external=True, compress=False)
         return ort.InferenceSession(str(path), options, providers=providers)
     _tap(clone, outputs)
     proto: onnx.ModelProto = ir.to_proto(clone)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from graphopt.base import Context
@@ -12,6 +13,7 @@ from graphopt.report.data import Fidelity, Latency, OutputRecord
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from graphopt.data.feeds import Array
     from graphopt.verify import Comparison
 
 FIDELITY_SAMPLES = 512
@@ -102,9 +104,10 @@ class Measures:
         from graphopt import verify
 
         if self.ctx.calibration is not None:
-            data, feeds = "calibration", self.ctx.calibration.batches(limit=FIDELITY_SAMPLES)
+            data = "calibration"
+            feeds: Iterable[Mapping[str, Array]] = self.ctx.calibration.batches(limit=FIDELITY_SAMPLES)
         else:
-            data, feeds = "random", iter(verify.random_feeds(self.model, self.ctx.seed))
+            data, feeds = "random", verify.random_feeds(self.model, self.ctx.seed)
         try:
             comparison = verify.compare(self.model, candidate, feeds)
         except GraphoptError as error:

@@ -132,7 +132,8 @@ def _fit(
     stack = _Stack.of(weights, metric, block if wrappers in {"out", "both"} else 1, objective)
     target, rows, columns = stack.weight, None, None
     if objective == "paper":
-        target, rows, columns = normalise(target)
+        # B takes the scales of columns, and all taps have the same B
+        target, rows, columns = normalise(target, taps if wrappers in {"in", "both"} else 1)
         metric = metric * xp.eye(int(metric.shape[0]), dtype=metric.dtype, device=metric.device)
         start = wanda(target, xp.linalg.diagonal(metric), pattern)  # on the normalised weight: NoWag-P
     else:

@@ -99,8 +99,9 @@ def unscaled(factors: Factors, rows: Any, columns: Any) -> Factors:
         left = left * _spread(xp, rows, left)[:, :, None]
     if right is None:
         core = core * columns[None, :]
-    elif factors.taps == 1:
-        right = right * _spread(xp, columns, right)[:, None, :]
+    else:
+        channels = columns[: int(columns.shape[0]) // factors.taps]  # one scale for all taps
+        right = right * _spread(xp, channels, right)[:, None, :]
     return replace(factors, core=core, left=left, right=right)
 
 

@@ -35,9 +35,14 @@ def wanda(weight: Any, second: Any, pattern: Pattern) -> Any:
     return xp.where(mask(weight * weight * second[None, :], pattern), weight, xp.zeros_like(weight))
 
 
-def normalise(weight: Any) -> tuple[Any, Any, Any]:
-    """W = diag(r) V diag(c): columns brought to unit length, then rows, but for those of zeros; returns V, r, c."""
-    columns = _lengths(weight, axis=0)
+def normalise(weight: Any, taps: int = 1) -> tuple[Any, Any, Any]:
+    """W = diag(r) V diag(c): columns brought to unit length, then rows, but for those of zeros; returns V, r, c.
+
+    With `taps`, the columns of a channel have one length for all taps.
+    """
+    xp = array_namespace(weight)
+    columns = _lengths(xp.reshape(weight, (int(weight.shape[0]) * taps, -1)), axis=0)
+    columns = xp.tile(columns, (taps,))
     scaled = weight / columns[None, :]
     rows = _lengths(scaled, axis=1)
     return scaled / rows[:, None], rows, columns

@@ -214,6 +214,14 @@ def test_a_shared_wrapper_of_taps_is_one_for_all_of_them() -> None:
         assert holds(found.core[:, 10 * tap : 10 * tap + 10], TWO_OF_FOUR)
 
 
+@pytest.mark.parametrize("wrappers", ["in", "out", "both", "none"])
+def test_scales_of_the_papers_objective_come_back_for_every_tap(wrappers: str) -> None:
+    random = np.random.default_rng(0)
+    weight = magnitude(random.standard_normal((8, 24)) * np.exp(random.standard_normal(24)), TWO_OF_FOUR)
+    found = armor(weight, np.eye(24), TWO_OF_FOUR, block=4, wrappers=wrappers, objective="paper", taps=3, cycles=3)
+    assert relative_error(weight, found.dense(), np.eye(24)) < 1e-9
+
+
 @pytest.mark.parametrize("wrappers", ["in", "both"])
 @pytest.mark.parametrize("objective", ["hessian", "paper"])
 def test_weights_that_read_the_same_share_one_wrapper(wrappers: str, objective: str) -> None:
