@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from graphopt.files.stored import Storage
+    from graphopt.sparsity.verdicts import Eligibility
 
 
 @dataclass
@@ -256,6 +257,7 @@ def optimize(
         result = manager.run(loaded, ctx)
         report.passes = manager.records
         report.output = stats(result)
+        report.sparsity = _sparsity(result, plan.target)
         _measure(report, result, measures, bench, verify_each)
     _warn(report, plan)
     report.seconds = time.perf_counter() - start
@@ -342,6 +344,14 @@ def _units(model: ir.Model) -> Units:
         return Units(reason=str(error))
     except Exception as error:
         return Units(reason=f"internal error in the analysis: {type(error).__name__}: {error}")
+
+
+def _sparsity(model: ir.Model, target: Target) -> Eligibility | None:
+    """What the target can do with the zeros of the result; None where it has no kernels for them, or there are none."""
+    from graphopt.sparsity.eligibility import eligibility
+
+    found = eligibility(model, target).sparse()
+    return found if found.layers else None
 
 
 def _warn(report: Report, plan: Plan) -> None:

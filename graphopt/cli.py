@@ -132,7 +132,7 @@ def optimize(
     _limit_threads(options["jobs"])
     from graphopt.api import optimize as run_pipeline
     from graphopt.errors import GateRefused, UsageError
-    from graphopt.pipeline.destination import check_file, check_output, is_model_file
+    from graphopt.pipeline.destination import check_bundle, check_file, check_output, is_model_file
     from graphopt.report.live import LiveProgress
 
     if options["passes"] is not None and not options["passes"].strip():
@@ -140,6 +140,7 @@ def optimize(
         raise UsageError("names no pass", where="--passes", hint="name one, such as fold; -O0 copies the model")
     if out is not None:
         check_output(out, [model], force=force)
+        check_bundle(out, options["target"])
     elif compress:
         raise UsageError("says how OUT is stored, and there is none", where="--compress", hint="name one with -o")
     for file in (page, save_recipe):
@@ -201,13 +202,16 @@ def _show(report: Any, page: str | None, as_json: bool) -> None:
 @cli.command(short_help="What of MODEL can be pruned, and for what cannot: why.")
 @click.argument("model", type=click.Path())
 @click.option("--units", is_flag=True, help="Also the units themselves: what may be removed together.")
+@click.option(
+    "--target", metavar="NAME", help="Also which layers its kernels that skip 2:4 zeros may run, and why not."
+)
 @dim_option
 @common
-def inspect(model: str, units: bool, dim: dict[str, int], as_json: bool) -> None:
+def inspect(model: str, units: bool, target: str | None, dim: dict[str, int], as_json: bool) -> None:
     """Count MODEL, and tell what of it can be pruned, and for what cannot: why."""
     from graphopt.jobs import inspect as find
 
-    found = find(model, dim=dim)
+    found = find(model, dim=dim, target=target)
     if as_json:
         _json(found.to_dict(units=units))
         return

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from graphopt.files.stored import Storage
     from graphopt.latency.report import Measured
     from graphopt.report.units import UnitGroup
+    from graphopt.sparsity.verdicts import Eligibility
     from graphopt.target import Target
     from graphopt.verify import Comparison
 
@@ -44,6 +45,7 @@ class Inspection:
         units: what can be pruned, in short.
         coupling: the whole analysis.
         storage: how the weights are stored in the file, where it is compressed.
+        sparsity: which layers a target's kernels that skip zeros may execute, where a target was asked for.
     """
 
     model: ir.Model
@@ -53,6 +55,7 @@ class Inspection:
     units: Units
     coupling: Coupling
     storage: Storage | None = None
+    sparsity: Eligibility | None = None
 
     def groups(self) -> list[UnitGroup]:
         """The units by the parameters they are slices of."""
@@ -73,6 +76,7 @@ class Inspection:
             "outputs": self.outputs,
             "prunable": asdict(self.units),
             "storage": None if self.storage is None else asdict(self.storage),
+            "sparsity": None if self.sparsity is None else self.sparsity.to_dict(),
         }
         if units:
             from graphopt.report.units import units_to_dicts
@@ -83,15 +87,22 @@ class Inspection:
         return found
 
 
-def inspect(model: ir.Model | str | os.PathLike[str], *, dim: Mapping[str, int] | None = None) -> Inspection:
+def inspect(
+    model: ir.Model | str | os.PathLike[str],
+    *,
+    dim: Mapping[str, int] | None = None,
+    target: Target | str | None = None,
+) -> Inspection:
     """Count a model and find out what can be pruned, and for what cannot: why.
 
     Args:
         model: an ONNX file or a loaded model; not changed.
         dim: fixed sizes of symbolic input dimensions.
+        target: also which layers its kernels that skip zeros may execute, and which not: why.
 
     Raises:
         ModelError: the model is invalid.
+        UsageError: there is no such target.
     """
     from graphopt.analysis.units import analyse
     from graphopt.bundle import describe_model
@@ -100,7 +111,9 @@ def inspect(model: ir.Model | str | os.PathLike[str], *, dim: Mapping[str, int] 
     from graphopt.pipeline.clone import private_clone
     from graphopt.report.units import summary
     from graphopt.rewriting.prepare import prepare
+    from graphopt.sparsity.eligibility import eligibility
 
+    chosen = None if target is None else as_target(target)
     given = _model(model, None)
     loaded = _model(given, dim)
     readable = private_clone(loaded)
@@ -113,6 +126,7 @@ def inspect(model: ir.Model | str | os.PathLike[str], *, dim: Mapping[str, int] 
         units=summary(loaded, coupling),
         coupling=coupling,
         storage=storage_of(given),
+        sparsity=None if chosen is None else eligibility(loaded, chosen),
     )
 
 
@@ -294,7 +308,12 @@ def describe_target(name: str) -> dict[str, Any]:
         reason = str(error)
     table = target_table(target)
     quant = table.pop("quant")
+    sparse = table.pop("sparse")
+    sources = sparse.pop("sources")
     nested = {f"quant.{key}": value for key, value in quant.items()} if quant else {"quant": False}
+    if target.sparsity_2_4:
+        nested |= {f"sparse.{key}": value for key, value in sparse.items()}
+        nested |= {f"sparse.sources.{key}": value for key, value in sources.items()}
     return {**table, **nested, "runs here": reason is None, "why not": reason}
 
 

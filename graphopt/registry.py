@@ -112,9 +112,16 @@ def backend(name: str) -> Backend:
     """An instance of the backend called `name`.
 
     Raises:
-        UsageError: there is none, or two distributions offer it.
-        MissingBackendError: a package that it needs is not installed.
+        UsageError: there is none and no target names it, or two distributions offer it.
+        MissingBackendError: a target names it and no distribution offers it, or a package that it needs is missing.
     """
+    named = [target.name for target in targets().values() if target.backend == name]
+    if named and name not in _entry_points(BACKENDS):
+        raise MissingBackendError(
+            f"nothing that is installed lowers to its backend {name!r} or measures there",
+            where=f"target {', '.join(named)}",
+            hint="graphopt optimize -o MODEL.onnx and graphopt inspect --target work without it",
+        )
     point = _entry_point(BACKENDS, name)
     made = _load(point, "backend")
     made = made() if isinstance(made, type) else made

@@ -18,6 +18,9 @@ class QuantScheme:
         weight: "int8" or "uint8".
         symmetric_activation: True where the runtime takes zero point 0 only (TensorRT).
         per_channel: one weight scale per output channel.
+        bias: type in which biases of int8 layers are stored; "float" where the runtime takes no int32 ones (TensorRT).
+        sparse_outputs: outputs of layers with sparse weights are quantised even where no int8 layer reads them, because
+            the kernels that skip zeros write int8.
         ops: operator types that the target executes in int8.
     """
 
@@ -25,6 +28,8 @@ class QuantScheme:
     weight: Literal["uint8", "int8"] = "int8"
     symmetric_activation: bool = False
     per_channel: bool = True
+    bias: Literal["int32", "float"] = "int32"
+    sparse_outputs: bool = False
     ops: tuple[str, ...] = ()
 
 
@@ -35,14 +40,26 @@ class SparseKernels:
     Attributes:
         inputs, outputs: with fewer channels (of a group) a layer stays dense, because it would not become faster.
         input_multiple, output_multiple: other channel counts (of a group) are not taken.
+        kernel_positions: every position of a kernel counts towards `inputs` (64 channels under 3x3 are 576).
         convolutions: whether they take convolutions, or matrix products only.
+        grouped: whether they take grouped convolutions.
+        types: of the operands.
+        symmetric: int8 activations need zero point 0.
+        note: what else must hold, for the reader of a report.
+        sources: where a rule was read, by the name that reports give it (`graphopt.sparsity.eligibility`).
     """
 
     inputs: int = 16
     outputs: int = 1
     input_multiple: int = 1
     output_multiple: int = 1
+    kernel_positions: bool = False
     convolutions: bool = True
+    grouped: bool = True
+    types: tuple[str, ...] = ("float16", "bfloat16", "int8")
+    symmetric: bool = False
+    note: str = ""
+    sources: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -142,6 +159,10 @@ def _typed(value: Any, wanted: Any, where: str) -> Any:
         if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
             return tuple(value)
         text = "an array of strings"
+    elif get_origin(wanted) is Mapping:
+        if isinstance(value, Mapping) and all(isinstance(v, str) for v in value.values()):
+            return dict(value)
+        text = "a table of strings"
     else:
         kinds = tuple(a for a in (arguments or (wanted,)) if a is not type(None))
         # bool is a subclass of int, but `opset_max = true` is a mistake.

@@ -296,6 +296,31 @@ def test_a_target_that_cannot_run_here_exits_6() -> None:
     assert elsewhere[0] in last_line(done)
 
 
+@pytest.mark.parametrize("command", ["optimize", "lower", "bench"])
+def test_a_target_whose_backend_is_missing_exits_6_before_any_work(tmp_path: Path, command: str) -> None:
+    out = {"bench": (), "lower": ("-o", tmp_path / "out"), "optimize": ("--passes", "fold", "-o", tmp_path / "out")}
+    done = call(command, MODEL, "--target", "jetson-orin", *out[command], code=6)
+    assert "jetson-orin" in last_line(done) and "tensorrt" in last_line(done) and "-o MODEL.onnx" in last_line(done)
+    assert done.stdout == "" and not (tmp_path / "out").exists()
+
+
+def test_models_for_a_target_without_a_backend(tmp_path: Path) -> None:
+    model = tmp_path / "sparse.onnx"
+    sparse = ("--passes", "sparsify{method=magnitude,smallest=8}", "--target", "jetson-orin")
+    done = call("optimize", MODEL, *sparse, "-o", model, "--report", tmp_path / "page.html")
+    assert "linear layers are 2:4" in done.stdout and "fewer than 256" in done.stdout
+    assert "Kernels that skip zeros" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    shown = call("inspect", model, "--target", "jetson-orin").stdout
+    assert "unlikely" in shown and "--sparsity=enable" in shown
+    assert "source of size: NVIDIA/TensorRT issues 3849" in shown
+    found = json.loads(call("inspect", model, "--target", "jetson-orin", "--json").stdout)["sparsity"]
+    assert found["schema"] == 1 and found["counts"]["unlikely"] > 0
+    assert json.loads(call("inspect", model, "--json").stdout)["sparsity"] is None
+    assert "no kernels that skip zeros" in call("inspect", model, "--target", "cpu").stdout
+    table = json.loads(call("targets", "jetson-orin", "--json").stdout)
+    assert table["sparse.inputs"] == 256 and "4054" in table["sparse.sources.grouped"] and not table["runs here"]
+
+
 def test_internal_errors_exit_1_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*arguments: Any, **options: Any) -> None:
         raise ZeroDivisionError("of all things")

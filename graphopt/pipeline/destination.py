@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from graphopt import registry
 from graphopt.errors import UsageError
 
 MODEL_SUFFIXES = (".onnx", ".safetensors")
@@ -77,6 +78,17 @@ def check_folder(
     if is_model_file(out):
         raise UsageError("is named like a model, and this writes a folder", where=str(out), hint="name a folder")
     return check_output(out, inputs, force=force)
+
+
+def check_bundle(out: str | os.PathLike[str], target: str | None) -> None:
+    """A folder gets the bundle of the target: told before the work where nothing can write that.
+
+    Raises:
+        MissingBackendError: the target's backend is not installed.
+        UsageError: there is no such target.
+    """
+    if target is not None and not is_model_file(out):
+        registry.backend(registry.target(target).backend)
 
 
 def check_file(file: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]] = ()) -> Path:

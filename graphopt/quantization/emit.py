@@ -254,6 +254,9 @@ class Emitter:
         weight = weight * np.float32(alpha)
         axis = self._axis(node, unit, weight)
         bias_node, bias_index = self._bias_place(node, unit)
+        if self.scheme.bias == "float":
+            self._scale_bias(node, unit, beta)
+            bias_node = None
         bias = None
         if bias_node is not None:
             channels = weight.shape[_channel_axis(node, unit)]
@@ -271,6 +274,16 @@ class Emitter:
             steps, scale = quantise_bias(bias, activation.scale, params.scale)
             bias_params = Affine(scale, np.zeros(scale.shape, np.int32), None if scale.ndim == 0 else 0)
             self._replace_constant(bias_node, bias_index, steps, bias_params)
+
+    def _scale_bias(self, node: ir.Node, unit: Unit, beta: float) -> None:
+        """Put a Gemm's beta into the bias, which stays in float."""
+        if unit.bias is None or beta == 1:
+            return
+        old = node.inputs[unit.bias]
+        data = np.asarray(array(old), np.float32) * np.float32(beta)
+        name = self._names.fresh(f"{name_of(old)}_scaled")
+        node.replace_input_with(unit.bias, new_initializer(self.model.graph, name, data, ir.DataType.FLOAT))
+        drop_if_unused(old)
 
     def _axis(self, node: ir.Node, unit: Unit, weight: Array) -> int | None:
         """The axis of per-channel scales; None where the kernel takes one scale only."""

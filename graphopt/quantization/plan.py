@@ -18,6 +18,7 @@ import onnx_ir as ir
 from graphopt.base import Skip
 from graphopt.quantization.rules import ABSORBED, CPU_OPS, QUANTISED_OPS, RULES, Kind, Rule
 from graphopt.rewriting.edit import array, constant, is_onnx, label, sole_use
+from graphopt.sparsity.found import holds_any_pattern
 from graphopt.sparsity.marks import is_wrapper
 from graphopt.target import QuantScheme
 
@@ -97,7 +98,7 @@ def plan(
     skipped: list[Skip] = []
     units = _candidates(model, scheme, exclude, in_float, skipped)
     _shrink_to_islands(model.graph, units)
-    _decide_outputs(model.graph, units)
+    _decide_outputs(model.graph, units, sparse=scheme.sparse_outputs)
     return Plan(units, _roots(model.graph, units), skipped)
 
 
@@ -317,12 +318,22 @@ def _shrink_to_islands(graph: ir.Graph, units: dict[str, Unit]) -> None:
             del units[key]
 
 
-def _decide_outputs(graph: ir.Graph, units: dict[str, Unit]) -> None:
-    """A matrix product whose output no integer kernel reads gives float: one rounding fewer."""
+def _decide_outputs(graph: ir.Graph, units: dict[str, Unit], *, sparse: bool) -> None:
+    """A matrix product whose output no integer kernel reads gives float: one rounding fewer.
+
+    With `sparse`, those of sparse weights keep their integers, but for outputs of the graph.
+    """
     values = _values(graph)
     for key, unit in units.items():
-        if not unit.rule.needs_output and not any(True for _ in _readers(values, unit, units)):
+        if unit.rule.needs_output or any(True for _ in _readers(values, unit, units)):
+            continue
+        given_out = any(values[name].is_graph_output() for name in unit.carriers)
+        if not (sparse and not given_out and unit.weight == 1 and _is_sparse(values[key].producer())):
             units[key] = replace(unit, quantise_output=False)
+
+
+def _is_sparse(node: ir.Node | None) -> bool:
+    return node is not None and holds_any_pattern(node)
 
 
 def _roots(graph: ir.Graph, units: dict[str, Unit]) -> dict[str, str]:

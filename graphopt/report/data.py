@@ -16,6 +16,7 @@ from typing import Any, Literal
 from graphopt.base import Skip
 from graphopt.errors import UsageError
 from graphopt.files.stored import Storage
+from graphopt.sparsity.verdicts import Eligibility
 
 SCHEMA = 2
 """Version of the JSON form; raised when a field changes its meaning or goes away."""
@@ -221,6 +222,7 @@ class Report:
     accuracy: Accuracy | None = None
     units: Units | None = None
     storage: Storage | None = None
+    sparsity: Eligibility | None = None
     gates: dict[str, float | None] = field(default_factory=dict)
     preset: str | None = None
     calibration: str | None = None

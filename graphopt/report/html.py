@@ -42,6 +42,8 @@ def render(report: Report) -> str:
         notes=summary.notes(report),
         skips=[(r.name, summary.group_skips(r.skipped)) for r in report.passes if r.skipped],
         stored=[] if report.storage is None else summary.storage_rows(report.storage),
+        eligible=[] if report.sparsity is None else summary.eligibility_rows(report.sparsity),
+        eligible_notes=[] if report.sparsity is None else summary.eligibility_notes(report.sparsity),
         ops=ops,
         most_ops=max((max(before, after) for _, before, after in ops), default=1) or 1,
         most_rows=MOST_ROWS,

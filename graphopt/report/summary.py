@@ -10,6 +10,7 @@ from graphopt.base import Skip
 from graphopt.files.stored import Storage
 from graphopt.report import text
 from graphopt.report.data import Latency, PassRecord, Report, Stats
+from graphopt.sparsity.verdicts import Eligibility
 
 Tone = Literal["good", "bad", "neutral"]
 
@@ -170,6 +171,30 @@ def storage_rows(storage: Storage) -> list[dict[str, Any]]:
         }
         for tensor in largest
     ]
+
+
+def eligibility_rows(found: Eligibility) -> list[dict[str, Any]]:
+    """What a target's kernels that skip zeros may execute, layer by layer."""
+    return [
+        {
+            "layer": text.clean(row.layer, 80),
+            "operator": row.op,
+            "channels": "" if row.inputs is None else f"{row.inputs} -> {row.outputs}",
+            "groups": row.groups,
+            "type": row.type,
+            "2:4": "yes" if row.sparse else "no",
+            "sparse kernels": row.verdict,
+            "why": text.clean(row.reason, 200),
+        }
+        for row in found.layers
+    ]
+
+
+def eligibility_notes(found: Eligibility) -> list[str]:
+    """What else must hold, and where the rules were read that decided."""
+    sources = sorted({f"{row.rule}: {row.source}" for row in found.layers if row.source})
+    lines = [found.note] if any(row.verdict != "not" for row in found.layers) else []
+    return [text.clean(line, 1000) for line in (*lines, *(f"source of {line}" for line in sources)) if line]
 
 
 def pass_error(record: PassRecord) -> str:

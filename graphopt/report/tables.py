@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from graphopt.base import Skip
 from graphopt.report import summary, text
 from graphopt.report.data import PassRecord, Report, Units
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from graphopt.backend import BenchResult
     from graphopt.files.stored import Storage
     from graphopt.jobs import Inspection
+    from graphopt.sparsity.verdicts import Eligibility
     from graphopt.verify import Comparison
 
 TONES = {"good": "green", "bad": "bold red", "neutral": ""}
@@ -55,6 +57,7 @@ def print_report(out: Console, report: Report) -> None:
         return
     print_rows(out, summary.rows(report))
     print_storage(out, report.storage)
+    print_eligibility(out, report.sparsity, layers=False)
     print_passes(out, report.passes)
     print_ops(out, report)
     print_skips(out, report.passes)
@@ -83,6 +86,21 @@ def print_storage(out: Console, storage: Storage | None) -> None:
         out.print(Text(f"and {len(rows) - MOST_WEIGHTS} smaller ones"))
     for note in storage.notes if rows else ():
         out.print(Text(text.clean(note, 1000)))
+
+
+def print_eligibility(out: Console, found: Eligibility | None, *, layers: bool) -> None:
+    """Which layers may run on kernels that skip zeros: all of them, or the reasons against with their layers."""
+    if found is None:
+        return
+    out.print(Text(text.clean(found.summary(), 1000)))
+    if layers:
+        print_mappings(out, summary.eligibility_rows(found))
+    else:
+        against = [row for row in found.layers if row.verdict != "may"]
+        for group in summary.group_skips(Skip(row.layer, f"{row.verdict}: {row.reason}") for row in against):
+            out.print(Text(f"{len(group.nodes)} {text.clean(group.reason, 300)} ({text.names(group.nodes, 2)})"))
+    for note in summary.eligibility_notes(found):
+        out.print(Text(note))
 
 
 def print_passes(out: Console, records: Sequence[PassRecord]) -> None:
@@ -190,6 +208,7 @@ def print_inspection(out: Console, name: str, found: Inspection, *, units: bool)
     by_count = sorted(found.stats.ops.items(), key=lambda item: (-item[1], item[0]))
     print_mappings(out, [{"operator": op, "nodes": number} for op, number in by_count])
     print_storage(out, found.storage)
+    print_eligibility(out, found.sparsity, layers=True)
     print_units(out, found.units)
     if units:
         print_mappings(out, [group.to_row() for group in found.groups()])

@@ -36,7 +36,7 @@ class SparsePass(Pass):
         None,
         "fit layers front to back, behind the sparse ones, to the dense outputs; default: but for published methods",
     )
-    smallest: int | None = option(None, "layers with fewer input channels stay dense; default: the target's", low=1)
+    smallest: int | None = option(None, "layers with fewer channels stay dense; default: the target's", low=1)
     exclude: tuple[str, ...] = option((), "globs over node and weight names that stay dense")
     samples: int | None = option(None, "calibration samples to use at most; default: all", low=1)
     memory: int = option(
@@ -93,7 +93,10 @@ class SparsePass(Pass):
 
         began = _now()
         result = PassResult(changed=False, notes=prepare(model))
-        kernels = ctx.target.sparse if self.smallest is None else replace(ctx.target.sparse, inputs=self.smallest)
+        kernels = ctx.target.sparse
+        if self.smallest is not None:
+            outputs = min(kernels.outputs, self.smallest)
+            kernels = replace(kernels, inputs=self.smallest, outputs=outputs, kernel_positions=False)
         layers, result.skipped = sparse_layers(model, self._pattern(), self.exclude, kernels)
         sets = self._sets(layers, ctx, result)
         budget = None

@@ -28,6 +28,7 @@ from graphopt.rewriting.edit import (
 from graphopt.rewriting.layers import Layer, layers_of
 from graphopt.rewriting.linear import LINEAR_OPS
 from graphopt.sparsity.marks import role_of
+from graphopt.sparsity.shapes import Shape, not_taken, too_small
 from graphopt.target import SparseKernels
 
 Floats = npt.NDArray[np.float64]
@@ -126,21 +127,16 @@ def sparse_layers(
 
 def _unsuited(layer: Layer, pattern: Pattern, kernels: SparseKernels) -> str | None:
     """Why kernels would not run a layer, or not faster; None where they would."""
-    inputs, outputs = layer.linear.inputs // layer.groups, layer.linear.outputs // layer.groups
-    fewest = max(kernels.inputs, pattern.of)
-    if inputs < fewest:
-        return f"{inputs} input channels are fewer than {fewest}"
-    if outputs < kernels.outputs:
-        return f"{outputs} output channels are fewer than {kernels.outputs}"
-    if inputs % kernels.input_multiple:
-        return f"{inputs} input channels are no multiple of {kernels.input_multiple}, as the target's kernels want"
-    if outputs % kernels.output_multiple:
-        return f"{outputs} output channels are no multiple of {kernels.output_multiple}, as the target's kernels want"
-    if layer.stuffing:
-        return "kernels that skip zeros do not transpose a convolution"
-    if layer.window is not None and not kernels.convolutions:
-        return "the target's kernels that skip zeros take no convolutions"
-    return None
+    shape = Shape(
+        layer.linear.inputs // layer.groups,
+        layer.linear.outputs // layer.groups,
+        layer.kernel,
+        layer.groups,
+        convolution=layer.window is not None,
+        transposed=bool(layer.stuffing),
+    )
+    found = too_small(shape, kernels, pattern.of) or not_taken(shape, kernels)
+    return None if found is None else found.reason
 
 
 def _in_bodies(model: ir.Model) -> list[Skip]:

@@ -142,6 +142,43 @@ def test_the_target_gives_the_types():
     assert tuple(m.graph.initializers["w_scale"].const_value.shape) == ()
 
 
+def test_biases_stay_in_float_where_the_target_takes_no_int32():
+    scheme = QuantScheme(activation="int8", symmetric_activation=True, bias="float")
+    target = Target("trt", "trt", device="gpu", quant=scheme)
+    m = _parse(CONV_RELU, {"w": _conv(4, 3), "b": _bias(4)})
+    before = m.clone()
+    _quantize(m, target)
+    assert m.graph.initializers["b"].const_value.dtype == ir.DataType.FLOAT
+    assert not [v for v in m.graph.initializers.values() if v.const_value.dtype == ir.DataType.INT32]
+    _close(before, m, {"x": _normal(8, 3, 8, 8)}, 30)
+
+
+def test_the_beta_of_a_gemm_goes_into_its_float_bias():
+    text = """g (float[N, 8] x) => (float[N, 6] y) { y = Gemm <alpha = 0.5, beta = 3.0> (x, w, b) }"""
+    scheme = QuantScheme(activation="int8", symmetric_activation=True, bias="float")
+    bias = _bias(6)
+    m = _parse(text, {"w": _normal(8, 6), "b": bias})
+    before = m.clone()
+    _quantize(m, Target("trt", "trt", device="gpu", quant=scheme), data={"x": _normal(64, 8)})
+    (gemm,) = [n for n in m.graph if n.op_type == "Gemm"]
+    np.testing.assert_array_equal(gemm.inputs[2].const_value.numpy(), bias * np.float32(3))
+    _close(before, m, {"x": _normal(8, 8)}, 30)
+
+
+@pytest.mark.parametrize(("wanted", "pairs"), [(True, 2), (False, 1)])
+def test_outputs_of_sparse_products_are_integers_where_kernels_that_skip_zeros_write_them(wanted, pairs):
+    text = """g (float[N, 8] x) => (float[N, 6] y, float[N, 6] z)
+        { h = MatMul(x, w)  y = Exp(h)  k = MatMul(x, v)  z = Exp(k) }"""
+    weight = _normal(8, 6)
+    sparse = weight * (np.arange(8) % 2 == 0)[:, None].astype(np.float32)
+    scheme = QuantScheme(activation="int8", symmetric_activation=True, sparse_outputs=wanted)
+    m = _parse(text, {"w": sparse, "v": weight})
+    _quantize(m, Target("trt", "trt", device="gpu", quant=scheme), data={"x": _normal(64, 8)})
+    assert sum(n.op_type == "QuantizeLinear" for n in m.graph) == pairs
+    (dense,) = [n for n in m.graph if n.op_type == "Exp" and n.outputs[0].name == "z"]
+    assert dense.inputs[0].producer().op_type == "MatMul"
+
+
 RESIDUAL = """g (float[N, 4, 8, 8] x) => (float[N, 4, 8, 8] y) {
     a = Conv <pads = [1, 1, 1, 1]> (x, w1)
     r = Relu(a)
