@@ -1,6 +1,7 @@
-"""Certificates on thousands of random graphs: python tools/fuzz/certificates.py 0 5000 [if,loop,scan,state,nested]
+"""Certificates on thousands of random graphs: python tools/fuzz/certificates.py 0 5000 [norms|if,loop,state,...]
 
-With kinds of bodies given, every graph has a stretch of its nodes moved into one (`wrapped_graphs`). For each graph:
+With kinds of bodies given, every graph has a stretch of its nodes moved into one (`wrapped_graphs`); "norms" are graphs
+in which norms of all kinds meet (`random_norm_graphs`). For each graph:
 EXACT units hold their certificate, any units can be removed from a graph that then still runs, and shrink keeps the
 function. Prints the seeds that fail; exit code 1 if there are any.
 """
@@ -14,7 +15,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "models"))
 
 import numpy as np
+import onnx_ir as ir
 from random_graphs import random_graph
+from random_norm_graphs import norm_graph
 from wrapped_graphs import wrapped_graph
 
 from graphopt.analysis.certificate import certify, choose, spare_axes, zero_units
@@ -52,12 +55,19 @@ def check(seed: int, coupling: Coupling) -> str | None:
     return None
 
 
+def graph_of(seed: int, kind: str) -> ir.Model | None:
+    """The graph of a seed; None where a kind does not fit it."""
+    if kind == "norms":
+        return norm_graph(seed)
+    return wrapped_graph(seed, kind) if kind else random_graph(seed)
+
+
 def main(first: int, last: int, kinds: tuple[str, ...] = ()) -> int:
     units = exact = failures = graphs = 0
     for seed in range(first, last):
         kind = kinds[seed % len(kinds)] if kinds else ""
         try:
-            model = wrapped_graph(seed, kind) if kind else random_graph(seed)
+            model = graph_of(seed, kind)
             if model is None:
                 continue
             coupling = analyse(model)

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from graphopt.analysis import shapes
 from graphopt.analysis.dead_values import DeadValues
-from graphopt.analysis.grouped import WHOLE, spread, spread_operand, take_result
+from graphopt.analysis.grouped import WHOLE, spread, spread_operand, take_result, written_norm
 from graphopt.analysis.labels import Factors
 from graphopt.analysis.remove import Removal
 from graphopt.analysis.rules import Labeller, OpRule, Role, rule, where
@@ -84,7 +84,13 @@ class InstanceNormalization(_ChannelNorm):
     roles = ("producer", "producer")
 
     def label(self, node: ir.Node, g: Labeller) -> None:
-        g.freeze(g.operand(node, 0), f"{where(node)}: the axis is normalised over", but=(0, 1))
+        x = g.operand(node, 0)
+        g.freeze(x, f"{where(node)}: the axis is normalised over", but=(0, 1))
+        if written_norm(node) is not None:
+            for index in (1, 2):
+                g.freeze(g.operand(node, index), f"{where(node)}: an entry goes with the last channel of its group")
+            g.set(node.outputs[0], {0: x.get(0, ())})
+            return
         super().label(node, g)
         g.set(node.outputs[0], {axis: f for axis, f in g.of(node.outputs[0]).items() if axis < 2})
 

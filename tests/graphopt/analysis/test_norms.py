@@ -10,6 +10,7 @@ import pytest
 from text_graph import graph
 
 from graphopt.analysis.certificate import certify, choose
+from graphopt.analysis.frozen import frozen_axes
 from graphopt.analysis.remove import remove_units
 from graphopt.analysis.units import Coupling, analyse
 
@@ -132,6 +133,18 @@ def test_groups_lose_channels_or_go_whole(name: str) -> None:
     certificate = certify(model, coupling, choose(coupling, 0.5, 3))
     assert certificate.holds, certificate
     assert certificate.effect > 1e-2
+
+
+def test_scales_of_groups_are_reported_to_go_with_the_last_channel() -> None:
+    model = grouped(*GROUPS["two groups as exported"])
+    coupling = analyse(model)
+    told = {frozen.tensor: frozen.reason for frozen in frozen_axes(coupling)}
+    for name in ("o2", "z2"):
+        assert told[name] == "InstanceNormalization 'i': an entry goes with the last channel of its group"
+    whole = {unit.id for unit in coupling.units for m in unit.members if m.parameter == "w" and max(m.indices) < 8}
+    remove_units(model, coupling, whole)
+    norm = next(node for node in model.graph if node.op_type == "InstanceNormalization")
+    assert [list(value.shape) for value in norm.inputs[1:]] == [[1], [1]]
 
 
 @pytest.mark.parametrize("name", [*NORMS, *GROUPS])

@@ -327,7 +327,7 @@ CASES = {
         w2=(16, 2),
     ),
     "groups of channels over an image of unknown size": case(
-        4,
+        8,
         "(float[n,3,h,w] x) => (float[n,2,h,w] y)",
         """c = Conv(x, w1)  r = Reshape(c, to)  i = InstanceNormalization(r, one, zero)  s = Shape(c)  b = Reshape(i, s)
            m = Mul(b, g)  a = Add(m, e)  y = Conv(a, w2)""",
@@ -364,7 +364,7 @@ CASES = {
         by=np.array([1, 1.1, 2, 2], np.float32),
     ),
     "groups of channels with a scale by channel": case(
-        4,
+        8,
         IMAGE,
         """h = Conv(x, w1)  i = GroupNormalization<num_groups=4>(h, g, e)  r = Sigmoid(i)  y = Conv(r, w2)""",
         21,
