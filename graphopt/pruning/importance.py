@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from graphopt.analysis.rules import Sink
 from graphopt.analysis.units import Coupling
 from graphopt.calibration import Calibration, activations
 from graphopt.numerics.moments import Moments
@@ -137,7 +138,7 @@ def _moments(
     """Covariances at the layers that read these families; mean squares by channel at the other sinks."""
     keys = [k for k in setting.layers if any(k in f.layers for f in families)]
     narrow = [setting.layers[k] for k in keys if setting.layers[k].width <= WIDEST]
-    points = {(s.value, s.axis) for f in families for s in f.others}
+    points = {(s.value, s.axis) for f in families for s in _with_units(setting, f)}
     points |= {_power_point(setting.layers[k]) for k in keys if setting.layers[k].width > WIDEST}
     inside = {point for point in points if point[0] not in _streamed(setting.model)}
     full = {layer.key: [Moments(full=True) for _ in range(layer.groups)] for layer in narrow}
@@ -236,7 +237,7 @@ def _curve(
 def _power_shares(setting: Setting, family: Candidates, powers: dict[tuple[str, int], Floats]) -> Floats:
     """What each unit carries of the power that arrives where no layer reads it, summed over these places."""
     operands: dict[str, list[tuple[str, int]]] = {}
-    for sink in family.others:
+    for sink in _with_units(setting, family):
         operands.setdefault(sink.node, []).append((sink.value, sink.axis))
     carried: dict[tuple[str, int], Floats] = {}
     for node, points in operands.items():
@@ -258,6 +259,11 @@ def _power_shares(setting: Setting, family: Candidates, powers: dict[tuple[str, 
                 if int(unit) in place:
                     shares[place[int(unit)]] += float(power[position]) / total
     return shares
+
+
+def _with_units(setting: Setting, family: Candidates) -> list[Sink]:
+    """Sinks along whose axis units lie; those of weights inside fused operators are no activations and carry none."""
+    return [sink for sink in family.others if setting.coupling.axis_units(sink.value, sink.axis)]
 
 
 def _alike(points: Sequence[tuple[str, int]], powers: dict[tuple[str, int], Floats]) -> bool:

@@ -16,6 +16,7 @@ from graphopt.calibration import Calibration
 from graphopt.data.activations import activations
 from graphopt.numerics.moments import Moments
 from graphopt.parallel import Workers
+from graphopt.rewriting.layers import Layer, layers_of
 from graphopt.sparsity.layers import Floats, SparseLayer
 from graphopt.sparsity.tasks import Set, Task, by_input
 
@@ -52,6 +53,7 @@ class Measured:
         memory: int = MEMORY,
     ) -> None:
         self._model, self._sets, self._calibration = model.clone(), sets, calibration
+        self._layers = layers_of(self._model)[0]
         self._samples, self._workers, self._memory = samples, workers, memory
 
     def stages(self) -> Iterator[list[Task]]:
@@ -68,7 +70,9 @@ class Measured:
     def _measured(self, layers: list[SparseLayer]) -> list[list[Moments]]:
         """Moments of the inputs of these layers, one a group."""
         found = [[Moments(full=True) for _ in range(each.layer.groups)] for each in layers]
-        names = [(each.layer.source, each.layer.key) for each in layers]
+        # Of the clone: wrappers that were written meanwhile give what a layer of the model reads another name.
+        own = [self._layers[each.layer.key] for each in layers]
+        names = [(layer.source, layer.key) for layer in own]
         thinning = Thinning(self._samples or self._calibration.samples)
         stream = activations(
             self._model, names, self._calibration, limit=self._samples, threads=1, run=self._workers.map
@@ -77,14 +81,14 @@ class Measured:
             # a tensor that is not there comes with another slice
             there = [
                 (layer, moments)
-                for layer, moments in zip(layers, found, strict=True)
-                if layer.layer.source in tensors and layer.layer.key in tensors
+                for layer, moments in zip(own, found, strict=True)
+                if layer.source in tensors and layer.key in tensors
             ]
 
-            def add(pair: tuple[SparseLayer, list[Moments]], tensors: dict[str, Any] = tensors) -> None:
-                layer, moments = pair[0].layer, pair[1]
+            def add(pair: tuple[Layer, list[Moments]], tensors: dict[str, Any] = tensors) -> None:
+                layer, moments = pair
                 x, y = np.asarray(tensors[layer.source]), np.asarray(tensors[layer.key])
-                thin = thinning(pair[0], x, y)
+                thin = thinning(layer, x, y)
                 with np.errstate(all="ignore"):  # what is not finite is found before it is used
                     for group, each in enumerate(moments):
                         for columns, _ in layer.columns(x, y, group, thin):
@@ -105,10 +109,10 @@ class Thinning:
     def __init__(self, samples: int | None) -> None:
         self._samples = samples
 
-    def __call__(self, layer: SparseLayer, x: Any, y: Any) -> int:
+    def __call__(self, layer: Layer, x: Any, y: Any) -> int:
         """One of how many is taken of this batch."""
         batches = self._samples / x.shape[0] if self._samples and x.ndim and x.shape[0] else 1.0
-        return max(1, int(layer.layer.positions(y) * max(1.0, batches) / ROWS))
+        return max(1, int(layer.positions(y) * max(1.0, batches) / ROWS))
 
 
 def _portions(inputs: list[list[Set]], memory: int) -> Iterator[list[list[Set]]]:

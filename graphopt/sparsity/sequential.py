@@ -91,11 +91,13 @@ class Sequential:
 
     def _measured(self, readers: list[Set], ahead: list[SparseLayer]) -> list[Task]:
         layers = _members(readers)
-        first = layers[0].layer
+        # Of the clone: wrappers that were written meanwhile give what a layer of the model reads another name.
+        own = [self._layers[layer.layer.key] for layer in layers]
+        first = own[0]
         inputs = [Moments(full=True) for _ in range(first.groups)]
         goals = [[Moments() for _ in range(first.groups)] for _ in layers]
         totals = [self._total(layer, [*ahead, *layers]) for layer in layers]
-        outputs = [layer.layer.output for layer in layers]
+        outputs = [layer.output for layer in own]
         wanted = list(dict.fromkeys([*outputs, *totals]))
         stream = zip(
             self._before.stream(wanted), self._after.stream(list(dict.fromkeys([first.source, *wanted]))), strict=True
@@ -108,10 +110,10 @@ class Sequential:
                 t = dense[outputs[k]]
                 if total != outputs[k] and now[total].shape == y.shape == dense[total].shape:
                     t = dense[total] - (now[total] - y)
-                thin = self._thinning(layers[0], x, y)
+                thin = self._thinning(first, x, y)
                 with np.errstate(all="ignore"):  # what is not finite is found before it is used
                     for group in range(first.groups):
-                        for columns, rows in layers[k].layer.columns(x, t, group, thin):
+                        for columns, rows in own[k].columns(x, t, group, thin):
                             goals[k][group].update(columns, rows, axis=0)
                             if k == 0:
                                 inputs[group].update(columns, axis=0)

@@ -7,6 +7,7 @@ from typing import get_args
 import numpy as np
 import pytest
 from attention_graphs import DIM, HEADS, fused, separate
+from text_graph import graph
 
 from graphopt.analysis.cost import model_stats
 from graphopt.analysis.members import Mode
@@ -52,6 +53,21 @@ def test_without_heads_places_go():
     small, _ = pruned(model, params=0.8, fixed=("head",))
     assert [u.mode for u in analyse(small).units].count("head") == HEADS
     assert model_stats(small).parameters <= 0.8 * model_stats(model).parameters
+
+
+def test_attention_in_one_operator_is_pruned():
+    """Its weights are operands along which units lie only head by head: no activation's power is theirs."""
+    model = graph(
+        "(float[n,s,16] x) => (float[n,s,8] y)",
+        """h = MatMul(x, w)  r = Relu(h)
+        a = com.microsoft.Attention<num_heads=2>(r, wa, ba)  y = MatMul(a, v)""",
+        imports='"com.microsoft" : 1', w=(16, 16), wa=(16, 48), ba=(48,), v=(16, 8),
+    )  # fmt: skip
+    before = model_stats(model).parameters
+    x = np.random.default_rng(0).normal(size=(16, 5, 16)).astype(np.float32)
+    target = Target("cpu", "ort")
+    assert Prune(params=0.7).run(model, Context(target, load({"x": x}, model), None, 0, 1, Silent())).changed
+    assert model_stats(model).parameters <= 0.7 * before
 
 
 def test_kinds_are_those_of_the_analysis_and_can_be_written():

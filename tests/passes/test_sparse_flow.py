@@ -305,3 +305,17 @@ def test_factors_that_overflow_are_a_reason() -> None:
     assert result.changed or "overflow float16" in result.skipped[0].reason
     assert result.changed or weights(model) == before
     assert all(np.isfinite(v.const_value.numpy()).all() for v in model.graph.initializers.values())
+
+
+@pytest.mark.parametrize("propagate", [True, False])
+def test_wrappers_behind_a_layer_do_not_hide_the_next(propagate: bool) -> None:
+    """Nothing stands between the layers: what the second reads has another name once the first has its wrapper."""
+    random = np.random.default_rng(0)
+    arrays = {n: random.normal(size=(512, 512)).astype(np.float32) * 0.05 for n in "uv"}
+    model = graph("(float[n,512] x) => (float[n,512] y)", "h = MatMul(x, u)  y = MatMul(h, v)", **arrays)
+    ctx = context(model, {"x": random.normal(size=(64, 512)).astype(np.float32)})
+    made = Armor(form="factors", wrappers="out", overhead=0.05, cycles=1, propagate=propagate, memory=2)
+    result = made.run(model, ctx)
+    check(model)
+    assert not result.skipped
+    assert len(result.details["2:4 cores"]) == 2
