@@ -14,6 +14,7 @@ gain for each true channel.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -132,18 +133,22 @@ class WrittenNorm:
                 r.change_operand(self.norm, index, lambda array: array[plan.groups])
             for node, size in ((self.enter, count), (self.leave, len(plan.index))):
                 _size_channels(node, size, r)
-                _annotate(node.outputs[0], size)
-            _annotate(self.norm.outputs[0], count)
+                annotate(node.outputs[0], size)
+            annotate(self.norm.outputs[0], count)
         set_sizes(r, self.leave, 1, (0,))
         take_result(self.leave, plan, r)
 
 
 def written_norm(node: ir.Node) -> WrittenNorm | None:
     """The group norm that a Reshape or InstanceNormalization is part of, with a gain for each channel; else None."""
-    norm = _norm(node)
-    enter = standard(norm.inputs[0], "Reshape") if norm is not None else None
-    leave = only_reader(norm) if norm is not None else None
-    if norm is None or enter is None or leave is None or leave.op_type != "Reshape" or only_reader(enter) is not norm:
+    found = (_around(norm) for norm in _norms(node))
+    return next((each for each in found if each is not None), None)  # one at most: see `_around`
+
+
+def _around(norm: ir.Node) -> WrittenNorm | None:
+    """The group norm of an InstanceNormalization; its first Reshape has no other reader, and its last a gain behind."""
+    enter, leave = standard(norm.inputs[0], "Reshape"), only_reader(norm)
+    if enter is None or leave is None or leave.op_type != "Reshape" or only_reader(enter) is not norm:
         return None
     source = enter.inputs[0]
     if source is None or any(shapes.constant_tensor(v) is not None for v in (source, leave.inputs[0])):
@@ -162,12 +167,14 @@ def written_norm(node: ir.Node) -> WrittenNorm | None:
     return WrittenNorm(enter, norm, leave, groups) if fits else None
 
 
-def _norm(node: ir.Node) -> ir.Node | None:
-    """The InstanceNormalization at a node, before it or behind it."""
+def _norms(node: ir.Node) -> Iterator[ir.Node]:
+    """The InstanceNormalization at a node, or those before it and behind it, as one norm may follow another."""
     if node.op_type == "InstanceNormalization":
-        return node
-    before, behind = standard(node.inputs[0], "InstanceNormalization"), only_reader(node)
-    return before if before is not None or behind is None or behind.op_type != "InstanceNormalization" else behind
+        yield node
+        return
+    for near in (standard(node.inputs[0], "InstanceNormalization"), only_reader(node)):
+        if near is not None and near.op_type == "InstanceNormalization":
+            yield near
 
 
 def _size_channels(node: ir.Node, size: int, r: Removal) -> None:
@@ -179,7 +186,8 @@ def _size_channels(node: ir.Node, size: int, r: Removal) -> None:
         set_entries(r, node, 1, {1: size}, len(shapes.dims(node.outputs[0]) or ()))
 
 
-def _annotate(value: ir.Value, size: int) -> None:
+def annotate(value: ir.Value, size: int) -> None:
+    """Record the size of axis 1: what is spread keeps a name that the analysis does not know, and its old shape."""
     sizes = list(value.shape or ())
     sizes[1] = size
     value.shape = ir.Shape(sizes)

@@ -159,6 +159,39 @@ def test_what_was_pruned_can_be_pruned_again(name: str) -> None:
     assert certificate.effect > 1e-3
 
 
+@pytest.mark.parametrize("name", ["four groups", "four groups, a free size"])
+def test_what_lost_a_group_and_more_can_be_pruned_again(name: str) -> None:
+    model = grouped(*GROUPS[name])
+    coupling = analyse(model)
+    gone = {0, 1, 2, 3, 6}
+    remove_units(model, coupling, {u.id for u in coupling.units for m in u.members if m.role == "producer"
+                                   and m.parameter == "w" and gone.issuperset(m.indices)})  # fmt: skip
+    again = analyse(model)
+    certificate = certify(model, again, choose(again, 0.4, 2))
+    assert certificate.units
+    assert certificate.holds, certificate
+    assert certificate.effect > 1e-2
+
+
+def test_a_group_norm_behind_a_norm_of_instances() -> None:
+    """The Reshape into groups stands behind one InstanceNormalization and before another."""
+    model = graph(
+        "(float[2,3,8,8] x) => (float[2,5,6,6] y)",
+        f"t = Conv(x, w, c)  s = InstanceNormalization(t, a, d)  {EXPORTED.format('s', 'two', 2, 'sizes')}"
+        "  y = Conv(n, v)",
+        opset=21, w=(16, 3, 3, 3), c=(16,), a=(16,), d=(16,), v=(5, 16, 1, 1), gc=(16, 1, 1), bc=(16, 1, 1),
+        two=np.array([0, 2, 48, -1]), sizes=np.array([2, 16, 6, 6]),
+        o2=np.ones(2, np.float32), z2=np.zeros(2, np.float32),
+    )  # fmt: skip
+    coupling = analyse(model)
+    first = {u.id for u in coupling.units for m in u.members if m.parameter == "w" and max(m.indices) < 8}
+    assert len(first) == 8
+    for dead in (first, choose(coupling, 0.5, 1)):
+        certificate = certify(model, coupling, dead)
+        assert certificate.holds, certificate
+        assert certificate.effect > 1e-2
+
+
 @pytest.mark.parametrize("written", [False, True])
 def test_groups_that_do_not_fit_each_other_leave_every_channel_free(written: bool) -> None:
     """As in a U-Net with skips: 6 channels in groups of 3, then behind 10 others in groups of 8."""
