@@ -75,6 +75,17 @@ def with_member(member: type[Pass]) -> Context:
     return replace(context(), resolve=resolve)
 
 
+def test_growth_that_is_allowed_is_not_undone() -> None:
+    text = """g (float[1] x) => (float[1000] y)
+    { k = Constant <value = int64[1] {1000}> () t = ConstantOfShape(k) c = Cos(t) y = Mul(x, c) }"""
+    kept, stored = parse(text), parse(text)
+    FOLD.run(kept, context())
+    result = replace(FOLD, max_growth=4000).run(stored, context())
+    assert [node.op_type for node in kept.graph] == ["ConstantOfShape", "Cos", "Mul"]
+    assert [node.op_type for node in stored.graph] == ["Mul"]
+    assert not any("undone" in note for note in result.notes)
+
+
 def test_a_member_that_enlarges_the_model_is_undone() -> None:
     model = parse("g (float[N,2] x) => (float[N,2] y) { y = Relu(x) }")
     result = FOLD.run(model, with_member(Grow))
