@@ -112,6 +112,10 @@ class Prune(Pass):
                 f"{given[0][0]}={given[0][1]:g} keeps nothing or all", where="prune", hint="give a fraction between"
             )
 
+        if self.latency is None and (self.table is not None or self.precision != "same"):
+            hint = "give the budget as latency=, or leave them out"
+            raise UsageError("table= and precision= are of the budget latency= only", where="prune", hint=hint)
+
         unknown = [kind for kind in self.fixed if kind not in get_args(Kind)]
         if unknown:
             hint = f"kinds are {', '.join(get_args(Kind))}"
@@ -244,7 +248,7 @@ class _Run:
         """Rank the units and choose; `met` tells whether the budget is."""
         from graphopt.pruning.decision import Decision, built
         from graphopt.pruning.selection import choose
-        from graphopt.pruning.work import labelled_axes, terms_of
+        from graphopt.pruning.work import labelled_axes, terms_of, uncounted
 
         budget = self._latency() if self.name == "latency" else None
         terms = budget.terms if budget is not None else terms_of(self.name, self.model, self.coupling, self._sample())
@@ -253,6 +257,11 @@ class _Run:
                 "the multiply-accumulates of no layer are known, because sizes of tensors are not",
                 where="prune",
                 hint="fix sizes with --dim NAME=SIZE, or give the budget as params=",
+            )
+        if self.name == "macs" and (missed := uncounted(self.model, frozenset().union(*(t.nodes for t in terms)))):
+            self.result.notes.append(
+                f"warning: sizes of tensors are unknown at {len(missed)} layers ({missed[0]}, ...), whose "
+                "multiply-accumulates do not count in macs=; fix the input's sizes with --dim NAME=SIZE"
             )
         keep = self.fraction if budget is None else min(1.0, budget.keep(self.fraction))
         ranked, axes = self._rank(), labelled_axes(self.coupling)

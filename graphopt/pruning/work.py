@@ -6,7 +6,7 @@ A term is a function of the alive counts of some axes. Latency has terms of its 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,9 +58,15 @@ def mac_terms(model: ir.Model, coupling: Coupling, feeds: Mapping[str, npt.NDArr
         feeds: one sample; gives the sizes that the model leaves open. None: these count as 1.
     """
     terms = coupling.terms
-    if feeds is not None and not _all_counted(model, coupling):
+    if feeds is not None and uncounted(model, {t.node for t in terms}):
         terms = _analysed_at(model, coupling, feeds) or terms
     return [Product(t.coefficient, t.axes, frozenset({t.node})) for t in terms]
+
+
+def uncounted(model: ir.Model, counted: Set[str]) -> list[str]:
+    """Names of the outputs of linear nodes that are not among those `counted`: their sizes are unknown."""
+    linear = (n for n in model.graph.all_nodes() if n.op_type in {"Conv", "ConvTranspose", "Gemm", "MatMul"})
+    return [name for n in linear if (name := n.outputs[0].name) is not None and name not in counted]
 
 
 def parameter_terms(coupling: Coupling, *, in_bytes: bool = False) -> list[Term]:
@@ -107,13 +113,6 @@ def full_counts(term: Term) -> list[int]:
 def readers_of(model: ir.Model) -> dict[str, frozenset[str]]:
     """Keys of the nodes that read each initializer."""
     return {name: frozenset(node_key(use.node) for use in value.uses()) for name, value in initializers(model).items()}
-
-
-def _all_counted(model: ir.Model, coupling: Coupling) -> bool:
-    """True where the sizes that the model records tell the work of every linear node."""
-    counted = {term.node for term in coupling.terms}
-    linear = (n for n in model.graph.all_nodes() if n.op_type in {"Conv", "ConvTranspose", "Gemm", "MatMul"})
-    return all(n.outputs[0].name in counted for n in linear)
 
 
 def _analysed_at(model: ir.Model, coupling: Coupling, feeds: Mapping[str, npt.NDArray[Any]]) -> list[Any]:

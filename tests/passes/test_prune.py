@@ -201,6 +201,8 @@ def test_names_stay():
         ({"macs": 1.0}, "keeps nothing or all"),
         ({"macs": 0.01}, "cannot be met"),
         ({"macs": 0.5, "multiple": 0}, "outside"),
+        ({"macs": 0.5, "table": "times.json"}, "latency= only"),
+        ({"macs": 0.5, "precision": "int8"}, "latency= only"),
     ],
 )
 def test_wrong_options(options, message):
