@@ -27,6 +27,7 @@ from graphopt.numerics.ranges import Histogram, minmax_range, mse_range, percent
 from graphopt.numerics.rounding import Affine, Grid, affine
 from graphopt.pipeline.clone import private_clone
 from graphopt.quantization.emit import Emitter
+from graphopt.quantization.outputs import affordable
 from graphopt.quantization.plan import Plan, Unit, name_of, plan
 from graphopt.quantization.prepare import spatial_means_to_pools
 from graphopt.quantization.rules import Kind
@@ -78,6 +79,11 @@ class Quantize(Pass):
     percentile: float = option(99.99, "for ranges=percentile: the share of values inside the range", low=50, high=100)
     per_channel: bool | None = option(None, "one weight scale per output channel; default: as the target wants it")
     sensitive: Literal["auto", "none"] = option("auto", "auto leaves in float the few layers that cause most noise")
+    sparse_outputs: Literal["auto", "all", "none"] = option(
+        "auto",
+        "on targets whose int8 kernels that skip zeros write int8: of which sparse layers the output is quantised too; "
+        "auto: as many as cost 1 dB of signal to noise",
+    )
     exclude: tuple[str, ...] = option((), "globs over node names that stay in float")
     samples: int = option(512, "calibration samples for the ranges", low=1)
 
@@ -120,20 +126,29 @@ class _Work:
         self.noise: dict[str, float] = {}
         self.histograms: dict[str, Histogram] = {}
         self.rule = "minmax"
+        self.outputs: tuple[str, ...] = ()
         self._float_outputs: Reference | None = None
 
     def go(self, result: PassResult) -> None:
         """Plan, measure, choose, write."""
         chosen = first = self._planned()
-        histograms = self.histograms = self._histograms(first)
+        wide = self._plan(None) if self._asks_for_outputs else first
+        histograms = self.histograms = self._histograms(wide)
         unfit = {tensor: reason for tensor, h in histograms.items() if (reason := _unfit(h))}
         for key, unit in first.units.items():
             read = {first.roots[name] for name in _tensors(self.model, unit.key, unit.data)}
-            wrong = next((t for t in (*read, *(first.roots.get(c, c) for c in unit.carriers)) if t in unfit), None)
+            wrong = next(
+                (
+                    t
+                    for t in (*read, *(first.roots.get(c, c) for c in unit.carriers if unit.quantise_output))
+                    if t in unfit
+                ),
+                None,
+            )
             if wrong:
                 self.in_float[key] = f"tensor {wrong} {unfit[wrong]}"
         rules = ("minmax", "mse") if self.options.ranges == "auto" else (self.options.ranges,)
-        scales = {rule: self._scales(first, rule) for rule in rules}
+        scales = {rule: self._scales(wide, rule) for rule in rules}
         self.rule, self.activations = rules[0], scales[rules[0]]
         if self.in_float:
             chosen = self._replanned(first)
@@ -141,6 +156,8 @@ class _Work:
             self._choose_ranges(first, scales)
         if self.options.sensitive == "auto" and chosen.units:
             chosen = self._by_sensitivity(first, chosen, result)
+        if self._asks_for_outputs:
+            chosen = self._with_outputs(wide, chosen, result)
         emitter = Emitter(self.model, chosen, self.activations, self.scheme, self.per_channel)
         emitter.run()
         result.skipped.extend(chosen.skipped)
@@ -148,8 +165,15 @@ class _Work:
         result.skipped.extend(Skip(labels[key], reason) for key, reason in self.in_float.items())
         self._report(result, first, chosen, emitter)
 
+    @property
+    def _asks_for_outputs(self) -> bool:
+        return self.scheme.sparse_outputs and self.options.sparse_outputs != "none"
+
     def _planned(self) -> Plan:
-        return plan(self.model, self.scheme, exclude=self.options.exclude, in_float=self.in_float)
+        return self._plan(self.outputs)
+
+    def _plan(self, outputs: Sequence[str] | None) -> Plan:
+        return plan(self.model, self.scheme, exclude=self.options.exclude, in_float=self.in_float, outputs=outputs)
 
     def _histograms(self, planned: Plan) -> dict[str, Histogram]:
         from graphopt.data.activations import activations
@@ -246,6 +270,31 @@ class _Work:
                 "many layers; check the accuracy, or exclude the worst layers of the table"
             )
         return planned
+
+    def _with_outputs(self, wide: Plan, chosen: Plan, result: PassResult) -> Plan:
+        """The plan with outputs of sparse products in integers, as the target wants them, where that is cheap."""
+        keys = [
+            key
+            for key, unit in wide.units.items()
+            if unit.quantise_output and key in chosen.units and not chosen.units[key].quantise_output
+            and all(name in self.activations for name in unit.carriers)
+        ]  # fmt: skip
+        if not keys:
+            return chosen
+        reference = self._reference()
+
+        def noise(some: Sequence[str]) -> float:
+            planned = self._plan(some)
+            return reference.noise(self._variant(planned, list(planned.units)))
+
+        before = noise([])
+        self.outputs = tuple(keys if self.options.sparse_outputs == "all" else affordable(keys, before, noise))
+        after = noise(self.outputs)
+        result.notes.append(
+            f"outputs of {len(self.outputs)} of {len(keys)} products with sparse weights are quantised for kernels "
+            f"that skip zeros: {decibel(before):.1f} dB of signal to noise without, {decibel(after):.1f} dB with them"
+        )
+        return self._planned()
 
     def _macs(self, unit: Unit, planned: Plan) -> float:
         """Multiply-accumulates of a unit on the calibration data, from the sizes of the tensors seen there.

@@ -85,7 +85,12 @@ def name_of(value: ir.Value | None) -> str:
 
 
 def plan(
-    model: ir.Model, scheme: QuantScheme, *, exclude: tuple[str, ...] = (), in_float: Collection[str] = ()
+    model: ir.Model,
+    scheme: QuantScheme,
+    *,
+    exclude: tuple[str, ...] = (),
+    in_float: Collection[str] = (),
+    outputs: Collection[str] | None = (),
 ) -> Plan:
     """Plan a static QDQ quantisation of the main graph.
 
@@ -94,11 +99,13 @@ def plan(
         scheme: the target's.
         exclude: globs over node names; matching nodes stay in float.
         in_float: keys of units that stay in float.
+        outputs: keys of units whose output is quantised though no integer kernel reads it; None: all with sparse
+            weights, but for outputs of the graph.
     """
     skipped: list[Skip] = []
     units = _candidates(model, scheme, exclude, in_float, skipped)
     _shrink_to_islands(model.graph, units)
-    _decide_outputs(model.graph, units, sparse=scheme.sparse_outputs)
+    _decide_outputs(model.graph, units, outputs)
     return Plan(units, _roots(model.graph, units), skipped)
 
 
@@ -318,22 +325,21 @@ def _shrink_to_islands(graph: ir.Graph, units: dict[str, Unit]) -> None:
             del units[key]
 
 
-def _decide_outputs(graph: ir.Graph, units: dict[str, Unit], *, sparse: bool) -> None:
-    """A matrix product whose output no integer kernel reads gives float: one rounding fewer.
-
-    With `sparse`, those of sparse weights keep their integers, but for outputs of the graph.
-    """
+def _decide_outputs(graph: ir.Graph, units: dict[str, Unit], wanted: Collection[str] | None) -> None:
+    """A matrix product whose output no integer kernel reads gives float, unless it is wanted: one rounding fewer."""
     values = _values(graph)
     for key, unit in units.items():
         if unit.rule.needs_output or any(True for _ in _readers(values, unit, units)):
             continue
-        given_out = any(values[name].is_graph_output() for name in unit.carriers)
-        if not (sparse and not given_out and unit.weight == 1 and _is_sparse(values[key].producer())):
+        if not (_sparse_inside(values, unit) if wanted is None else key in wanted):
             units[key] = replace(unit, quantise_output=False)
 
 
-def _is_sparse(node: ir.Node | None) -> bool:
-    return node is not None and holds_any_pattern(node)
+def _sparse_inside(values: dict[str, ir.Value], unit: Unit) -> bool:
+    """Whether a product has a sparse weight and its output is none of the graph."""
+    node = values[unit.key].producer()
+    given_out = any(values[name].is_graph_output() for name in unit.carriers)
+    return node is not None and unit.weight == 1 and not given_out and holds_any_pattern(node)
 
 
 def _roots(graph: ir.Graph, units: dict[str, Unit]) -> dict[str, str]:
