@@ -142,6 +142,9 @@ class TorchBackend:
             ModelError: `to_torch` does not cover a model.
             DataError: the feeds do not fit a model.
         """
+        from graphopt.fx.extra import require_torch
+
+        require_torch(f"target {target.name!r}")
         import torch
 
         from graphopt.fx.semi_structured.lower import fate_rows, summary
@@ -201,9 +204,10 @@ class TorchBackend:
             ModelError: `to_torch` does not cover the model.
         """
         from graphopt.fx.extra import require_torch
-        from graphopt.fx.semi_structured.lower import fate_rows
 
         require_torch(f"target {target.name!r}")
+        from graphopt.fx.semi_structured.lower import fate_rows
+
         runs_here = self.unavailable(target) is None
         made = _lowered(model, target if runs_here else on_cpu(target))
         measured = self._measure(model, target, feeds) if runs_here else None

@@ -69,6 +69,19 @@ def test_without_the_device_it_refuses_and_names_what_runs(net: ir.Model) -> Non
             call()
 
 
+def test_without_torch_it_says_what_to_install(net: ir.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("graphopt.fx.semi_structured")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    target = registry.target("torch-cpu")
+    for call in (
+        lambda: TorchBackend().bench([net], target),
+        lambda: TorchBackend().lower(net, target, tmp_path / "b"),
+    ):
+        with pytest.raises(MissingBackendError, match=r"torch-cpu.*torch"):
+            call()
+
+
 def test_a_session_on_the_cpu_equals_the_runtime(net: ir.Model) -> None:
     session = BACKEND.session(net, CPU)
     for size in ((2, 5, 32), (1, 1, 32), (7, 3, 32)):
