@@ -95,6 +95,7 @@ def take_result(node: ir.Node, plan: Spread, r: Removal) -> None:
         r.cut_output(node, 0, {1: len(plan.places)})
     else:
         r.take_output(node, 1, plan.places)
+    _annotate(node.outputs[0], len(plan.index))  # not before: other rules still see the dense sizes
 
 
 @dataclass(frozen=True)
@@ -133,8 +134,8 @@ class WrittenNorm:
                 r.change_operand(self.norm, index, lambda array: array[plan.groups])
             for node, size in ((self.enter, count), (self.leave, len(plan.index))):
                 _size_channels(node, size, r)
-                annotate(node.outputs[0], size)
-            annotate(self.norm.outputs[0], count)
+            for node in (self.enter, self.norm):
+                _annotate(node.outputs[0], count)
         set_sizes(r, self.leave, 1, (0,))
         take_result(self.leave, plan, r)
 
@@ -186,8 +187,8 @@ def _size_channels(node: ir.Node, size: int, r: Removal) -> None:
         set_entries(r, node, 1, {1: size}, len(shapes.dims(node.outputs[0]) or ()))
 
 
-def annotate(value: ir.Value, size: int) -> None:
-    """Record the size of axis 1: what is spread keeps a name that the analysis does not know, and its old shape."""
+def _annotate(value: ir.Value, size: int) -> None:
+    """Record the size of axis 1 of a value that the analysis knows by no name."""
     sizes = list(value.shape or ())
     sizes[1] = size
     value.shape = ir.Shape(sizes)

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from graphopt.analysis import shapes
 from graphopt.analysis.dead_values import DeadValues
-from graphopt.analysis.grouped import WHOLE, annotate, spread, spread_operand, take_result, written_norm
+from graphopt.analysis.grouped import WHOLE, spread, spread_operand, take_result, written_norm
 from graphopt.analysis.labels import Factors
 from graphopt.analysis.remove import Removal
 from graphopt.analysis.rules import Labeller, OpRule, Role, rule, where
@@ -202,7 +202,6 @@ class GroupNormalization(OpRule):
                 r.change_operand(node, index, lambda array: np.append(array, 0.0)[plan.index])
         spread_operand(node, plan, r)
         node.attributes.add(ir.AttrInt64("num_groups", int(plan.groups.sum())))
-        annotate(node.outputs[0], len(plan.index))
         take_result(node, plan, r)
 
 

@@ -192,6 +192,23 @@ def test_a_group_norm_behind_a_norm_of_instances() -> None:
         assert certificate.effect > 1e-2
 
 
+def test_a_written_group_norm_behind_one_that_loses_whole_groups() -> None:
+    """What stands behind a norm is still as wide as it was when its own turn comes."""
+    model = graph(
+        "(float[2,3,8,8] x) => (float[2,5,6,6] y)",
+        f"t = Conv(x, w, c)  s = GroupNormalization<num_groups=4>(t, a, d)  sh = Shape(s)"
+        f"  {EXPORTED.format('s', 'two', 2, 'sh')}  y = Conv(n, v)",
+        opset=18, w=(16, 3, 3, 3), c=(16,), a=(4,), d=(4,), v=(5, 16, 1, 1), gc=(16, 1, 1), bc=(16, 1, 1),
+        two=np.array([0, 2, 48, 6]), o2=np.ones(2, np.float32), z2=np.zeros(2, np.float32),
+    )  # fmt: skip
+    coupling = analyse(model)
+    assert len(coupling.units) == 4
+    for dead in ({1}, {1, 3}, {1, 2}, {1, 2, 4}):
+        certificate = certify(model, coupling, dead)
+        assert certificate.holds, certificate
+        assert certificate.effect > 1e-2
+
+
 @pytest.mark.parametrize("written", [False, True])
 def test_groups_that_do_not_fit_each_other_leave_every_channel_free(written: bool) -> None:
     """As in a U-Net with skips: 6 channels in groups of 3, then behind 10 others in groups of 8."""
