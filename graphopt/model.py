@@ -130,6 +130,10 @@ def save(
         model: the model; not changed.
         path: the destination; its folder must exist.
         external: whether weights go to a data file; None: where the model came with one, or would not fit otherwise.
+        compress: store weights with many zeros as values and positions; `load` brings them back bit by bit.
+
+    Returns:
+        How the weights are stored; None without `compress`.
 
     Raises:
         UsageError: the destination is a folder, or its folder does not exist.

@@ -33,9 +33,10 @@ class Fold(Pass):
     """Fold constants, identities, BatchNormalization, affine chains, duplicates and dead code, to a fixpoint.
 
     Runs its members (`graphopt passes fold-constants` and so on) round after round until none changes the model. A
-    member that leaves more nodes or bytes than it found is undone (bytes that `max_growth` allows apart). EXACT: equal up to rounding of the folded weights.
-    Does not fire: what a member leaves and why is listed node by node. Preserves: the interface of the model except
-    initializers that are also graph inputs, which become constants (`keep_overridable`).
+    member that leaves more nodes or bytes than it found is undone (bytes that `max_growth` allows apart). EXACT: equal
+    up to rounding of the folded weights. Does not fire: what a member leaves and why is listed node by node. Preserves:
+    the interface of the model except initializers that are also graph inputs, which become constants
+    (`keep_overridable`).
     """
 
     name: ClassVar[str] = "fold"

@@ -17,7 +17,7 @@ from random_graphs import random_graph
 
 from graphopt import calibration
 from graphopt.base import Context, Pass
-from graphopt.errors import ModelError
+from graphopt.errors import ModelError, UsageError
 from graphopt.executor import Session
 from graphopt.files import compression
 from graphopt.model import check, infer_shapes, load, save
@@ -128,8 +128,11 @@ def _blocks(channels: int, random: np.random.Generator, diagonal: bool) -> np.nd
 # -- what must hold --------------------------------------------------------------------------------------------------
 
 
-def wrong(seed: int) -> str | None:
-    """What does not hold for the graph of a seed; None where all does."""
+def wrong(seed: int, *, quick: bool = False) -> str | None:
+    """What does not hold for the graph of a seed; None where all does.
+
+    `quick` leaves the slow ones, torch and passes over data, to one graph in eight each.
+    """
     random, model = np.random.default_rng(seed), base(seed)
     feeds = feeds_of(model, seed)
     try:
@@ -137,10 +140,10 @@ def wrong(seed: int) -> str | None:
         _unchanged_by(FoldWrappers(), model, feeds)
         _unchanged_by(Fold(), model, feeds)
         _stored(model, feeds)
-        _lowered(model, feeds)
         _merged(model, feeds)
-        _quantised(model, feeds)
-        _pruned(model, feeds)
+        for turn, slow in enumerate((_lowered, _quantised, _pruned)):
+            if not quick or seed // 5 % 8 == turn:
+                slow(model, feeds)
     except Wrong as error:
         return str(error)
     return None
@@ -244,7 +247,10 @@ def _quantised(model: ir.Model, feeds: Feeds) -> None:
 def _pruned(model: ir.Model, feeds: Feeds) -> None:
     """Pruned, a factorised model still runs; made sparse again, its patterns hold."""
     made = model.clone()
-    Prune(params=0.7).run(made, context(made, feeds))
+    try:
+        Prune(params=0.7).run(made, context(made, feeds))
+    except UsageError:
+        return  # too little of it can go
     check(made)
     infer_shapes(made)
     Session(made).run(feeds[0])
