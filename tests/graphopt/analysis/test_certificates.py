@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from random_graphs import random_graph
+from random_norm_graphs import norm_graph
 
 from graphopt import model as models
 from graphopt.analysis.certificate import certify, choose
@@ -19,6 +20,15 @@ from graphopt.analysis.units import analyse
 @given(st.integers(0, 2**31))
 def test_random_graphs_hold_their_certificates(seed: int) -> None:
     model = random_graph(seed)
+    coupling = analyse(model)
+    dead = choose(coupling, 0.5, seed)
+    if dead:
+        assert certify(model, coupling, dead, seed=seed).holds
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_graphs_full_of_norms_hold_their_certificates(seed: int) -> None:
+    model = norm_graph(seed)
     coupling = analyse(model)
     dead = choose(coupling, 0.5, seed)
     if dead:
