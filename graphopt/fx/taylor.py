@@ -151,7 +151,8 @@ def _with_uses(model: ir.Model, coupling: Coupling) -> tuple[ir.Model, list[_Use
 
 
 def _run(module: Any, feeds: Any, *, gradients: bool) -> list[torch.Tensor]:
-    inputs = [torch.from_numpy(np.ascontiguousarray(feeds[name])) for name in module.meta["inputs"]]
+    # copied: samples may be read-only, which torch cannot hold
+    inputs = [torch.from_numpy(np.array(feeds[name], order="C")) for name in module.meta["inputs"]]
     for tensor in inputs:
         if gradients and tensor.is_floating_point():
             tensor.requires_grad_()
