@@ -41,7 +41,8 @@ def eligibility(model: ir.Model, target: Target) -> Eligibility:
     if not target.sparsity_2_4:
         return Eligibility(target.name, kernels=False)
     rows = [_judge(node, target, inside=graph is not model.graph) for graph, node in _layers(model)]
-    return Eligibility(target.name, True, target.sparse.note, rows)
+    own = [row for row in rows if row.role not in ("in", "out")]
+    return Eligibility(target.name, True, target.sparse.note, len(own), sum(row.parameters for row in own), rows)
 
 
 def _layers(model: ir.Model) -> Iterator[tuple[ir.Graph, ir.Node]]:

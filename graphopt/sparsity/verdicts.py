@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 SCHEMA = 1
@@ -56,17 +56,20 @@ class Eligibility:
         target: its name.
         kernels: False where it has no kernels that skip zeros.
         note: what else must hold.
+        linear, parameters: number of linear nodes of the model but wrappers, and elements of their weights.
         layers: one verdict each.
     """
 
     target: str
     kernels: bool
     note: str = ""
+    linear: int = 0
+    parameters: int = 0
     layers: list[LayerVerdict] = field(default_factory=list)
 
     def sparse(self) -> Eligibility:
         """The same with the layers alone whose weights are 2:4."""
-        return Eligibility(self.target, self.kernels, self.note, [row for row in self.layers if row.sparse])
+        return replace(self, layers=[row for row in self.layers if row.sparse])
 
     def counts(self) -> dict[str, int]:
         """How many layers have each verdict."""
@@ -79,11 +82,11 @@ class Eligibility:
             return f"target {self.target} has no kernels that skip zeros"
         sparse = self.sparse()
         if not sparse.layers:
-            return f"none of the {len(self.layers)} linear layers is 2:4 along its input channels (sparsify, armor)"
-        counts, total = sparse.counts(), sum(row.parameters for row in self.layers)
-        share = sum(row.parameters for row in sparse.layers if row.verdict == "may") / total if total else 0.0
+            return f"none of the {self.linear} linear layers is 2:4 along its input channels (sparsify, armor)"
+        counts, may = sparse.counts(), sum(row.parameters for row in sparse.layers if row.verdict == "may")
+        share = may / self.parameters if self.parameters else 0.0
         return (
-            f"{len(sparse.layers)} of {len(self.layers)} linear layers are 2:4: on {self.target} "
+            f"{len(sparse.layers)} of {self.linear} linear layers are 2:4: on {self.target} "
             f"{counts['may']} may run sparsely ({share:.0%} of the weights), "
             f"{counts['unlikely']} are legal and unlikely to gain, {counts['not']} stay dense"
         )

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from random_graphs import random_graph
 from sparse_layers import context, layer_model, mixed
 from sparse_models import sparse
 from text_graph import graph
@@ -21,6 +22,8 @@ from graphopt.passes.armor import Armor
 from graphopt.passes.quantize import Quantize
 from graphopt.report.data import Report
 from graphopt.sparsity.eligibility import eligibility
+from graphopt.sparsity.found import sparse_weights
+from graphopt.sparsity.marks import is_wrapper, role_of
 from graphopt.sparsity.verdicts import Eligibility, LayerVerdict
 from graphopt.target import SparseKernels, Target
 
@@ -232,6 +235,26 @@ def test_zeros_that_quantisation_filled_are_seen() -> None:
     assert verdict(quantised(w=integers)).rule == "pattern"
 
 
+def check_form(model: ir.Model) -> None:
+    """What TensorRT's parser takes: int8 between Q, storage and DQ alone, zero points 0, wrappers in float."""
+    for node in model.graph:
+        integers = [
+            value for value in (*node.inputs, *node.outputs) if value is not None and value.dtype == ir.DataType.INT8
+        ]
+        assert not integers or node.op_type in ("QuantizeLinear", "DequantizeLinear")
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            assert not node.inputs[2].const_value.numpy().any()
+            assert all(value.dtype != ir.DataType.INT32 for value in node.inputs)
+        if is_wrapper(node):
+            assert all(value.dtype in (ir.DataType.FLOAT, ir.DataType.INT64) for value in node.inputs)
+    for each in sparse_weights(model):
+        weight = each.node.inputs[1]
+        if each.role != "core" and not each.quantised:
+            continue
+        before = weight.producer()
+        assert before is None or (before.op_type == "DequantizeLinear" and before.inputs[0].is_initializer())
+
+
 # -- targets, factors, pipelines ---------------------------------------------------------------------------------------
 
 
@@ -267,6 +290,10 @@ def test_cores_between_wrappers_are_eligible_in_float_and_in_integers(name: str)
         if step == "float16":
             assert core.verdict == "may"
             Quantize(sensitive="none").run(model, run)
+    check_form(model)
+    (node,) = [node for node in model.graph if role_of(node) == "core"]
+    scaled = node.inputs[0].producer()
+    assert scaled.op_type == "DequantizeLinear" and role_of(scaled.inputs[0].producer().inputs[0].producer()) == "in"
 
 
 def test_the_report_is_plain_data() -> None:
@@ -300,8 +327,10 @@ def test_convolutions_of_a_residual_network(data_dir: Path) -> None:
     rows = found.report.sparsity.layers
     assert {(row.verdict, row.rule, row.type, row.outputs) for row in rows} == {("unlikely", "size", "int8", 64)}
     assert len(rows) == 17  # 64 -> 64 channels, 3x3
+    check_form(found.model)
     again = Report.from_json(found.report.to_json())
     assert again.sparsity == found.report.sparsity and "17 are legal and unlikely" in again.sparsity.summary()
+    assert "17 of 56 linear layers are 2:4" in again.sparsity.summary()
     left = graphopt.optimize(path, "sparsify{method=magnitude}", target="jetson-orin", verify_each="off", bench=False)
     assert left.report.sparsity is None  # no layer of this network would gain
     assert {skip.reason for skip in left.report.passes[0].skipped} >= {"64 output channels are fewer than 256"}
@@ -318,8 +347,16 @@ def test_products_of_a_transformer(data_dir: Path) -> None:
     assert found.report.sparsity is not None
     assert len(found.report.sparsity.layers) == 36
     assert {(row.verdict, row.type) for row in found.report.sparsity.layers} == {("may", "int8")}
-    zero_points = [v for v in found.model.graph.initializers.values() if str(v.name).endswith("zero_point")]
-    assert all(v.dtype == ir.DataType.INT8 and not v.const_value.numpy().any() for v in zero_points)
+    check_form(found.model)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_graphs_have_verdicts(seed: int) -> None:
+    model = random_graph(seed)
+    found = eligibility(model, SMALL)
+    assert all(row.verdict in ("may", "unlikely", "not") for row in found.layers)
+    assert all(bool(row.reason) != (row.verdict == "may") for row in found.layers)
+    assert found.summary()
 
 
 @pytest.mark.parametrize(
