@@ -33,7 +33,7 @@ _HOMES = {
     "fx.from_torch": ("from_torch",),
     "fx.prune_module": ("PrunedModule", "prune_module"),
     "fx.to_torch": ("to_torch", "update_weights"),
-    "jobs": ("Inspection", "bench", "compare", "inspect", "lower", "run"),
+    "jobs": ("Inspection", "bench", "compare", "compare_layers", "inspect", "lower", "run"),
     "manager": ("PassManager",),
     "model": ("load", "save"),
     "pipeline.instruments": ("Instrument",),
@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     from graphopt.jobs import Inspection as Inspection
     from graphopt.jobs import bench as bench
     from graphopt.jobs import compare as compare
+    from graphopt.jobs import compare_layers as compare_layers
     from graphopt.jobs import inspect as inspect
     from graphopt.jobs import lower as lower
     from graphopt.jobs import run as run

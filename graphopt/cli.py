@@ -227,24 +227,37 @@ def inspect(model: str, units: bool, target: str | None, dim: dict[str, int], as
 @click.option(
     "--tolerance", type=float, metavar="X", help="Relative difference allowed; without: rounding of the dtype."
 )
+@click.option("--layers", is_flag=True, help="Also which layers of B make the error, and what to leave in float.")
 @dim_option
 @seed_option
 @common
 @click.pass_context
 def compare(
-    ctx: click.Context, /, a: str, b: str, tolerance: float | None, seed: int | None, as_json: bool, **options: Any
+    ctx: click.Context,
+    /,
+    a: str,
+    b: str,
+    tolerance: float | None,
+    layers: bool,
+    seed: int | None,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Do the models A and B compute the same? Exit code 4 where they do not."""
-    from graphopt.jobs import compare as measure
+    from graphopt import jobs
     from graphopt.report import tables
+    from graphopt.report.layers import print_layers
 
-    found = measure(a, b, seed=seed or 0, **options)
+    found = jobs.compare(a, b, seed=seed or 0, **options)
+    errors = jobs.compare_layers(a, b, seed=seed or 0, **options) if layers else None
     equal = found.equal if tolerance is None else found.worst_relative <= tolerance
     if as_json:
-        _json(tables.comparison_dict(found, equal))
+        _json(tables.comparison_dict(found, equal) | ({"layers": errors.to_dict()} if errors else {}))
     else:
         tables.print_comparison(tables.console(sys.stdout), found, equal)
-    tables.print_warnings(tables.console(sys.stderr), found.notes)
+        if errors is not None:
+            print_layers(tables.console(sys.stdout), errors)
+    tables.print_warnings(tables.console(sys.stderr), [*found.notes, *(errors.notes if errors else ())])
     ctx.exit(0 if equal else 4)
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from graphopt.analysis.units import Coupling
     from graphopt.backend import BenchResult
     from graphopt.data.feeds import InputSpec
+    from graphopt.diagnosis.layers import LayerErrors
     from graphopt.files.stored import Storage
     from graphopt.latency.report import Measured
     from graphopt.report.units import UnitGroup
@@ -161,6 +162,36 @@ def compare(
         feeds = verify.random_feeds(first, seed, samples=samples)
         return verify.compare(first, second, feeds)
     return verify.compare(first, second, calibration.load(calib, first, seed=seed).batches())
+
+
+def compare_layers(
+    a: ir.Model | str | os.PathLike[str],
+    b: ir.Model | str | os.PathLike[str],
+    *,
+    calib: Any = None,
+    seed: int = 0,
+    samples: int = 4,
+    dim: Mapping[str, int] | None = None,
+) -> LayerErrors:
+    """Find out which layers of a model make its error against the model it was made of, and what to leave in float.
+
+    Args:
+        a, b, calib, seed, samples, dim: as in `compare`.
+
+    Raises:
+        VerificationError: the second model fails where the first one runs.
+        ModelError, DataError: a model or the data is not valid, or the models have no input or tensor in common.
+    """
+    from graphopt import calibration, verify
+    from graphopt.diagnosis.layers import layer_errors
+
+    first, second = _model(a, dim), _model(b, dim)
+    _check_same_inputs([first, second], [_name(a, "A"), _name(b, "B")])
+    given = verify.random_feeds(first, seed, samples=samples) if calib is None else calib
+    found = layer_errors(first, second, calibration.load(given, first, seed=seed))
+    if calib is None:
+        found.notes.insert(0, "compared on random numbers, which says little about real inputs; give data with --calib")
+    return found
 
 
 def bench(

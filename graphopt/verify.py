@@ -207,8 +207,14 @@ class _Sums:
         )
 
 
-class _Runner:
-    """A model that runs whole where its weights are small, and in slices where they are not."""
+class Runner:
+    """A model that runs whole where its weights are small, and in slices where they are not.
+
+    Args:
+        model: a model, or its file.
+        threads: of one operator.
+        slice_bytes: weights above this many bytes are executed in slices.
+    """
 
     def __init__(self, model: ir.Model | Path, threads: int, slice_bytes: int) -> None:
         from graphopt.executor import Session
@@ -225,6 +231,7 @@ class _Runner:
             self._whole = Session(model, threads=threads)
 
     def run_all(self, feeds: Sequence[Mapping[str, Array]]) -> list[dict[str, Array]]:
+        """The outputs of every feed, by name."""
         if self._sliced is not None:
             return self._sliced.run_all(feeds)
         assert self._whole is not None
@@ -253,7 +260,7 @@ def compare(
             shape or type.
         ModelError, DataError: the reference does not run on the feeds.
     """
-    first, second = _Runner(a, threads, slice_bytes), _runner_of_candidate(b, threads, slice_bytes)
+    first, second = Runner(a, threads, slice_bytes), runner_of_candidate(b, threads, slice_bytes)
     missing = [name for name in first.output_names if name not in second.output_names]
     if missing:
         raise VerificationError(
@@ -262,8 +269,8 @@ def compare(
     sums = [_Sums(name) for name in first.output_names]
     count = 0
     for batch in _batched(feeds, FEEDS_AT_ONCE):
-        expected = _run_reference(first, batch)
-        found = _run_candidate(second, batch)
+        expected = run_reference(first, batch)
+        found = run_candidate(second, batch)
         count += len(batch)
         for feed, left, right in zip(batch, expected, found, strict=True):
             samples = next((array.shape[0] for array in feed.values() if array.ndim), 1)
@@ -286,14 +293,16 @@ def _batched(feeds: Iterable[Mapping[str, Array]], size: int) -> Iterator[list[M
         yield batch
 
 
-def _runner_of_candidate(model: ir.Model | Path, threads: int, slice_bytes: int) -> _Runner:
+def runner_of_candidate(model: ir.Model | Path, threads: int, slice_bytes: int) -> Runner:
+    """A runner of the second model; that the runtime refuses it is its fault."""
     try:
-        return _Runner(model, threads, slice_bytes)
+        return Runner(model, threads, slice_bytes)
     except ModelError as error:
         raise VerificationError(error.what, where=error.where, hint=error.hint) from error
 
 
-def _run_reference(runner: _Runner, batch: list[Mapping[str, Array]]) -> list[dict[str, Array]]:
+def run_reference(runner: Runner, batch: list[Mapping[str, Array]]) -> list[dict[str, Array]]:
+    """Run the first model; where it fails, the data is asked for."""
     try:
         return runner.run_all(batch)
     except ModelError as error:
@@ -302,7 +311,8 @@ def _run_reference(runner: _Runner, batch: list[Mapping[str, Array]]) -> list[di
         ) from error
 
 
-def _run_candidate(runner: _Runner, batch: list[Mapping[str, Array]]) -> list[dict[str, Array]]:
+def run_candidate(runner: Runner, batch: list[Mapping[str, Array]]) -> list[dict[str, Array]]:
+    """Run the second model; where it fails, the two do not compute the same."""
     try:
         return runner.run_all(batch)
     except GraphoptError as error:

@@ -173,6 +173,20 @@ def test_a_preset_is_spelled_out_once() -> None:
     assert (done.stdout + done.stderr).count("-O1 is --passes") == 1
 
 
+def test_layers_that_differ_are_told(tmp_path: Path) -> None:
+    small = tmp_path / "small.onnx"
+    call("optimize", MODEL, "--passes", "fold", "-o", tmp_path / "folded.onnx")
+    shown = call("compare", MODEL, tmp_path / "folded.onnx", "--layers").stdout
+    assert "no layer stands out" in shown and "went into" in shown
+    call("optimize", MODEL, "--passes", "sparsify{method=magnitude}", "--verify-each", "structure", "-o", small)
+    found = json.loads(call("compare", MODEL, small, "--layers", "--calib", CALIB, "--json", code=4).stdout)
+    assert not found["equal"] and found["layers"]["schema"] == 1
+    errors = [float(layer["added"]["sqnr_db"]) for layer in found["layers"]["layers"]]
+    assert errors == sorted(errors) and errors[0] < 30
+    assert "layers" not in json.loads(call("compare", MODEL, MODEL, "--json").stdout)
+    assert "random numbers" in call("compare", MODEL, MODEL, "--layers").stderr
+
+
 def test_models_with_other_inputs_are_not_compared(tmp_path: Path) -> None:
     import onnx
     from onnx import TensorProto, helper

@@ -1,0 +1,1 @@
+"""Where two models that should agree part: tensors matched, errors layer by layer."""

@@ -1,0 +1,338 @@
+"""Errors of a model B against the model A it was made of, layer by layer, and what to leave in float.
+
+At each tensor t that both have, over all elements of all samples, in float64:
+
+    total error    b - a         a and b: t in A and in B. What has accumulated up to here.
+    added error    f(x_a) - a    f: the part of B that computes t; x_a: the matched tensors it reads, with A's values.
+                                 What this layer alone contributes, quantisation of its inputs and weights included.
+    inherited      the total error of the worst tensor that B reads for t. Where the total SQNR is far below it and the
+                   layer adds little, the function itself amplifies (a logarithm, a difference of close numbers).
+    SQNR           10 log10(sum a^2 / sum error^2)  dB
+    cosine         sum a y / sqrt(sum a^2 sum y^2),  y = b or f(x_a)
+
+A tensor by which B means something else (scaled channels after an equalisation, a centred stream) must not pass for a
+layer in error: if readers come out `UNDONE` times worse on A's value of t than in B itself, they undo what was done to
+t, and t is taken off the list, with that reason.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.calibration import Calibration
+from graphopt.diagnosis.matching import TRANSPARENT, Pair, Unmatched, match, unmatched
+from graphopt.diagnosis.running import Array, Seen, Size, probe, sources, stream
+from graphopt.errors import DataError
+from graphopt.pipeline.clone import private_clone
+from graphopt.quantization.rules import ABSORBED, QUANTISED_OPS, RULES, Kind
+from graphopt.rewriting.edit import bodies, is_onnx, label
+
+SCHEMA = 1
+"""Version of `LayerErrors.to_dict`: raised whenever a key changes its meaning or goes."""
+
+MASK = 1e30
+"""Elements that reach this are masks (float32 lowest stands for minus infinity) and left out."""
+
+BLOCK = 1 << 20
+"""Elements that are taken to float64 at a time."""
+
+UNDONE = 10.0
+"""Noise power of a layer on A's values over its noise power in B, from which the layer undoes something; see above."""
+
+TRIAL_SAMPLES = 8
+"""Samples on which tensors with another meaning are found."""
+
+POOR_DB = 20.0
+"""A layer that adds an error above this (1 % noise power) is bad by itself."""
+
+OUTLIER_DB = 10.0
+"""A layer this far below the median of the layers with an error stands out."""
+
+AMPLIFIED_DB = 10.0
+"""A layer behind which the error is this much larger than before it is told to amplify."""
+
+SHARE = 0.25
+"""At most this fraction of the layers with an error is suggested to stay in float: beyond, it is the scheme."""
+
+
+@dataclass(frozen=True)
+class Error:
+    """How far a tensor is off: signal to noise in dB (inf where exact), cosine similarity, largest difference."""
+
+    sqnr_db: float
+    cosine: float
+    max_abs: float
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """The errors at one tensor.
+
+    Attributes:
+        tensor: its name in A.
+        node, op: the node of A that computes it.
+        shape: in A, of a call with one sample.
+        other: the tensor of B that stands for it.
+        matched: how it was found: provenance, name, node or place (`graphopt.diagnosis.matching`).
+        added: the error that this layer of B makes of A's inputs.
+        total: the error in B, accumulated from the inputs on.
+        inherited_db: SQNR in dB of the worst tensor that B computes it from; inf where that is exact, or inputs only.
+        nonfinite: elements that are NaN or infinite in one model and different in the other.
+        exclude: the node to leave in float, if this is the layer to blame.
+    """
+
+    tensor: str
+    node: str
+    op: str
+    shape: tuple[int, ...]
+    other: str
+    matched: str
+    added: Error
+    total: Error
+    inherited_db: float
+    nonfinite: int
+    exclude: str
+
+
+@dataclass(frozen=True)
+class LayerErrors:
+    """What `compare_layers` found.
+
+    Attributes:
+        layers: one entry for each matched tensor, the one whose layer adds most error first.
+        unmatched: floating-point tensors of A without a counterpart, and why.
+        exclude: nodes that stand out and should stay in float, worst first.
+        suggestion: the pass with these nodes excluded, ready to paste; None where nothing stands out or B holds
+            nothing quantised.
+        samples: how many samples were compared.
+        notes: what the user should know about the comparison itself.
+    """
+
+    layers: list[LayerError]
+    unmatched: list[Unmatched]
+    exclude: tuple[str, ...]
+    suggestion: str | None
+    samples: int
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {"schema": SCHEMA, **asdict(self)}
+
+
+def layer_errors(a: ir.Model, b: ir.Model, calibration: Calibration, *, threads: int = 1) -> LayerErrors:
+    """Match the tensors of two models with the same inputs and measure the error of every layer.
+
+    Args:
+        a: the reference; not changed.
+        b: what was made of it; not changed.
+        calibration: the data; passed over at least twice.
+        threads: of ONNX Runtime.
+
+    Raises:
+        DataError: there is no data, or the models have no tensor in common.
+        VerificationError: the second model fails where the first one runs.
+        ModelError: the first model does not run on the data.
+    """
+    from graphopt.model import infer_shapes
+
+    a, b = private_clone(a), private_clone(b)
+    for model in (a, b):
+        infer_shapes(model)
+    if next(iter(calibration.batches(1, 1)), None) is None:
+        raise DataError("there are no samples to compare on", where=calibration.name, hint="give data with --calib")
+    pairs, missing = match(a, b)
+    sizes = probe(a, b, pairs, calibration, threads)
+    for pair in [p for p in pairs if sizes[p][0].shape != sizes[p][1].shape]:
+        here, there = (list(size.shape) for size in sizes[pair])
+        missing.append(unmatched(pair.a, f"its shape is {here}, and {there} in B"))
+        pairs.remove(pair)
+    while True:
+        if not pairs:
+            raise DataError("the models have no tensor in common", hint="compare a model with what was made of it")
+        read = sources(pairs)
+        sums = _measured(stream(a, b, pairs, sizes, calibration, limit=TRIAL_SAMPLES, threads=threads))
+        renamed = _undone(sums, read)
+        if not renamed:
+            break
+        missing += [unmatched(pair.a, reason) for pair, reason in renamed.items()]
+        pairs = [pair for pair in pairs if pair not in renamed]
+    if calibration.samples is None or calibration.samples > TRIAL_SAMPLES:
+        sums = _measured(stream(a, b, pairs, sizes, calibration, limit=None, threads=threads))
+    return _result(a, b, sums, read, sizes, missing, calibration)
+
+
+class _Sums:
+    """Moments of a tensor and its approximation."""
+
+    def __init__(self) -> None:
+        self.signal = self.noise = self.other = self.product = self.max_abs = 0.0
+        self.nonfinite = 0
+
+    def add(self, a: Array, b: Array) -> None:
+        flat, found = a.reshape(-1), b.reshape(-1)
+        for start in range(0, flat.size, BLOCK):
+            x = flat[start : start + BLOCK].astype(np.float64)
+            y = found[start : start + BLOCK].astype(np.float64)
+            plain = (np.abs(x) < MASK) & (np.abs(y) < MASK)
+            if not plain.all():
+                differ = ~(np.isfinite(x) & np.isfinite(y)) & (x != y) & ~(np.isnan(x) & np.isnan(y))
+                self.nonfinite += int(np.count_nonzero(differ))
+                x, y = x[plain], y[plain]
+            error = y - x
+            self.signal += float(x @ x)
+            self.noise += float(error @ error)
+            self.other += float(y @ y)
+            self.product += float(x @ y)
+            self.max_abs = max(self.max_abs, float(np.abs(error).max(initial=0.0)))
+
+    def error(self) -> Error:
+        if self.nonfinite:
+            return Error(-math.inf, 0.0, math.inf)
+        if self.noise == 0.0:
+            return Error(math.inf, 1.0, 0.0)
+        sqnr = 10 * math.log10(self.signal / self.noise) if self.signal else -math.inf
+        norms = math.sqrt(self.signal) * math.sqrt(self.other)
+        return Error(sqnr, min(1.0, self.product / norms) if norms else 0.0, self.max_abs)
+
+
+@dataclass
+class _Both:
+    added: _Sums = field(default_factory=_Sums)
+    total: _Sums = field(default_factory=_Sums)
+
+
+def _measured(seen: Iterable[Seen]) -> dict[Pair, _Both]:
+    found: dict[Pair, _Both] = {}
+    for tensor in seen:
+        sums = found.setdefault(tensor.pair, _Both())
+        sums.added.add(tensor.a, tensor.alone)
+        sums.total.add(tensor.a, tensor.b)
+    return found
+
+
+def _undone(sums: Mapping[Pair, _Both], read: Mapping[Pair, Sequence[Pair]]) -> dict[Pair, str]:
+    """Tensors by which B means something else: their readers are right in B, and wrong on A's values."""
+    found: dict[Pair, str] = {}
+    for pair, both in sums.items():
+        added, total = both.added.error(), both.total.error()
+        if added.sqnr_db > POOR_DB or both.added.noise <= UNDONE * both.total.noise:
+            continue
+        for source in read[pair]:
+            off = sums[source].total.error().sqnr_db
+            # Only a tensor that is further off than what is computed from it can have been undone there.
+            if off < total.sqnr_db - 10 * math.log10(UNDONE):
+                found[source] = (
+                    f"{source.b.name} of B holds other values ({off:.1f} dB), and what computes {pair.name} "
+                    f"({total.sqnr_db:.1f} dB) undoes that: it means something else"
+                )
+    return found
+
+
+def _result(
+    a: ir.Model,
+    b: ir.Model,
+    sums: Mapping[Pair, _Both],
+    read: Mapping[Pair, Sequence[Pair]],
+    sizes: Mapping[Pair, tuple[Size, Size]],
+    missing: list[Unmatched],
+    calibration: Calibration,
+) -> LayerErrors:
+    there = {label(node) for node in b.graph}
+    totals = {pair: both.total.error() for pair, both in sums.items()}
+    layers = []
+    for pair, both in sums.items():
+        node = pair.a.producer()
+        assert node is not None
+        inherited = min((totals[source].sqnr_db for source in read[pair]), default=math.inf)
+        layers.append(
+            LayerError(
+                pair.name, label(node), node.op_type, sizes[pair][0].shape, str(pair.b.name), pair.how,
+                both.added.error(), totals[pair], inherited, both.total.nonfinite, _to_exclude(pair, there),
+            )
+        )  # fmt: skip
+    layers.sort(key=lambda layer: (layer.added.sqnr_db, layer.total.sqnr_db))
+    quantised = any(node.op_type in QUANTISED_OPS for node in b.graph)
+    exclude = _outliers(layers) if quantised else ()
+    order = {str(v.name): i for i, node in enumerate(a.graph) for v in node.outputs}
+    missing.sort(key=lambda tensor: order[tensor.tensor])
+    notes = [*_notes(a, calibration), *_amplifiers(layers)]
+    return LayerErrors(layers, missing, exclude, _suggestion(exclude), calibration.samples or 0, notes)
+
+
+def _to_exclude(pair: Pair, there: set[str]) -> str:
+    """The node to exclude for the error at a tensor: the one that was quantised, in A if B knows its name."""
+    node = _worker(pair.a)
+    if node is None or node.op_type not in RULES or label(node) not in there:
+        node = _worker(pair.b) or node
+    return "" if node is None else label(node)
+
+
+def _worker(value: ir.Value) -> ir.Node | None:
+    """The node whose quantisation shows at a tensor: before what its output absorbs or only moves its integers."""
+    node = value.producer()
+    moves = (op for op, rule in RULES.items() if rule.kind is Kind.MOVE)
+    passed = (*ABSORBED, *TRANSPARENT, *moves)
+    while node is not None and is_onnx(node, *passed) and node.inputs[0] is not None:
+        before = node.inputs[0].producer()
+        if before is None:
+            break
+        node = before
+    return node
+
+
+def _outliers(layers: Sequence[LayerError]) -> tuple[str, ...]:
+    """Nodes of the layers that are bad by themselves or far below the others, worst first, at most a share of all."""
+    noisy = [layer for layer in layers if layer.added.sqnr_db < math.inf]
+    if not noisy:
+        return ()
+    bar = max(POOR_DB, median(layer.added.sqnr_db for layer in noisy) - OUTLIER_DB)
+    bad = [layer.exclude for layer in noisy if layer.added.sqnr_db < bar and layer.exclude]
+    return tuple(dict.fromkeys(bad))[: max(1, int(SHARE * len(noisy)))]
+
+
+def _suggestion(exclude: tuple[str, ...]) -> str | None:
+    from graphopt.registry import pass_class
+    from graphopt.spec import make_pass, to_spec
+
+    if not exclude:
+        return None
+    globs = tuple(_literal(name) for name in exclude)
+    return to_spec([make_pass(pass_class("quantize"), {"exclude": globs})])
+
+
+def _literal(name: str) -> str:
+    """A glob that matches this name and no other."""
+    return "".join(f"[{char}]" if char in "*?[" else char for char in name)
+
+
+def _amplifiers(layers: Sequence[LayerError]) -> list[str]:
+    """The layer that makes most of an error it did not add, in words."""
+    found = [
+        layer
+        for layer in layers
+        if -math.inf < layer.total.sqnr_db < min(layer.inherited_db, layer.added.sqnr_db) - AMPLIFIED_DB
+        and layer.inherited_db < math.inf
+    ]
+    if not found:
+        return []
+    worst = max(found, key=lambda layer: layer.inherited_db - layer.total.sqnr_db)
+    return [
+        f"{worst.node} ({worst.op}) amplifies the error, from {worst.inherited_db:.1f} to {worst.total.sqnr_db:.1f} "
+        "dB: what it reads needs more precision than the rest"
+    ]
+
+
+def _notes(a: ir.Model, calibration: Calibration) -> list[str]:
+    notes = [note.removeprefix("warning: ") for note in calibration.notes if note.startswith("warning: ")]
+    inside = sum(1 for node in a.graph for _ in bodies(node))
+    if inside:
+        notes.append(f"tensors inside the {inside} bodies of If, Loop and Scan are not compared")
+    return notes

@@ -1,0 +1,47 @@
+"""The table of `graphopt compare --layers`: errors layer by layer, worst first, and what to leave in float."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.text import Text
+
+from graphopt.base import Skip
+from graphopt.report import summary, text
+from graphopt.report.tables import heading, print_mappings
+
+if TYPE_CHECKING:
+    from graphopt.diagnosis.layers import LayerError, LayerErrors
+
+MOST_LAYERS = 24
+"""Layers that the terminal shows; JSON has all of them."""
+
+
+def print_layers(out: Console, found: LayerErrors) -> None:
+    """The layers that add most error, the tensors without a counterpart by reason, and the advice."""
+    every, missing = len(found.layers), len(found.unmatched)
+    heading(out, f"{every} tensors matched, {missing} not, over {found.samples} samples; worst layers first")
+    print_mappings(out, [_row(layer) for layer in found.layers[:MOST_LAYERS]])
+    if every > MOST_LAYERS:
+        out.print(Text(f"and {every - MOST_LAYERS} that add less (--json has all)"))
+    for group in summary.group_skips(Skip(tensor.tensor, tensor.reason) for tensor in found.unmatched)[:MOST_LAYERS]:
+        out.print(Text(f"not matched: {text.names(group.nodes, 2)}: {text.clean(group.reason, 300)}"))
+    if found.suggestion is not None:
+        heading(out, f"to leave in float what stands out: {text.clean(found.suggestion, 4000)}")
+    else:
+        out.print(Text("no layer stands out: there is nothing whose exclusion alone would pay"))
+
+
+def _row(layer: LayerError) -> dict[str, Any]:
+    return {
+        "layer": text.clean(layer.node, 80),
+        "operator": layer.op,
+        "shape": "x".join(map(str, layer.shape)),
+        "added SQNR dB": f"{layer.added.sqnr_db:.1f}",
+        "cosine": f"{layer.added.cosine:.6f}",
+        "largest": f"{layer.added.max_abs:.3g}",
+        "inherited": f"{layer.inherited_db:.1f}",
+        "total SQNR dB": f"{layer.total.sqnr_db:.1f}",
+        "total cosine": f"{layer.total.cosine:.6f}",
+    }

@@ -1,0 +1,43 @@
+"""The table of errors by layer: worst first, bounded, and what to paste."""
+
+from __future__ import annotations
+
+import io
+import math
+
+from graphopt.diagnosis.layers import Error, LayerError, LayerErrors
+from graphopt.diagnosis.matching import Unmatched
+from graphopt.report import tables
+from graphopt.report.layers import MOST_LAYERS, print_layers
+
+
+def layer(name: str, db: float) -> LayerError:
+    error = Error(db, 0.99, 0.5)
+    return LayerError(name, f"/{name}/Conv", "Conv", (1, 8, 4, 4), name, "name", error, error, math.inf, 0, name)
+
+
+def printed(found: LayerErrors) -> list[str]:
+    stream = io.StringIO()
+    print_layers(tables.console(stream), found)
+    return [line.rstrip() for line in stream.getvalue().splitlines()]
+
+
+def test_table_is_golden() -> None:
+    missing = [Unmatched("c\x1b[31m", "bn", "Conv", "went into bn of B")]
+    found = LayerErrors([layer("a", 7.0), layer("b", math.inf)], missing, ("a",), "quantize{exclude=(a)}", 64)
+    assert printed(found) == [
+        "2 tensors matched, 1 not, over 64 samples; worst layers first",
+        "layer    operator  shape    added SQNR dB  cosine    largest  inherited  total SQNR dB  total cosine",
+        "/a/Conv  Conv      1x8x4x4  7.0            0.990000  0.5      inf        7.0            0.990000",
+        "/b/Conv  Conv      1x8x4x4  inf            0.990000  0.5      inf        inf            0.990000",
+        "not matched: c\\x1b[31m: went into bn of B",
+        "to leave in float what stands out: quantize{exclude=(a)}",
+    ]
+
+
+def test_long_tables_are_cut_and_say_so() -> None:
+    found = LayerErrors([layer(f"l{i}", 30.0) for i in range(MOST_LAYERS + 3)], [], (), None, 1)
+    shown = printed(found)
+    assert sum("/Conv" in line for line in shown) == MOST_LAYERS
+    assert "and 3 that add less (--json has all)" in shown
+    assert shown[-1].startswith("no layer stands out")
