@@ -104,7 +104,7 @@ def read_value(written: Written, annotation: Any) -> Any:
         shown = repr(written.text) if written.kind == "quoted" else written.text or "a tuple"
         advice = ""
         if typing.get_origin(annotation) is tuple and written.kind != "tuple":
-            advice = f" (write ({written.text},))"
+            advice = f" (write ({written.text}))"
         if written.kind == "tuple":
             _blame_member(written, annotation)
         raise Mismatch(f"{shown} is not {type_name(annotation)}{advice}", written.position)

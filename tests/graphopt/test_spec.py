@@ -106,7 +106,7 @@ def test_parse(text: str, expected: tuple[Pass, ...]) -> None:
         ("sample{share=nan}", 14, "sample.share: nan is not float or none"),
         ("sample{mode=l3}", 13, "l3 is not l1 | l2"),
         ("sample{deep=1}", 13, "1 is not bool"),
-        ("sample{words=a}", 14, "write (a,)"),
+        ("sample{words=a}", 14, "write (a)"),
         ("sample{words=(a,(b))}", 17, "a tuple is not str"),
         ("sample{pair=(1,2,3)}", 13, "3 members do not fit"),
         ("sample{pair=(1,x)}", 16, "x is not float"),
