@@ -37,8 +37,12 @@ from graphopt.rewriting.edit import bodies, is_onnx, label
 SCHEMA = 1
 """Version of `LayerErrors.to_dict`: raised whenever a key changes its meaning or goes."""
 
-MASK = 1e30
-"""Elements that reach this are masks (float32 lowest stands for minus infinity) and left out."""
+MASK = 9e3
+"""Masks are added to scores as -10,000, as -1e9 or as the lowest number: where the least element of a tensor is below
+minus this, elements within 1 % of it are masks, and left out: beside them no error of a score would show."""
+
+OVERFLOW = 1e30
+"""Elements that reach this stand for infinities and are left out."""
 
 BLOCK = 1 << 20
 """Elements that are taken to float64 at a time."""
@@ -109,6 +113,8 @@ class LayerErrors:
         layers: one entry for each matched tensor, the one whose layer adds most error first.
         unmatched: floating-point tensors of A without a counterpart, and why.
         exclude: nodes that stand out and should stay in float, worst first.
+        amplifier: the layer that makes most of an error it did not add: its function amplifies, and what it reads
+            needs more precision than the rest; None where no layer does.
         suggestion: the pass with these nodes excluded, ready to paste; None where nothing stands out or B holds
             nothing quantised.
         samples: how many samples were compared.
@@ -119,6 +125,7 @@ class LayerErrors:
     unmatched: list[Unmatched]
     exclude: tuple[str, ...]
     suggestion: str | None
+    amplifier: LayerError | None
     samples: int
     notes: list[str] = field(default_factory=list)
 
@@ -178,10 +185,12 @@ class _Sums:
 
     def add(self, a: Array, b: Array) -> None:
         flat, found = a.reshape(-1), b.reshape(-1)
+        least = float(np.fmin.reduce(flat, initial=0.0))
+        masked = 0.99 * least if least < -MASK else -math.inf
         for start in range(0, flat.size, BLOCK):
             x = flat[start : start + BLOCK].astype(np.float64)
             y = found[start : start + BLOCK].astype(np.float64)
-            plain = (np.abs(x) < MASK) & (np.abs(y) < MASK)
+            plain = (np.abs(x) < OVERFLOW) & (np.abs(y) < OVERFLOW) & (x > masked)
             if not plain.all():
                 differ = ~(np.isfinite(x) & np.isfinite(y)) & (x != y) & ~(np.isnan(x) & np.isnan(y))
                 self.nonfinite += int(np.count_nonzero(differ))
@@ -263,8 +272,10 @@ def _result(
     exclude = _outliers(layers) if quantised else ()
     order = {str(v.name): i for i, node in enumerate(a.graph) for v in node.outputs}
     missing.sort(key=lambda tensor: order[tensor.tensor])
-    notes = [*_notes(a, calibration), *_amplifiers(layers)]
-    return LayerErrors(layers, missing, exclude, _suggestion(exclude), calibration.samples or 0, notes)
+    return LayerErrors(
+        layers, missing, exclude, _suggestion(exclude), _amplifier(layers), calibration.samples or 0,
+        _notes(a, calibration),
+    )  # fmt: skip
 
 
 def _to_exclude(pair: Pair, there: set[str]) -> str:
@@ -290,12 +301,20 @@ def _worker(value: ir.Value) -> ir.Node | None:
 
 def _outliers(layers: Sequence[LayerError]) -> tuple[str, ...]:
     """Nodes of the layers that are bad by themselves or far below the others, worst first, at most a share of all."""
-    noisy = [layer for layer in layers if layer.added.sqnr_db < math.inf]
+    noisy = [layer for layer in worst_of_each(layers) if layer.added.sqnr_db < math.inf]
     if not noisy:
         return ()
     bar = max(POOR_DB, median(layer.added.sqnr_db for layer in noisy) - OUTLIER_DB)
-    bad = [layer.exclude for layer in noisy if layer.added.sqnr_db < bar and layer.exclude]
-    return tuple(dict.fromkeys(bad))[: max(1, int(SHARE * len(noisy)))]
+    bad = [layer.exclude for layer in noisy if layer.added.sqnr_db < bar]
+    return tuple(bad[: max(1, int(SHARE * len(noisy)))])
+
+
+def worst_of_each(layers: Iterable[LayerError]) -> list[LayerError]:
+    """Of layers sorted worst first, the first for each node to exclude: others move or pass on what it quantised."""
+    found: dict[str, LayerError] = {}
+    for layer in layers:
+        found.setdefault(layer.exclude, layer)
+    return list(found.values())
 
 
 def _suggestion(exclude: tuple[str, ...]) -> str | None:
@@ -313,21 +332,14 @@ def _literal(name: str) -> str:
     return "".join(f"[{char}]" if char in "*?[" else char for char in name)
 
 
-def _amplifiers(layers: Sequence[LayerError]) -> list[str]:
-    """The layer that makes most of an error it did not add, in words."""
+def _amplifier(layers: Sequence[LayerError]) -> LayerError | None:
     found = [
         layer
         for layer in layers
-        if -math.inf < layer.total.sqnr_db < min(layer.inherited_db, layer.added.sqnr_db) - AMPLIFIED_DB
-        and layer.inherited_db < math.inf
+        if layer.inherited_db < math.inf
+        and -math.inf < layer.total.sqnr_db < min(layer.inherited_db, layer.added.sqnr_db) - AMPLIFIED_DB
     ]
-    if not found:
-        return []
-    worst = max(found, key=lambda layer: layer.inherited_db - layer.total.sqnr_db)
-    return [
-        f"{worst.node} ({worst.op}) amplifies the error, from {worst.inherited_db:.1f} to {worst.total.sqnr_db:.1f} "
-        "dB: what it reads needs more precision than the rest"
-    ]
+    return max(found, key=lambda layer: layer.inherited_db - layer.total.sqnr_db, default=None)
 
 
 def _notes(a: ir.Model, calibration: Calibration) -> list[str]:

@@ -19,18 +19,30 @@ MOST_LAYERS = 24
 
 
 def print_layers(out: Console, found: LayerErrors) -> None:
-    """The layers that add most error, the tensors without a counterpart by reason, and the advice."""
+    """The layers that add most error, each once, the tensors without a counterpart by reason, and the advice."""
+    from graphopt.diagnosis.layers import worst_of_each
+
+    shown = worst_of_each(found.layers)
     every, missing = len(found.layers), len(found.unmatched)
     heading(out, f"{every} tensors matched, {missing} not, over {found.samples} samples; worst layers first")
-    print_mappings(out, [_row(layer) for layer in found.layers[:MOST_LAYERS]])
-    if every > MOST_LAYERS:
-        out.print(Text(f"and {every - MOST_LAYERS} that add less (--json has all)"))
+    print_mappings(out, [_row(layer) for layer in shown[:MOST_LAYERS]])
+    if len(shown) > MOST_LAYERS:
+        out.print(Text(f"and {len(shown) - MOST_LAYERS} layers that add less (--json has every tensor)"))
     for group in summary.group_skips(Skip(tensor.tensor, tensor.reason) for tensor in found.unmatched)[:MOST_LAYERS]:
         out.print(Text(f"not matched: {text.names(group.nodes, 2)}: {text.clean(group.reason, 300)}"))
+    if found.amplifier is not None:
+        out.print(Text(_amplifies(found.amplifier)))
     if found.suggestion is not None:
         heading(out, f"to leave in float what stands out: {text.clean(found.suggestion, 4000)}")
     else:
         out.print(Text("no layer stands out: there is nothing whose exclusion alone would pay"))
+
+
+def _amplifies(layer: LayerError) -> str:
+    return (
+        f"{text.clean(layer.node, 80)} ({layer.op}) amplifies the error, from {layer.inherited_db:.1f} to "
+        f"{layer.total.sqnr_db:.1f} dB: what it reads needs more precision than the rest"
+    )
 
 
 def _row(layer: LayerError) -> dict[str, Any]:

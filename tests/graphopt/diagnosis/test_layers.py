@@ -174,6 +174,13 @@ def test_who_quantised_is_blamed_and_not_who_moves_integers() -> None:
     assert found.layers[0].tensor in ("t", "y") and found.exclude == ("MatMul(c)",)
 
 
+def test_layers_that_move_what_one_quantised_are_one_layer() -> None:
+    error = layers_module.Error(10.0, 1.0, 0.0)
+    rows = [layers_module.LayerError(t, t, "Reshape", (1,), t, "name", error, error, 10.0, 0, e)
+            for t, e in (("c", "fc"), ("m", "fc"), ("d", "other"))]  # fmt: skip
+    assert [layer.tensor for layer in layers_module.worst_of_each(rows)] == ["c", "d"]
+
+
 def test_a_function_that_amplifies_is_told() -> None:
     a = graph("(float[N,32] x) => (float[N,32] y)", "h = Add(x, k)  d = Sub(h, k)  y = Tanh(d)",
               k=np.full(32, 1000, np.float32))  # fmt: skip
@@ -182,7 +189,8 @@ def test_a_function_that_amplifies_is_told() -> None:
     found = layer_errors(a, b, samples(a))
     layer = by_tensor(found)["d"]
     assert layer.inherited_db == pytest.approx(80, abs=1) and layer.total.sqnr_db == pytest.approx(20, abs=2)
-    assert len(found.notes) == 1 and "Sub(d) (Sub) amplifies the error, from 80.0" in found.notes[0]
+    assert found.amplifier == layer
+    assert layer_errors(a, a, samples(a)).amplifier is None
 
 
 def test_half_precision_is_compared_in_its_own_type() -> None:
@@ -205,6 +213,12 @@ def test_masks_are_left_out_and_what_is_nowhere_finite_counts() -> None:
     data = calibration.load({"x": np.abs(RNG.standard_normal((4, 32))).astype(np.float32) + 1}, a)
     found = by_tensor(layer_errors(a, b, data))
     assert 30 < found["h"].added.sqnr_db < 60 and found["l"].nonfinite == 0
+    for mask in (-1e4, -1e9):
+        soft, other = a.clone(), a.clone()
+        for model, rest in ((soft, 0), (other, 0.01)):
+            change(model, "k", lambda k, rest=rest, mask=mask: np.where(k < 0, mask, rest))
+        scores = by_tensor(layer_errors(soft, other, data))["h"]
+        assert scores.added.sqnr_db == pytest.approx(found["h"].added.sqnr_db, abs=0.1)
     change(b, "k", lambda k: np.where(k < 0, k, np.float32(-5)))
     broken = by_tensor(layer_errors(a, b, data))["l"]
     assert broken.nonfinite > 0 and broken.total.sqnr_db == -math.inf and broken.total.cosine == 0
@@ -274,6 +288,7 @@ def test_json_is_as_it_was() -> None:
         ],
         "exclude": [],
         "suggestion": None,
+        "amplifier": None,
         "samples": 2,
         "notes": [],
     }  # fmt: skip

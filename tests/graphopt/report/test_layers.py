@@ -24,7 +24,7 @@ def printed(found: LayerErrors) -> list[str]:
 
 def test_table_is_golden() -> None:
     missing = [Unmatched("c\x1b[31m", "bn", "Conv", "went into bn of B")]
-    found = LayerErrors([layer("a", 7.0), layer("b", math.inf)], missing, ("a",), "quantize{exclude=(a)}", 64)
+    found = LayerErrors([layer("a", 7.0), layer("b", math.inf)], missing, ("a",), "quantize{exclude=(a)}", None, 64)
     assert printed(found) == [
         "2 tensors matched, 1 not, over 64 samples; worst layers first",
         "layer    operator  shape    added SQNR dB  cosine    largest  inherited  total SQNR dB  total cosine",
@@ -36,8 +36,9 @@ def test_table_is_golden() -> None:
 
 
 def test_long_tables_are_cut_and_say_so() -> None:
-    found = LayerErrors([layer(f"l{i}", 30.0) for i in range(MOST_LAYERS + 3)], [], (), None, 1)
+    found = LayerErrors([layer(f"l{i}", 30.0) for i in range(MOST_LAYERS + 3)], [], (), None, layer("log", 3.0), 1)
     shown = printed(found)
-    assert sum("/Conv" in line for line in shown) == MOST_LAYERS
-    assert "and 3 that add less (--json has all)" in shown
+    assert sum(line.startswith("/l") and "amplifies" not in line for line in shown) == MOST_LAYERS
+    assert "and 3 layers that add less (--json has every tensor)" in shown
+    assert "/log/Conv (Conv) amplifies the error, from inf to 3.0 dB: what it reads needs more precision" in shown[-2]
     assert shown[-1].startswith("no layer stands out")
