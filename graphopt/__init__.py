@@ -33,7 +33,8 @@ _HOMES = {
     "fx.from_torch": ("from_torch",),
     "fx.prune_module": ("PrunedModule", "prune_module"),
     "fx.to_torch": ("to_torch", "update_weights"),
-    "jobs": ("Inspection", "bench", "compare", "compare_layers", "inspect", "lower", "run"),
+    "inspection": ("Inspection", "inspect"),
+    "jobs": ("bench", "compare", "compare_layers", "lower", "run"),
     "manager": ("PassManager",),
     "model": ("load", "save"),
     "pipeline.instruments": ("Instrument",),
@@ -68,11 +69,11 @@ if TYPE_CHECKING:
     from graphopt.fx.prune_module import prune_module as prune_module
     from graphopt.fx.to_torch import to_torch as to_torch
     from graphopt.fx.to_torch import update_weights as update_weights
-    from graphopt.jobs import Inspection as Inspection
+    from graphopt.inspection import Inspection as Inspection
+    from graphopt.inspection import inspect as inspect
     from graphopt.jobs import bench as bench
     from graphopt.jobs import compare as compare
     from graphopt.jobs import compare_layers as compare_layers
-    from graphopt.jobs import inspect as inspect
     from graphopt.jobs import lower as lower
     from graphopt.jobs import run as run
     from graphopt.manager import PassManager as PassManager

@@ -209,7 +209,7 @@ def _show(report: Any, page: str | None, as_json: bool) -> None:
 @common
 def inspect(model: str, units: bool, target: str | None, dim: dict[str, int], as_json: bool) -> None:
     """Count MODEL, and tell what of it can be pruned, and for what cannot: why."""
-    from graphopt.jobs import inspect as find
+    from graphopt.inspection import inspect as find
 
     found = find(model, dim=dim, target=target)
     if as_json:

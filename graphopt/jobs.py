@@ -1,134 +1,29 @@
-"""The jobs beside `optimize`: inspect, compare, bench, lower, run. One function each; the command line prints them."""
+"""The jobs beside `optimize` and `inspect`, one function each; the command line prints what they return."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphopt import registry
 from graphopt.backend import compresses
 from graphopt.errors import DataError, MissingBackendError, UsageError
+from graphopt.given import called, check_same_inputs, one_batch, opened
 from graphopt.pipeline.plan import as_target
-from graphopt.report.data import Stats, Units
 
 if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
 
-    from graphopt.analysis.units import Coupling
     from graphopt.backend import BenchResult
-    from graphopt.data.feeds import InputSpec
     from graphopt.diagnosis.layers import LayerErrors
-    from graphopt.files.stored import Storage
     from graphopt.latency.report import Measured
-    from graphopt.report.units import UnitGroup
-    from graphopt.sparsity.verdicts import Eligibility
     from graphopt.target import Target
     from graphopt.verify import Comparison
 
     Array = np.ndarray[Any, Any]
-
-
-INSPECTION_SCHEMA = 1
-"""Version of `Inspection.to_dict`: raised whenever a key changes its meaning or goes."""
-
-
-@dataclass
-class Inspection:
-    """What a model is made of and what of it can be pruned.
-
-    Attributes:
-        stats: counts.
-        inputs, outputs: rows of name, dtype and shape; free dimensions are names or None.
-        units: what can be pruned, in short.
-        coupling: the whole analysis.
-        storage: how the weights are stored in the file, where it is compressed.
-        sparsity: which layers a target's kernels that skip zeros may execute, where a target was asked for.
-    """
-
-    model: ir.Model
-    stats: Stats
-    inputs: list[dict[str, Any]]
-    outputs: list[dict[str, Any]]
-    units: Units
-    coupling: Coupling
-    storage: Storage | None = None
-    sparsity: Eligibility | None = None
-
-    def groups(self) -> list[UnitGroup]:
-        """The units by the parameters they are slices of."""
-        from graphopt.report.units import groups
-
-        return groups(self.coupling)
-
-    def to_dict(self, *, units: bool = False) -> dict[str, Any]:
-        """Plain data for JSON.
-
-        Args:
-            units: with every unit and its members, and every frozen axis.
-        """
-        found: dict[str, Any] = {
-            "schema": INSPECTION_SCHEMA,
-            "stats": asdict(self.stats),
-            "inputs": self.inputs,
-            "outputs": self.outputs,
-            "prunable": asdict(self.units),
-            "storage": None if self.storage is None else asdict(self.storage),
-            "sparsity": None if self.sparsity is None else self.sparsity.to_dict(),
-        }
-        if units:
-            from graphopt.report.units import units_to_dicts
-
-            found["groups"] = [asdict(group) for group in self.groups()]
-            found["units"] = units_to_dicts(self.coupling)
-            found["frozen"] = [asdict(axis) for axis in self.coupling.frozen]
-        return found
-
-
-def inspect(
-    model: ir.Model | str | os.PathLike[str],
-    *,
-    dim: Mapping[str, int] | None = None,
-    target: Target | str | None = None,
-) -> Inspection:
-    """Count a model and find out what can be pruned, and for what cannot: why.
-
-    Args:
-        model: an ONNX file or a loaded model; not changed.
-        dim: fixed sizes of symbolic input dimensions.
-        target: also which layers its kernels that skip zeros may execute, and which not: why.
-
-    Raises:
-        ModelError: the model is invalid.
-        UsageError: there is no such target.
-    """
-    from graphopt.analysis.units import analyse
-    from graphopt.bundle import describe_model
-    from graphopt.files.compression import storage_of
-    from graphopt.manager import stats
-    from graphopt.pipeline.clone import private_clone
-    from graphopt.report.units import summary
-    from graphopt.rewriting.prepare import prepare
-    from graphopt.sparsity.eligibility import eligibility
-
-    chosen = None if target is None else as_target(target)
-    given = _model(model, None)
-    loaded = _model(given, dim)
-    readable = private_clone(loaded)
-    prepare(readable)
-    coupling = analyse(readable)
-    return Inspection(
-        loaded,
-        stats(loaded),
-        **describe_model(loaded),
-        units=summary(loaded, coupling),
-        coupling=coupling,
-        storage=storage_of(given),
-        sparsity=None if chosen is None else eligibility(loaded, chosen),
-    )
 
 
 def compare(
@@ -156,8 +51,8 @@ def compare(
     """
     from graphopt import calibration, verify
 
-    first, second = _model(a, dim), _model(b, dim)
-    _check_same_inputs([first, second], [_name(a, "A"), _name(b, "B")])
+    first, second = opened(a, dim), opened(b, dim)
+    check_same_inputs([first, second], [called(a, "A"), called(b, "B")])
     if calib is None:
         feeds = verify.random_feeds(first, seed, samples=samples)
         return verify.compare(first, second, feeds)
@@ -185,8 +80,8 @@ def compare_layers(
     from graphopt import calibration, verify
     from graphopt.diagnosis.layers import layer_errors
 
-    first, second = _model(a, dim), _model(b, dim)
-    _check_same_inputs([first, second], [_name(a, "A"), _name(b, "B")])
+    first, second = opened(a, dim), opened(b, dim)
+    check_same_inputs([first, second], [called(a, "A"), called(b, "B")])
     given = verify.random_feeds(first, seed, samples=samples) if calib is None else calib
     found = layer_errors(first, second, calibration.load(given, first, seed=seed))
     if calib is None:
@@ -223,9 +118,9 @@ def bench(
     if not models:
         raise UsageError("no model was given", hint="give one or more ONNX files")
     chosen = as_target(target)
-    loaded = [_model(model, dim) for model in models]
-    _check_same_inputs(loaded, [_name(model, f"model {number}") for number, model in enumerate(models, 1)])
-    feeds = None if calib is None else _one_batch(calib, loaded[0], batch)
+    loaded = [opened(model, dim) for model in models]
+    check_same_inputs(loaded, [called(model, f"model {number}") for number, model in enumerate(models, 1)])
+    feeds = None if calib is None else one_batch(calib, loaded[0], batch)
     return registry.backend(chosen.backend).bench(loaded, chosen, feeds, threads=threads, seconds=seconds)
 
 
@@ -253,8 +148,8 @@ def latency_table(
     from graphopt.latency.report import measured
     from graphopt.verify import random_feeds
 
-    loaded = _model(model, dim)
-    feeds = random_feeds(loaded, 0, samples=1)[0] if calib is None else _one_batch(calib, loaded, 1)
+    loaded = opened(model, dim)
+    feeds = random_feeds(loaded, 0, samples=1)[0] if calib is None else one_batch(calib, loaded, 1)
     return measured(loaded, as_target(target), feeds, threads)
 
 
@@ -286,8 +181,8 @@ def lower(
     backend = registry.backend(chosen.backend)
     if compress and not compresses(backend):
         raise UsageError(f"backend {chosen.backend!r} writes no compressed bundles", where="compress", hint="leave it")
-    loaded = _model(model, dim)
-    feeds = None if calib is None else _one_batch(calib, loaded, 1)
+    loaded = opened(model, dim)
+    feeds = None if calib is None else one_batch(calib, loaded, 1)
     more: dict[str, Any] = {"compress": True} if compress else {}
     return backend.lower(loaded, chosen, Path(folder), feeds=feeds, **more)
 
@@ -404,59 +299,3 @@ def save_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Array]) -> No
                 raise
     except OSError as error:
         raise UsageError(f"cannot be written: {error.strerror}", where=str(path), hint="choose another file") from error
-
-
-def _model(model: ir.Model | str | os.PathLike[str], dim: Mapping[str, int] | None) -> ir.Model:
-    from graphopt.model import fix_dims, load
-
-    loaded = load(model) if isinstance(model, (str, os.PathLike)) else model
-    if dim:
-        from graphopt.pipeline.clone import private_clone
-
-        loaded = private_clone(loaded)
-        fix_dims(loaded, dim)
-    return loaded
-
-
-def _name(model: ir.Model | str | os.PathLike[str], otherwise: str) -> str:
-    return os.fspath(model) if isinstance(model, (str, os.PathLike)) else otherwise
-
-
-def _check_same_inputs(models: Sequence[ir.Model], names: Sequence[str]) -> None:
-    """Models that shall run on the same data must take the same.
-
-    A dimension that one of them leaves open fits any size; whether it does is seen when they run.
-
-    Raises:
-        DataError: the inputs that have no default differ in name, type or fixed size.
-    """
-    from graphopt.data.feeds import input_specs
-
-    first, *others = ({s.name: s for s in input_specs(model) if s.required} for model in models)
-    for name, other in zip(names[1:], others, strict=True):
-        if first.keys() == other.keys() and all(_fit(first[key], other[key]) for key in first):
-            continue
-        takes = [
-            f"{model} takes {', '.join(f'{s.name} {s}' for s in specs.values()) or 'nothing'}"
-            for model, specs in ((names[0], first), (name, other))
-        ]
-        raise DataError(f"the inputs differ: {', '.join(takes)}", hint="give models that take the same inputs")
-
-
-def _fit(a: InputSpec, b: InputSpec) -> bool:
-    if a.dtype != b.dtype:
-        return False
-    if a.shape is None or b.shape is None:
-        return True
-    return len(a.shape) == len(b.shape) and all(
-        x == y or not (isinstance(x, int) and isinstance(y, int)) for x, y in zip(a.shape, b.shape, strict=True)
-    )
-
-
-def _one_batch(calib: Any, model: ir.Model, batch: int) -> dict[str, Array]:
-    from graphopt import calibration
-
-    feeds = next(iter(calibration.load(calib, model).batches(batch_size=batch, limit=batch)), None)
-    if feeds is None:
-        raise DataError("there are no samples", where="calib", hint="give at least one")
-    return feeds

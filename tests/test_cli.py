@@ -339,7 +339,7 @@ def test_internal_errors_exit_1_without_a_traceback(monkeypatch: pytest.MonkeyPa
     def broken(*arguments: Any, **options: Any) -> None:
         raise ZeroDivisionError("of all things")
 
-    monkeypatch.setattr("graphopt.jobs.inspect", broken)
+    monkeypatch.setattr("graphopt.inspection.inspect", broken)
     done = call("inspect", MODEL, code=1)
     assert "Traceback" not in done.stderr
     assert last_line(done) == (

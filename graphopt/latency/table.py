@@ -118,7 +118,7 @@ def load(path: Path) -> LatencyTable:
         }
         return LatencyTable(dict(data["machine"]), float(data["reference_ms"]), entries)
     except FileNotFoundError as error:
-        raise DataError("no such file", where=str(path), hint="measure a table: graphopt bench MODEL --table") from error
+        raise DataError("no such file", where=str(path), hint="make one: graphopt bench MODEL --table") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"is no table of latencies: {error}", where=str(path), hint="delete it, or measure it anew (bench --table)"

@@ -21,7 +21,7 @@ from graphopt.report.data import PassRecord, Report, Units
 if TYPE_CHECKING:
     from graphopt.backend import BenchResult
     from graphopt.files.stored import Storage
-    from graphopt.jobs import Inspection
+    from graphopt.inspection import Inspection
     from graphopt.sparsity.verdicts import Eligibility
     from graphopt.verify import Comparison
 

@@ -17,7 +17,7 @@ from text_graph import graph
 
 import graphopt
 from graphopt import registry
-from graphopt.jobs import inspect
+from graphopt.inspection import inspect
 from graphopt.passes.armor import Armor
 from graphopt.passes.quantize import Quantize
 from graphopt.report.data import Report
