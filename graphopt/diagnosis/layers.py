@@ -254,7 +254,6 @@ def _result(
     missing: list[Unmatched],
     calibration: Calibration,
 ) -> LayerErrors:
-    there = {label(node) for node in b.graph}
     totals = {pair: both.total.error() for pair, both in sums.items()}
     layers = []
     for pair, both in sums.items():
@@ -264,7 +263,7 @@ def _result(
         layers.append(
             LayerError(
                 pair.name, label(node), node.op_type, sizes[pair][0].shape, str(pair.b.name), pair.how,
-                both.added.error(), totals[pair], inherited, both.total.nonfinite, _to_exclude(pair, there),
+                both.added.error(), totals[pair], inherited, both.total.nonfinite, _to_exclude(pair),
             )
         )  # fmt: skip
     layers.sort(key=lambda layer: (layer.added.sqnr_db, layer.total.sqnr_db))
@@ -278,19 +277,22 @@ def _result(
     )  # fmt: skip
 
 
-def _to_exclude(pair: Pair, there: set[str]) -> str:
-    """The node to exclude for the error at a tensor: the one that was quantised, in A if B knows its name."""
-    node = _worker(pair.a)
-    if node is None or node.op_type not in RULES or label(node) not in there:
-        node = _worker(pair.b) or node
-    return "" if node is None else label(node)
+def _to_exclude(pair: Pair) -> str:
+    """The node to exclude for the error at a tensor: as A calls it, or as B does where that is nothing to quantise."""
+    for value in (pair.a, pair.b):
+        node = _worker(value)
+        if node is not None and node.op_type in RULES:
+            return label(node)
+    own = pair.a.producer()
+    assert own is not None
+    return label(own)
 
 
 def _worker(value: ir.Value) -> ir.Node | None:
-    """The node whose quantisation shows at a tensor: before what its output absorbs or only moves its integers."""
+    """The node whose quantisation shows at a tensor: before what goes into it, and what only moves its integers."""
     node = value.producer()
     moves = (op for op, rule in RULES.items() if rule.kind is Kind.MOVE)
-    passed = (*ABSORBED, *TRANSPARENT, *moves)
+    passed = ("BatchNormalization", *ABSORBED, *TRANSPARENT, *moves)
     while node is not None and is_onnx(node, *passed) and node.inputs[0] is not None:
         before = node.inputs[0].producer()
         if before is None:

@@ -5,6 +5,7 @@ Rules in the order in which they are asked; each tensor of B is taken once:
 1. *provenance*: a node of B that says what was folded into it (`graphopt.folded_from`) computes what the last of these
    nodes computed in A. Its own output kept its name, and no longer its meaning.
 2. *name*: the tensor has the same name.
+   Where B left out a Relu or Clip since the quantised tensor saturates, it is the tensor behind that.
 3. *node*: the node has the same name. Where it gives integers, the tensor is the one behind its DequantizeLinear.
 4. *place*: same operator, attributes and shapes of constants on matched inputs, and nothing else fits there. Quantise,
    dequantise, Cast and Identity are looked through.
@@ -21,6 +22,7 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
+from graphopt.quantization.rules import ABSORBED
 from graphopt.rewriting.edit import FOLDED_FROM, is_onnx, label, sole_use
 from graphopt.slicing import reads_of
 
@@ -113,7 +115,7 @@ class _Matcher:
     def _take(self, value: ir.Value, other: ir.Value | None, how: How) -> None:
         if other is None or value in self.found:
             return
-        other = _in_float(other)
+        other = _absorbed(value, other) or _in_float(other)
         fits = other is not None and other not in self.taken and _shapes_fit(value.shape, other.shape)
         if other is not None and fits and value.dtype in (None, *READABLE):
             self.found[value] = Pair(value, other, how)
@@ -217,6 +219,15 @@ def _in_float(value: ir.Value) -> ir.Value | None:
     if value.dtype is None or value.dtype in READABLE:
         return value
     return next((u.node.outputs[0] for u in value.uses() if u.node.op_type == "DequantizeLinear" and u.idx == 0), None)
+
+
+def _absorbed(value: ir.Value, other: ir.Value) -> ir.Value | None:
+    """Where B has no Relu or Clip because a quantised tensor saturates instead: the tensor behind that."""
+    node, there = value.producer(), other.producer()
+    if node is None or node.op_type not in ABSORBED or there is None or there.op_type in (*ABSORBED, *TRANSPARENT):
+        return None
+    quantize = next((u.node for u in other.uses() if u.node.op_type == "QuantizeLinear" and u.idx == 0), None)
+    return None if quantize is None else _in_float(quantize.outputs[0])
 
 
 def _with_bias(node: ir.Node) -> ir.Value:

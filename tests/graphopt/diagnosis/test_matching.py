@@ -87,6 +87,17 @@ def test_integers_of_a_node_are_taken_where_they_are_dequantised() -> None:
     assert found(a, b) == {"t": ("d", "node"), "y": ("y", "name")}
 
 
+def test_a_relu_that_saturation_stands_for_is_matched_behind_it() -> None:
+    a = graph("(float[N,4] x) => (float[N,4] y)", "h = MatMul(x, w)  r = Relu(h)  y = Exp(r)", w=(4, 4))
+    for name, how in (("r", {"h": ("r", "place"), "r": ("d", "name")}), ("h", {"h": ("h", "name")})):
+        b = graph(
+            "(float[N,4] x) => (float[N,4] y)",
+            f"{name} = MatMul(x, w)  q = QuantizeLinear({name}, s, z)  d = DequantizeLinear(q, s, z)  y = Exp(d)",
+            w=(4, 4), s=np.asarray(0.1, np.float32), z=np.asarray(0, np.uint8),
+        )  # fmt: skip
+        assert found(a, b) == {**how, "y": ("y", "name")}
+
+
 def test_renamed_tensors_are_matched_by_their_place() -> None:
     a = graph("(float[N,4] x) => (float[N,4] y)", "h = MatMul(x, w)  r = Relu(h)  y = Tanh(r)", w=(4, 4))
     b = graph(
