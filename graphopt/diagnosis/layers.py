@@ -10,9 +10,7 @@ At each tensor t that both have, over all elements of all samples, in float64:
     SQNR           10 log10(sum a^2 / sum error^2)  dB
     cosine         sum a y / sqrt(sum a^2 sum y^2),  y = b or f(x_a)
 
-A tensor by which B means something else (scaled channels after an equalisation, a centred stream) must not pass for a
-layer in error: if readers come out `UNDONE` times worse on A's value of t than in B itself, they undo what was done to
-t, and t is taken off the list, with that reason.
+A tensor by which B means something else must not pass for a layer in error: see `graphopt.diagnosis.meaning`.
 """
 
 from __future__ import annotations
@@ -23,12 +21,14 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from graphopt.calibration import Calibration
+from graphopt.diagnosis.integers import add_floats
 from graphopt.diagnosis.matching import TRANSPARENT, Pair, Unmatched, match, unmatched
-from graphopt.diagnosis.running import Array, Seen, Size, probe, sources, stream
+from graphopt.diagnosis.meaning import POOR_DB, later, undone
+from graphopt.diagnosis.running import Size, probe, sources, stream
+from graphopt.diagnosis.sums import Both, Error, measured
 from graphopt.errors import DataError
 from graphopt.pipeline.clone import private_clone
 from graphopt.quantization.rules import ABSORBED, QUANTISED_OPS, RULES, Kind
@@ -37,24 +37,8 @@ from graphopt.rewriting.edit import bodies, is_onnx, label
 SCHEMA = 1
 """Version of `LayerErrors.to_dict`: raised whenever a key changes its meaning or goes."""
 
-MASK = 9e3
-"""Masks are added to scores as -10,000, as -1e9 or as the lowest number: where the least element of a tensor is below
-minus this, elements within 1 % of it are masks, and left out: beside them no error of a score would show."""
-
-OVERFLOW = 1e30
-"""Elements that reach this stand for infinities and are left out."""
-
-BLOCK = 1 << 20
-"""Elements that are taken to float64 at a time."""
-
-UNDONE = 10.0
-"""Noise power of a layer on A's values over its noise power in B, from which the layer undoes something; see above."""
-
 TRIAL_SAMPLES = 8
 """Samples on which tensors with another meaning are found."""
-
-POOR_DB = 20.0
-"""A layer that adds an error above this (1 % noise power) is bad by itself."""
 
 OUTLIER_DB = 10.0
 """A layer this far below the median of the layers with an error stands out."""
@@ -67,15 +51,6 @@ SHARE = 0.25
 
 
 @dataclass(frozen=True)
-class Error:
-    """How far a tensor is off: signal to noise in dB (inf where exact), cosine similarity, largest difference."""
-
-    sqnr_db: float
-    cosine: float
-    max_abs: float
-
-
-@dataclass(frozen=True)
 class LayerError:
     """The errors at one tensor.
 
@@ -84,7 +59,7 @@ class LayerError:
         node, op: the node of A that computes it.
         shape: in A, of a call with one sample.
         other: the tensor of B that stands for it.
-        matched: how it was found: provenance, name, node or place (`graphopt.diagnosis.matching`).
+        matched: how it was found: provenance, name, node, place (`graphopt.diagnosis.matching`) or value (`meaning`).
         added: the error that this layer of B makes of A's inputs.
         total: the error in B, accumulated from the inputs on.
         inherited_db: SQNR in dB of the worst tensor that B computes it from; inf where that is exact, or inputs only.
@@ -152,6 +127,7 @@ def layer_errors(a: ir.Model, b: ir.Model, calibration: Calibration, *, threads:
 
     a, b = private_clone(a), private_clone(b)
     for model in (a, b):
+        add_floats(model)
         infer_shapes(model)
     if next(iter(calibration.batches(1, 1)), None) is None:
         raise DataError("there are no samples to compare on", where=calibration.name, hint="give data with --calib")
@@ -161,94 +137,33 @@ def layer_errors(a: ir.Model, b: ir.Model, calibration: Calibration, *, threads:
         here, there = (list(size.shape) for size in sizes[pair])
         missing.append(unmatched(pair.a, f"its shape is {here}, and {there} in B"))
         pairs.remove(pair)
+    order = {value: index for index, value in enumerate(v for node in a.graph for v in node.outputs)}
     while True:
+        pairs.sort(key=lambda pair: order[pair.a])
         if not pairs:
             raise DataError("the models have no tensor in common", hint="compare a model with what was made of it")
         read = sources(pairs)
-        sums = _measured(stream(a, b, pairs, sizes, calibration, limit=TRIAL_SAMPLES, threads=threads))
-        renamed = _undone(sums, read)
-        if not renamed:
+        sums = measured(stream(a, b, pairs, sizes, calibration, limit=TRIAL_SAMPLES, threads=threads))
+        moved = later(a, b, sums, calibration, threads)
+        renamed = {} if moved else undone(sums, read)
+        if not moved and not renamed:
             break
+        missing += [unmatched(p.a, f"{p.b.name} of B holds what {new.name} is") for p, new in moved.items()]
         missing += [unmatched(pair.a, reason) for pair, reason in renamed.items()]
-        pairs = [pair for pair in pairs if pair not in renamed]
+        sizes |= {new: sizes[old] for old, new in moved.items()}
+        pairs = [pair for pair in pairs if pair not in moved and pair not in renamed]
+        by_tensor = {pair.a: pair for pair in (*moved.values(), *pairs)}  # a counterpart that is known already stays
+        pairs = list(by_tensor.values())
+        missing = [tensor for tensor in missing if tensor.tensor not in {pair.name for pair in pairs}]
     if calibration.samples is None or calibration.samples > TRIAL_SAMPLES:
-        sums = _measured(stream(a, b, pairs, sizes, calibration, limit=None, threads=threads))
+        sums = measured(stream(a, b, pairs, sizes, calibration, limit=None, threads=threads))
     return _result(a, b, sums, read, sizes, missing, calibration)
-
-
-class _Sums:
-    """Moments of a tensor and its approximation."""
-
-    def __init__(self) -> None:
-        self.signal = self.noise = self.other = self.product = self.max_abs = 0.0
-        self.nonfinite = 0
-
-    def add(self, a: Array, b: Array) -> None:
-        flat, found = a.reshape(-1), b.reshape(-1)
-        least = float(np.fmin.reduce(flat, initial=0.0))
-        masked = 0.99 * least if least < -MASK else -math.inf
-        for start in range(0, flat.size, BLOCK):
-            x = flat[start : start + BLOCK].astype(np.float64)
-            y = found[start : start + BLOCK].astype(np.float64)
-            plain = (np.abs(x) < OVERFLOW) & (np.abs(y) < OVERFLOW) & (x > masked)
-            if not plain.all():
-                differ = ~(np.isfinite(x) & np.isfinite(y)) & (x != y) & ~(np.isnan(x) & np.isnan(y))
-                self.nonfinite += int(np.count_nonzero(differ))
-                x, y = x[plain], y[plain]
-            error = y - x
-            self.signal += float(x @ x)
-            self.noise += float(error @ error)
-            self.other += float(y @ y)
-            self.product += float(x @ y)
-            self.max_abs = max(self.max_abs, float(np.abs(error).max(initial=0.0)))
-
-    def error(self) -> Error:
-        if self.nonfinite:
-            return Error(-math.inf, 0.0, math.inf)
-        if self.noise == 0.0:
-            return Error(math.inf, 1.0, 0.0)
-        sqnr = 10 * math.log10(self.signal / self.noise) if self.signal else -math.inf
-        norms = math.sqrt(self.signal) * math.sqrt(self.other)
-        return Error(sqnr, min(1.0, self.product / norms) if norms else 0.0, self.max_abs)
-
-
-@dataclass
-class _Both:
-    added: _Sums = field(default_factory=_Sums)
-    total: _Sums = field(default_factory=_Sums)
-
-
-def _measured(seen: Iterable[Seen]) -> dict[Pair, _Both]:
-    found: dict[Pair, _Both] = {}
-    for tensor in seen:
-        sums = found.setdefault(tensor.pair, _Both())
-        sums.added.add(tensor.a, tensor.alone)
-        sums.total.add(tensor.a, tensor.b)
-    return found
-
-
-def _undone(sums: Mapping[Pair, _Both], read: Mapping[Pair, Sequence[Pair]]) -> dict[Pair, str]:
-    """Tensors by which B means something else: their readers are right in B, and wrong on A's values."""
-    found: dict[Pair, str] = {}
-    for pair, both in sums.items():
-        added, total = both.added.error(), both.total.error()
-        if added.sqnr_db > POOR_DB or both.added.noise <= UNDONE * both.total.noise:
-            continue
-        for source in read[pair]:
-            off = sums[source].total.error().sqnr_db
-            # Only a tensor that is further off than what is computed from it can have been undone there.
-            if off < total.sqnr_db - 10 * math.log10(UNDONE):
-                found[source] = (
-                    f"{source.b.name} of B holds other values ({off:.1f} dB), and what computes {pair.name} "
-                    f"({total.sqnr_db:.1f} dB) undoes that: it means something else"
-                )
-    return found
 
 
 def _result(
     a: ir.Model,
     b: ir.Model,
-    sums: Mapping[Pair, _Both],
+    sums: Mapping[Pair, Both],
     read: Mapping[Pair, Sequence[Pair]],
     sizes: Mapping[Pair, tuple[Size, Size]],
     missing: list[Unmatched],

@@ -26,7 +26,7 @@ from graphopt.quantization.rules import ABSORBED
 from graphopt.rewriting.edit import FOLDED_FROM, is_onnx, label, sole_use
 from graphopt.slicing import reads_of
 
-How = Literal["provenance", "name", "node", "place"]
+How = Literal["provenance", "name", "node", "place", "value"]
 
 READABLE = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16)
 """Types that numpy has, so that the runtime takes and gives them."""
@@ -116,7 +116,7 @@ class _Matcher:
         if other is None or value in self.found:
             return
         other = _absorbed(value, other) or _in_float(other)
-        fits = other is not None and other not in self.taken and _shapes_fit(value.shape, other.shape)
+        fits = other is not None and other not in self.taken and shapes_fit(value.shape, other.shape)
         if other is not None and fits and value.dtype in (None, *READABLE):
             self.found[value] = Pair(value, other, how)
             self.taken.add(other)
@@ -281,7 +281,7 @@ def _reaches(first: ir.Node, last: ir.Node) -> bool:
     return False
 
 
-def _shapes_fit(a: ir.Shape | None, b: ir.Shape | None) -> bool:
+def shapes_fit(a: ir.Shape | None, b: ir.Shape | None) -> bool:
     """Whether two shapes can be the same; dimensions with names fit everything."""
     if a is None or b is None:
         return True

@@ -17,6 +17,7 @@ from graphopt import calibration
 from graphopt.base import Context
 from graphopt.diagnosis import layers as layers_module
 from graphopt.diagnosis import running
+from graphopt.diagnosis import sums as sums_module
 from graphopt.diagnosis.layers import LayerErrors, layer_errors
 from graphopt.errors import DataError, VerificationError
 from graphopt.executor import Session
@@ -135,6 +136,33 @@ def test_channels_scaled_and_scaled_back_are_no_error() -> None:
     assert all(layer.added.sqnr_db > 100 for layer in found.layers)
 
 
+def test_a_tensor_that_kept_its_name_and_became_a_later_one_is_matched_by_its_values() -> None:
+    body = "c = MatMul(x, u)  n = Mul(c, s)  m = Add(n, t)  r = Relu(m)  y = MatMul(r, v)"
+    s, t = np.exp(RNG.standard_normal(32)).astype(np.float32), np.full(32, 3, np.float32)
+    a = graph("(float[N,32] x) => (float[N,32] y)", body, u=(32, 32), v=(32, 32), s=s, t=t)
+    folded = graph(
+        "(float[N,32] x) => (float[N,32] y)", "p = MatMul(x, u)  c = Add(p, t)  q = Relu(c)  y = MatMul(q, v)",
+        u=a.graph.initializers["u"].const_value.numpy() * s, v=a.graph.initializers["v"].const_value.numpy(), t=t,
+    )  # fmt: skip
+    found = layer_errors(a, folded, samples(a))
+    assert {(layer.tensor, layer.other, layer.matched) for layer in found.layers} >= {("m", "c", "value")}
+    assert all(layer.added.sqnr_db > 100 for layer in found.layers)
+    assert {tensor.tensor: tensor.reason for tensor in found.unmatched}["c"] == "c of B holds what m is"
+
+
+def test_what_became_a_later_tensor_beside_that_tensor_is_left_out() -> None:
+    a = graph(
+        "(float[N,32] x) => (float[N,32] y)", "c = MatMul(x, u)  r = Relu(c)  y = MatMul(r, v)", u=(32, 32), v=(32, 32)
+    )
+    b = graph(
+        "(float[N,32] x) => (float[N,32] y)", "p = MatMul(x, u)  c = Relu(p)  r = Identity(c)  y = MatMul(r, v)",
+        **{name: a.graph.initializers[name].const_value.numpy() for name in ("u", "v")},
+    )  # fmt: skip
+    found = layer_errors(a, b, samples(a))
+    assert [(layer.tensor, layer.other) for layer in found.layers] == [("r", "r"), ("y", "y")]
+    assert [(tensor.tensor, tensor.reason) for tensor in found.unmatched] == [("c", "c of B holds what r is")]
+
+
 def test_slices_and_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     a = chain()
     data = samples(a)
@@ -143,7 +171,7 @@ def test_slices_and_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(running, "TENSOR_BYTES", 1500)
     monkeypatch.setattr(running, "SLICE_BYTES", 3000)
     monkeypatch.setattr(running, "PROBED", 2)
-    monkeypatch.setattr(layers_module, "BLOCK", 7)
+    monkeypatch.setattr(sums_module, "BLOCK", 7)
     sliced = layer_errors(a, b, data)
     assert sliced.samples == whole.samples == 40
     for x, y in zip(whole.layers, sliced.layers, strict=True):
@@ -175,7 +203,7 @@ def test_who_quantised_is_blamed_and_not_who_moves_integers() -> None:
 
 
 def test_layers_that_move_what_one_quantised_are_one_layer() -> None:
-    error = layers_module.Error(10.0, 1.0, 0.0)
+    error = sums_module.Error(10.0, 1.0, 0.0)
     rows = [layers_module.LayerError(t, t, "Reshape", (1,), t, "name", error, error, 10.0, 0, e)
             for t, e in (("c", "fc"), ("m", "fc"), ("d", "other"))]  # fmt: skip
     assert [layer.tensor for layer in layers_module.worst_of_each(rows)] == ["c", "d"]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import math
 
-from graphopt.diagnosis.layers import Error, LayerError, LayerErrors
+from graphopt.diagnosis.layers import LayerError, LayerErrors
 from graphopt.diagnosis.matching import Unmatched
+from graphopt.diagnosis.sums import Error
 from graphopt.report import tables
 from graphopt.report.layers import MOST_LAYERS, print_layers
 
