@@ -21,7 +21,7 @@ from graphopt.base import Context, Effect, Pass, PassResult, Skip, option
 from graphopt.numerics.equalization import Magnitudes, equalised
 from graphopt.quantization.scale_groups import ScaleGroups, scale_groups
 from graphopt.quantization.scale_walk import ScaledOperand
-from graphopt.quantization.scaling import apply_scales
+from graphopt.quantization.scaling import apply_scales, log_limit
 from graphopt.rewriting.edit import Names, float64, label
 from graphopt.rewriting.prepare import prepare
 
@@ -63,7 +63,7 @@ class Equalize(Pass):
         result.skipped = [Skip(node, reason) for node, reason in found.frozen.items()]
         weights = [o for o in found.operands if o.weight]
         magnitudes = [Magnitudes.of(_data(o), o.divide, o.multiply) for o in weights]
-        logs = equalised(magnitudes, found.groups, limit=self._limit(weights), whole=self.power_of_two)
+        logs = equalised(magnitudes, found.groups, limit=log_limit(weights, self.limit), whole=self.power_of_two)
         if not logs.any():
             result.notes.append("no channels whose ranges differ and could be made alike")
             return result
@@ -75,11 +75,6 @@ class Equalize(Pass):
             f"in {changed} constants"
         )
         return result
-
-    def _limit(self, weights: list[ScaledOperand]) -> float:
-        """Logarithm of the largest scale: activations of 16 bits have little room."""
-        narrow = any(o.value.dtype == ir.DataType.FLOAT16 for o in weights)
-        return float(np.log2(min(self.limit, 16.0) if narrow else self.limit))
 
 
 def _data(operand: ScaledOperand) -> NDArray[np.float64]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
@@ -11,6 +13,15 @@ from graphopt.errors import ModelError
 from graphopt.quantization.scale_groups import ScaleGroups
 from graphopt.quantization.scale_walk import ScaledOperand, is_vector
 from graphopt.rewriting.edit import Names, float64, label, set_constant
+
+NARROW = 16.0
+"""Largest scale where weights have 16 bits: so have activations, and they have little room."""
+
+
+def log_limit(operands: Iterable[ScaledOperand], limit: float) -> float:
+    """Base-2 logarithm of the largest scale that is allowed on some operands."""
+    narrow = any(operand.value.dtype == ir.DataType.FLOAT16 for operand in operands)
+    return float(np.log2(min(limit, NARROW) if narrow else limit))
 
 
 def apply_scales(found: ScaleGroups, scales: NDArray[np.float64], names: Names) -> int:
