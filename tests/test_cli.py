@@ -177,7 +177,7 @@ def test_layers_that_differ_are_told(tmp_path: Path) -> None:
     small = tmp_path / "small.onnx"
     call("optimize", MODEL, "--passes", "fold", "-o", tmp_path / "folded.onnx")
     shown = call("compare", MODEL, tmp_path / "folded.onnx", "--layers").stdout
-    assert "no layer stands out" in shown and "went into" in shown
+    assert "no layer stands out" in shown and "folded:" in shown
     call("optimize", MODEL, "--passes", "sparsify{method=magnitude}", "--verify-each", "structure", "-o", small)
     found = json.loads(call("compare", MODEL, small, "--layers", "--calib", CALIB, "--json", code=4).stdout)
     assert not found["equal"] and found["layers"]["schema"] == 1

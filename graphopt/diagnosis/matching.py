@@ -3,7 +3,7 @@
 Rules in the order in which they are asked; each tensor of B is taken once:
 
 1. *provenance*: a node of B that says what was folded into it (`graphopt.folded_from`) computes what the last of these
-   nodes computed in A. Its own output kept its name, and no longer its meaning.
+   nodes computed in A. Its own output kept its name, and no longer its meaning. So does a new node that replaced some.
 2. *name*: the tensor has the same name.
    Where B left out a Relu or Clip since the quantised tensor saturates, it is the tensor behind that.
 3. *node*: the node has the same name. Where it gives integers, the tensor is the one behind its DequantizeLinear.
@@ -94,7 +94,7 @@ class _Matcher:
         self.inputs = {v: self.other[v.name] for v in a.inputs if v.name in self.other}
         self.values = {str(v.name): v for node in b for v in node.outputs if v in self.varying}
         self.nodes = {node.name: node for node in b if node.name}
-        self.went_into: dict[str, str] = {}
+        self.folded: set[str] = set()
 
     def run(self) -> tuple[list[Pair], list[Unmatched]]:
         wanted = [v for node in self.a for v in node.outputs if v.name and v in self.varying and _may_be_float(v)]
@@ -105,6 +105,8 @@ class _Matcher:
         self._by_provenance()
         for value in wanted:
             self._take(value, self.values.get(str(value.name)), "name")
+        for value, other in self._replacements():
+            self._take(value, other, "provenance")
         for value in wanted:
             self._take(value, self._by_node(value), "node")
         for value in wanted:
@@ -129,13 +131,27 @@ class _Matcher:
             known = [order[name] for name in (label(node), *origins) if name in order]
             if label(node) not in order or len(known) < 2:
                 continue
-            self.went_into.update({label(each): label(node) for _, each in known})
+            self.folded.update(label(each) for _, each in known)
             last = max(known, key=lambda entry: entry[0])[1]
             if not _reaches(order[label(node)][1], last):
                 continue
             result = _with_bias(node)
             self._take(last.outputs[0], result, "provenance")
             self.taken.update((node.outputs[0], result))
+
+    def _replacements(self) -> Iterator[tuple[ir.Value, ir.Value]]:
+        """What the last of nodes that are gone gave, and the result of the one new node that says it came of them."""
+        old = {label(node): node for node in self.a}
+        order = {name: index for index, name in enumerate(old)}
+        there = {label(node) for node in self.b}
+        made: dict[str, list[ir.Node]] = {}
+        for node in self.b:
+            origins = [name for name in node.metadata_props.get(FOLDED_FROM, "").split(",") if name in old]
+            if origins and label(node) not in old and not there.intersection(origins):
+                made.setdefault(max(origins, key=order.__getitem__), []).append(node)
+        for name, nodes in made.items():
+            if len(nodes) == 1:
+                yield old[name].outputs[0], nodes[0].outputs[0]
 
     def _by_node(self, value: ir.Value) -> ir.Value | None:
         node = value.producer()
@@ -199,8 +215,8 @@ class _Matcher:
                 return f"{same.name} of B is {_type(same)}, and nothing dequantises it"
             return f"its shape is {_shown(value.shape)}, and {_shown(other.shape)} in B"
         node = value.producer()
-        if node is not None and label(node) in self.went_into:
-            return f"went into {self.went_into[label(node)]} of B"
+        if node is not None and label(node) in self.folded:
+            return "folded: a node of B computes it together with what is behind it"
         return "B has nothing of its name, of its node's name or in its place"
 
 

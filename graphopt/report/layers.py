@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -19,13 +20,16 @@ MOST_LAYERS = 24
 
 
 def print_layers(out: Console, found: LayerErrors) -> None:
-    """The layers that add most error, each once, the tensors without a counterpart by reason, and the advice."""
+    """The layers that add an error, each once, the tensors without a counterpart by reason, and the advice."""
     from graphopt.diagnosis.layers import worst_of_each
 
-    shown = worst_of_each(found.layers)
+    shown = [layer for layer in worst_of_each(found.layers) if layer.added.sqnr_db < math.inf]
     every, missing = len(found.layers), len(found.unmatched)
     heading(out, f"{every} tensors matched, {missing} not, over {found.samples} samples; worst layers first")
-    print_mappings(out, [_row(layer) for layer in shown[:MOST_LAYERS]])
+    if shown:
+        print_mappings(out, [_row(layer) for layer in shown[:MOST_LAYERS]])
+    else:
+        out.print(Text("no layer adds an error"))
     if len(shown) > MOST_LAYERS:
         out.print(Text(f"and {len(shown) - MOST_LAYERS} layers that add less (--json has every tensor)"))
     for group in summary.group_skips(Skip(tensor.tensor, tensor.reason) for tensor in found.unmatched)[:MOST_LAYERS]:
@@ -56,4 +60,5 @@ def _row(layer: LayerError) -> dict[str, Any]:
         "inherited": f"{layer.inherited_db:.1f}",
         "total SQNR dB": f"{layer.total.sqnr_db:.1f}",
         "total cosine": f"{layer.total.cosine:.6f}",
+        "to exclude": text.clean(layer.exclude, 80),
     }

@@ -13,6 +13,7 @@ from graphopt.model import infer_shapes
 from graphopt.passes.fold_batchnorm import FoldBatchNorm
 from graphopt.rewriting.edit import FOLDED_FROM
 
+FOLDED = "folded: a node of B computes it together with what is behind it"
 ONES = {name: np.ones(4, np.float32) for name in ("s", "t", "m", "v")}
 
 
@@ -53,7 +54,7 @@ def test_a_folded_norm_is_what_its_convolution_computes_now(linear: str) -> None
         assert {how for _, how in found(a, b).values()} == {"name"}
         return
     assert found(a, b) == {"n": ("c", "provenance"), "y": ("y", "name")}
-    assert missing(a, b) == {"c": "went into node_c of B"}
+    assert missing(a, b) == {"c": FOLDED}
 
 
 def test_a_folded_norm_behind_a_product_is_its_new_bias() -> None:
@@ -67,12 +68,24 @@ def test_a_folded_norm_behind_a_product_is_its_new_bias() -> None:
     assert total.producer().op_type == "Add"
 
 
+def test_a_node_that_replaced_others_gives_what_the_last_of_them_gave() -> None:
+    a = named(graph("(float[N,4] x) => (float[N,4] y)", "h = Sigmoid(x)  s = Mul(x, h)  y = Neg(s)"))
+    b = named(graph("(float[N,4] x) => (float[N,4] y)", "fast = HardSwish(x)  y = Neg(fast)"))
+    assert "s" not in found(a, b)
+    b.graph[0].metadata_props[FOLDED_FROM] = "node_h,node_s"
+    assert found(a, b)["s"] == ("fast", "provenance")
+    twice = named(graph("(float[N,4] x) => (float[N,4] y)", "p = Exp(x)  q = Exp(p)  y = Neg(q)"))
+    for node in list(twice.graph)[:2]:
+        node.metadata_props[FOLDED_FROM] = "node_h,node_s"
+    assert "s" not in found(a, twice), "which of the two is not known"
+
+
 def test_duplicates_keep_their_names() -> None:
     a = named(graph("(float[N,4] x) => (float[N,4] y)", "p = Relu(x)  q = Relu(x)  y = Add(p, q)"))
     b = named(graph("(float[N,4] x) => (float[N,4] y)", "p = Relu(x)  y = Add(p, p)"))
     b.graph[0].metadata_props[FOLDED_FROM] = "node_q"
     assert found(a, b) == {"p": ("p", "name"), "y": ("y", "name")}
-    assert missing(a, b) == {"q": "went into node_p of B"}
+    assert missing(a, b) == {"q": FOLDED}
 
 
 def test_integers_of_a_node_are_taken_where_they_are_dequantised() -> None:

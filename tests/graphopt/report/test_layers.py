@@ -28,9 +28,9 @@ def test_table_is_golden() -> None:
     found = LayerErrors([layer("a", 7.0), layer("b", math.inf)], missing, ("a",), "quantize{exclude=(a)}", None, 64)
     assert printed(found) == [
         "2 tensors matched, 1 not, over 64 samples; worst layers first",
-        "layer    operator  shape    added SQNR dB  cosine    largest  inherited  total SQNR dB  total cosine",
-        "/a/Conv  Conv      1x8x4x4  7.0            0.990000  0.5      inf        7.0            0.990000",
-        "/b/Conv  Conv      1x8x4x4  inf            0.990000  0.5      inf        inf            0.990000",
+        "layer    operator  shape    added SQNR dB  cosine    largest  inherited  "
+        "total SQNR dB  total cosine  to exclude",
+        "/a/Conv  Conv      1x8x4x4  7.0            0.990000  0.5      inf        7.0            0.990000      a",
         "not matched: c\\x1b[31m: went into bn of B",
         "to leave in float what stands out: quantize{exclude=(a)}",
     ]
@@ -43,3 +43,7 @@ def test_long_tables_are_cut_and_say_so() -> None:
     assert "and 3 layers that add less (--json has every tensor)" in shown
     assert "/log/Conv (Conv) amplifies the error, from inf to 3.0 dB: what it reads needs more precision" in shown[-2]
     assert shown[-1].startswith("no layer stands out")
+
+
+def test_exact_models_say_so() -> None:
+    assert "no layer adds an error" in printed(LayerErrors([layer("a", math.inf)], [], (), None, None, 1))
