@@ -62,8 +62,13 @@ class Equalize(Pass):
         found = scale_groups(model.graph)
         result.skipped = [Skip(node, reason) for node, reason in found.frozen.items()]
         weights = [o for o in found.operands if o.weight]
-        magnitudes = [Magnitudes.of(_data(o), o.divide, o.multiply) for o in weights]
-        logs = equalised(magnitudes, found.groups, limit=log_limit(weights, self.limit), whole=self.power_of_two)
+        magnitudes, offsets = (
+            [Magnitudes.of(_data(o), o.divide, o.multiply) for o in found.operands if o.weight == weight]
+            for weight in (True, False)
+        )
+        logs = equalised(
+            magnitudes, found.groups, offsets, limit=log_limit(weights, self.limit), whole=self.power_of_two
+        )
         if not logs.any():
             result.notes.append("no channels whose ranges differ and could be made alike")
             return result

@@ -44,6 +44,7 @@ class Magnitudes:
         """The magnitudes of a weight, the largest along axes on which neither scale varies."""
         fixed = tuple(a for a in range(weight.ndim) if divide.shape[a] == 1 and multiply.shape[a] == 1)
         largest = np.max(np.abs(weight.astype(np.float32)), axis=fixed, keepdims=True, initial=0.0)
+        largest = np.where(np.isfinite(largest), largest, np.float32(0))  # a channel of inf or nan has no range
         with np.errstate(divide="ignore"):  # zeros become -inf: the maximum passes them over
             return cls(np.log2(largest), divide, multiply)
 
@@ -57,6 +58,7 @@ class Magnitudes:
 def equalised(
     weights: Sequence[Magnitudes],
     groups: Sequence[Classes],
+    offsets: Sequence[Magnitudes] = (),
     *,
     limit: float,
     whole: bool = False,
@@ -68,11 +70,14 @@ def equalised(
 
     A group is left as it is where the ranges of what writes it and of what reads it, the largest magnitudes over all of
     its channels, do not shrink together by `least_gain`. A scale changes no product of the magnitudes written and read,
-    so that this is what the shares of its channels gain.
+    so that this is what the shares of its channels gain. The scales of a group have mean one: what all have in common
+    moves no range against another. No bias grows beyond the largest one of its layer: a channel of tiny weights and an
+    ordinary bias is a constant, and would take the range of all others.
 
     Args:
         weights: all that scales stand on.
         groups: numbers of the scales that are settled together, each number in one group.
+        offsets: what is added to channels and divided with them.
         limit: bound of the magnitude of a logarithm.
         whole: round to whole logarithms.
         least_gain: bits.
@@ -80,19 +85,20 @@ def equalised(
         tolerance: no logarithm moved by more: settled.
     """
     sides = _Sides(weights, groups)
-    scales = np.zeros(sides.count)
+    scales, least = np.zeros(sides.count), _least(offsets, sides.count)
     for _ in range(sweeps):
         moved = 0.0
         for number, group in enumerate(groups):
             written, read = sides.of(number, scales)
             both = group[np.isfinite(written[group]) & np.isfinite(read[group])]
-            wanted = np.clip(scales[both] + (written[both] - read[both]) / 2, -limit, limit)
+            wanted = scales[both] + (written[both] - read[both]) / 2
+            wanted = np.maximum(np.clip(wanted - wanted.mean() if len(both) else wanted, -limit, limit), least[both])
             moved = max(moved, float(np.max(np.abs(wanted - scales[both]), initial=0.0)))
             scales[both] = wanted
         if moved <= tolerance:
             break
     if whole:
-        scales = np.rint(scales)
+        scales = np.maximum(np.clip(np.rint(scales), -np.floor(limit), np.floor(limit)), np.ceil(least))
     for number, group in enumerate(groups):
         without = scales.copy()
         without[group] = 0.0
@@ -100,6 +106,17 @@ def equalised(
         if not before - after >= least_gain:
             scales = without
     return scales
+
+
+def _least(offsets: Sequence[Magnitudes], count: int) -> NDArray[np.float64]:
+    """Logarithms below which a scale would lift an offset above the largest one beside it; -inf without any."""
+    least = np.full(count, -np.inf)
+    for offset in offsets:
+        peak = float(offset.log2.max(initial=-np.inf))
+        if np.isfinite(peak):
+            lifted = np.broadcast_to(offset.divide, offset.log2.shape).ravel()
+            np.maximum.at(least, lifted, offset.log2.ravel() - peak)
+    return least
 
 
 class _Sides:

@@ -48,7 +48,7 @@ def apply_scales(found: ScaleGroups, scales: NDArray[np.float64], names: Names) 
         data = float64(value)
         assert data is not None
         scaled = data * factor
-        _check(operand, scaled)
+        _check(operand, data, scaled)
         changed += 1
         if is_vector(value):
             set_constant(operand.node, operand.index, scaled, names, [])
@@ -64,9 +64,9 @@ def _as_stored(value: ir.Value, data: NDArray[np.float64]) -> NDArray[np.generic
     return np.array(data.astype(tensor.dtype.numpy()), order="C")
 
 
-def _check(operand: ScaledOperand, scaled: NDArray[np.float64]) -> None:
+def _check(operand: ScaledOperand, data: NDArray[np.float64], scaled: NDArray[np.float64]) -> None:
     stored = _as_stored(operand.value, scaled)
-    if not np.isfinite(stored.astype(np.float64)).all():
+    if (np.isfinite(data) & ~np.isfinite(stored.astype(np.float64))).any():
         raise ModelError(
             f"scaling takes '{operand.value.name}' out of the range of its type",
             where=label(operand.node),
