@@ -157,6 +157,9 @@ def layer_errors(a: ir.Model, b: ir.Model, calibration: Calibration, *, threads:
         missing = [tensor for tensor in missing if tensor.tensor not in {pair.name for pair in pairs}]
     if calibration.samples is None or calibration.samples > TRIAL_SAMPLES:
         sums = measured(stream(a, b, pairs, sizes, calibration, limit=None, threads=threads))
+    for pair in [pair for pair, both in sums.items() if both.uneven is not None]:
+        here, there = (list(shape) for shape in sums.pop(pair).uneven or ())
+        missing.append(unmatched(pair.a, f"its shape depends on the data: {here}, and {there} in B"))
     return _result(a, b, sums, read, sizes, missing, calibration)
 
 
@@ -174,7 +177,7 @@ def _result(
     for pair, both in sums.items():
         node = pair.a.producer()
         assert node is not None
-        inherited = min((totals[source].sqnr_db for source in read[pair]), default=math.inf)
+        inherited = min((totals[source].sqnr_db for source in read[pair] if source in totals), default=math.inf)
         layers.append(
             LayerError(
                 pair.name, label(node), node.op_type, sizes[pair][0].shape, str(pair.b.name), pair.how,

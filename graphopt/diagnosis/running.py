@@ -16,6 +16,7 @@ import onnx_ir as ir
 from graphopt.calibration import Calibration
 from graphopt.data.activations import submodel
 from graphopt.diagnosis.matching import Pair
+from graphopt.errors import ModelError, VerificationError
 from graphopt.rewriting.edit import Names
 from graphopt.slicing import reads_of
 from graphopt.verify import SLICE_BYTES, Runner, run_candidate, run_reference, runner_of_candidate
@@ -123,11 +124,21 @@ def stream(
             found = run_candidate(second, [feeds])[0]
             given = {name: array for name, array in feeds.items() if name in inputs}
             for name, pair in needs.items():
-                given[name] = expected[pair.name].astype(_type_in_b(pair), copy=False)
-            made = run_candidate(alone, [given])[0]
+                with np.errstate(over="ignore"):  # what does not fit a shorter type is an error of the layer to report
+                    given[name] = expected[pair.name].astype(_type_in_b(pair), copy=False)
+            made = _run_layers(alone, given)
             for pair in part:
                 name = str(pair.b.name)
                 yield Seen(pair, expected[pair.name], found[name], made[name])
+
+
+def _run_layers(alone: Runner, given: Mapping[str, Array]) -> dict[str, Array]:
+    try:
+        return alone.run_all([given])[0]
+    except ModelError as error:
+        raise VerificationError(
+            f"a layer of the second model does not run on the first one's values: {error.what}", where=error.where
+        ) from error
 
 
 def _type_in_b(pair: Pair) -> np.dtype[Any]:

@@ -71,10 +71,15 @@ class Sums:
 
 @dataclass
 class Both:
-    """The error that a layer adds and the one that has accumulated behind it."""
+    """The error that a layer adds and the one that has accumulated behind it.
+
+    Attributes:
+        uneven: shapes in A and B of a batch in which they differ, where they depend on the data; it is left out.
+    """
 
     added: Sums = field(default_factory=Sums)
     total: Sums = field(default_factory=Sums)
+    uneven: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
 
 def measured(seen: Iterable[Seen]) -> dict[Pair, Both]:
@@ -82,6 +87,10 @@ def measured(seen: Iterable[Seen]) -> dict[Pair, Both]:
     found: dict[Pair, Both] = {}
     for tensor in seen:
         sums = found.setdefault(tensor.pair, Both())
+        other = next((x.shape for x in (tensor.b, tensor.alone) if x.shape != tensor.a.shape), None)
+        if other is not None:
+            sums.uneven = tensor.a.shape, other
+            continue
         sums.added.add(tensor.a, tensor.alone)
         sums.total.add(tensor.a, tensor.b)
     return found

@@ -252,6 +252,19 @@ def test_masks_are_left_out_and_what_is_nowhere_finite_counts() -> None:
     assert broken.nonfinite > 0 and broken.total.sqnr_db == -math.inf and broken.total.cosine == 0
 
 
+def test_sizes_that_depend_on_the_data_are_no_error() -> None:
+    body = "h = MatMul(x, w)  p = Greater(h, zero)  i = NonZero(p)  t = Transpose(i)  g = GatherND(h, t)  y = Exp(h)  "
+    body += "s = ReduceSum<keepdims = 0>(g)"
+    zero = {"zero": np.asarray(0, np.float32)}
+    a = graph("(float[N,32] x) => (float[N,32] y, float s)", body, w=(32, 32), **zero)
+    b = a.clone()
+    data = samples(a)
+    change(b, "w", lambda w: w + RNG.standard_normal(w.shape))
+    found = layer_errors(a, b, data)
+    reasons = {tensor.tensor: tensor.reason for tensor in found.unmatched}
+    assert list(reasons) == ["g"] and reasons["g"].startswith("its shape")
+
+
 def test_pruned_layers_are_told_apart_and_the_rest_is_measured() -> None:
     a = graph(
         "(float[N,32] x) => (float[N,32] y)", "h = MatMul(x, w)  r = Relu(h)  y = MatMul(r, v)", w=(32, 8), v=(8, 32)
