@@ -210,7 +210,7 @@ def test_sixteen_bits_stay_in_range() -> None:
     np.testing.assert_array_equal(magnitudes(model, "w", 1), [2.0**10, 2.0**-10])
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(0, 40, 4))
 def test_random_graphs_compute_the_same_bits(seed: int) -> None:
     equalised(random_graph(seed))
 
