@@ -137,30 +137,44 @@ def layer_errors(a: ir.Model, b: ir.Model, calibration: Calibration, *, threads:
         here, there = (list(size.shape) for size in sizes[pair])
         missing.append(unmatched(pair.a, f"its shape is {here}, and {there} in B"))
         pairs.remove(pair)
-    order = {value: index for index, value in enumerate(v for node in a.graph for v in node.outputs)}
-    while True:
-        pairs.sort(key=lambda pair: order[pair.a])
-        if not pairs:
-            raise DataError("the models have no tensor in common", hint="compare a model with what was made of it")
-        read = sources(pairs)
-        sums = measured(stream(a, b, pairs, sizes, calibration, limit=TRIAL_SAMPLES, threads=threads))
-        moved = later(a, b, sums, calibration, threads)
-        renamed = {} if moved else undone(sums, read)
-        if not moved and not renamed:
-            break
-        missing += [unmatched(p.a, f"{p.b.name} of B holds what {new.name} is") for p, new in moved.items()]
-        missing += [unmatched(pair.a, reason) for pair, reason in renamed.items()]
-        sizes |= {new: sizes[old] for old, new in moved.items()}
-        pairs = [pair for pair in pairs if pair not in moved and pair not in renamed]
-        by_tensor = {pair.a: pair for pair in (*moved.values(), *pairs)}  # a counterpart that is known already stays
-        pairs = list(by_tensor.values())
-        missing = [tensor for tensor in missing if tensor.tensor not in {pair.name for pair in pairs}]
+    pairs, sums = _of_one_meaning(a, b, pairs, missing, sizes, calibration, threads)
     if calibration.samples is None or calibration.samples > TRIAL_SAMPLES:
         sums = measured(stream(a, b, pairs, sizes, calibration, limit=None, threads=threads))
     for pair in [pair for pair, both in sums.items() if both.uneven is not None]:
         here, there = (list(shape) for shape in sums.pop(pair).uneven or ())
         missing.append(unmatched(pair.a, f"its shape depends on the data: {here}, and {there} in B"))
-    return _result(a, b, sums, read, sizes, missing, calibration)
+    return _result(a, b, sums, sources(pairs), sizes, missing, calibration)
+
+
+def _of_one_meaning(
+    a: ir.Model,
+    b: ir.Model,
+    pairs: list[Pair],
+    missing: list[Unmatched],
+    sizes: dict[Pair, tuple[Size, Size]],
+    calibration: Calibration,
+    threads: int,
+) -> tuple[list[Pair], dict[Pair, Both]]:
+    """The pairs that mean the same in both models, in the order of A, and their sums over the trial samples.
+
+    `missing` and `sizes` are brought up to date. It ends: in every round a tensor of B goes, or moves on in A.
+    """
+    order = {value: index for index, value in enumerate(v for node in a.graph for v in node.outputs)}
+    while pairs:
+        pairs.sort(key=lambda pair: order[pair.a])
+        sums = measured(stream(a, b, pairs, sizes, calibration, limit=TRIAL_SAMPLES, threads=threads))
+        moved = later(a, b, sums, calibration, threads)
+        renamed = {} if moved else undone(sums, sources(pairs))
+        if not moved and not renamed:
+            return pairs, sums
+        missing += [unmatched(p.a, f"{p.b.name} of B holds what {new.name} is") for p, new in moved.items()]
+        missing += [unmatched(pair.a, reason) for pair, reason in renamed.items()]
+        sizes |= {new: sizes[old] for old, new in moved.items()}
+        kept = [pair for pair in pairs if pair not in moved and pair not in renamed]
+        by_tensor = {pair.a: pair for pair in (*moved.values(), *kept)}  # a counterpart that is known already stays
+        pairs = list(by_tensor.values())
+        missing[:] = [tensor for tensor in missing if tensor.tensor not in {pair.name for pair in pairs}]
+    raise DataError("the models have no tensor in common", hint="compare a model with what was made of it")
 
 
 def _result(

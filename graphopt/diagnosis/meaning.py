@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from graphopt.calibration import Calibration
 from graphopt.data.activations import submodel
-from graphopt.diagnosis.matching import Pair, shapes_fit
+from graphopt.diagnosis.matching import READABLE, Pair, shapes_fit
 from graphopt.diagnosis.running import PROBED
 from graphopt.diagnosis.sums import Both, Sums
 from graphopt.rewriting.edit import sole_use
@@ -95,5 +95,5 @@ def _behind(pair: Pair) -> Iterator[ir.Value]:
         if use is None or len(use.node.outputs) != 1:
             return
         value = use.node.outputs[0]
-        if shapes_fit(value.shape, pair.b.shape):
+        if shapes_fit(value.shape, pair.b.shape) and value.dtype in (None, *READABLE):
             yield value
