@@ -84,7 +84,7 @@ class Smooth(Pass):
                 result.skipped.append(Skip(names, best))
                 continue
             logs += best.logs
-            gain = 10 * float(np.log10(best.before / best.after))
+            gain = round(10 * float(np.log10(best.before / best.after)), 1)
             row = {"read by": names, "channels": len(found.groups[number]), "alpha": best.alpha, "gain dB": gain}
             rows.append(row)
         if rows:
