@@ -65,7 +65,7 @@ def test_every_target_of_ours_has_a_backend_or_says_what_works_without() -> None
     for name, target in found.items():
         assert target.name == name
         if target.backend == "tensorrt":
-            with pytest.raises(MissingBackendError, match="jetson-orin: nothing .*backend 'tensorrt'.*optimize -o MODEL.onnx"):
+            with pytest.raises(MissingBackendError, match=r"jetson-orin: nothing .*backend 'tensorrt'"):
                 registry.backend(target.backend)
         else:
             assert isinstance(registry.backend(target.backend), Backend)

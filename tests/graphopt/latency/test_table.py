@@ -64,7 +64,7 @@ def test_a_damaged_file_is_named(tmp_path, text):
     path.write_text(text)
     with pytest.raises(DataError, match=r"table.json.*no table of latencies"):
         load(path)
-    with pytest.raises(DataError, match="no such file.*bench"):
+    with pytest.raises(DataError, match=r"no such file.*bench"):
         load(tmp_path / "nothing.json")
 
 
