@@ -126,8 +126,8 @@ class Armor(SparsePass):
             found = [armor(weights[0], problem.metric, pattern, **options)]
         else:
             found = armor_shared(weights, problem.metric, pattern, **options)
-        if self._factors(ctx) and not all(layers[0].fits(part) for each in found for part in _parts(each)):
-            raise ValueError(f"its factors overflow {layers[0].dtype}")
+        if self._factors(ctx) and not all(layers[0].layer.fits(part) for each in found for part in _parts(each)):
+            raise ValueError(f"its factors overflow {layers[0].layer.dtype}")
         return [Solution(np.asarray(each.dense(), dtype=np.float64), each) for each in found]
 
     def _write(self, model: ir.Model, found: list[Fitted], ctx: Context) -> None:

@@ -117,6 +117,16 @@ class Layer:
         beta = holder.attributes.get_float("beta", 1.0) if is_onnx(holder, "Gemm") else 1.0
         return beta * np.broadcast_to(_array(value).astype(np.float64).reshape(-1), self.linear.outputs)
 
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the weights."""
+        return _array(self.linear.node.inputs[1]).dtype
+
+    def fits(self, array: Float64) -> bool:
+        """Whether numbers stay finite in the type of the weights."""
+        with np.errstate(over="ignore"):
+            return bool(np.isfinite(array.astype(self.dtype).astype(np.float64)).all())
+
     def store(self, weight: Float64, bias: Float64) -> None:
         """Write weights back, under their names; a Conv or Gemm without a bias gets one where it is not zero.
 

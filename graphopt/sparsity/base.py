@@ -143,7 +143,7 @@ class SparsePass(Pass):
         if thin:
             one = thin[0]
             result.notes.append(
-                f"warning: {len(thin)} layers saw fewer positions of the data than they have inputs "
+                f"warning: layers that saw fewer positions of the data than they have inputs: {len(thin)} "
                 f"({one.layer.layer.label}: {one.observations} for {one.weight.shape[2]}), so that their errors are "
                 "larger than reported; give more samples"
             )

@@ -21,6 +21,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.base import Skip
+from graphopt.files.opset import opset_of
 from graphopt.rewriting.edit import (
     Names,
     cannot_replace,
@@ -262,7 +263,7 @@ class Folding:
         weight = layer.weight()
         mixed = mixing.apply(weight.reshape(layer.linear.outputs, -1)).reshape(weight.shape)
         bias = mixing.apply(layer.bias()[:, None])[:, 0]
-        if not (_fits(mixed, layer) and _fits(bias, layer)):
+        if not (layer.fits(mixed) and layer.fits(bias)):
             return f"{layer.label} in front of it would overflow"
         layer.store(mixed, bias)
         mark_origin(layer.linear.node, origin)
@@ -333,13 +334,13 @@ class Folding:
         if isinstance(mixed, str):
             return f"{layer.label} behind it: {mixed}"
         made = mixed.reshape(weight.shape)
-        return (layer, made) if _fits(made, layer) else f"{layer.label} behind it would overflow"
+        return (layer, made) if layer.fits(made) else f"{layer.label} behind it would overflow"
 
     # -- layers ------------------------------------------------------------------------------------------------------
 
     @property
     def _opset(self) -> int:
-        return self.model.opset_imports.get("", self.model.opset_imports.get("ai.onnx", 13))
+        return opset_of(self.model)
 
     def _layer_ending(self, value: ir.Value) -> Layer | str | None:
         """The linear layer whose output, bias included, a tensor is; None where there is none."""
@@ -367,14 +368,6 @@ def _sparse(node: ir.Node) -> str | None:
     if role_of(node) == "core" or declared_pattern(node) is not None or holds_any_pattern(node):
         return "is sparse, and would lose its zeros"
     return None
-
-
-def _fits(data: Floats, layer: Layer) -> bool:
-    value = layer.linear.node.inputs[1]
-    assert value is not None
-    assert value.const_value is not None
-    with np.errstate(over="ignore"):
-        return bool(np.isfinite(data.astype(value.const_value.dtype.numpy())).all())
 
 
 def _reader(leaf: Leaf) -> str:

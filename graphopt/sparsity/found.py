@@ -140,7 +140,8 @@ def lost_patterns(before: ir.Model, after: ir.Model) -> list[str]:
             lost.setdefault(pattern, []).append(name)
     return [
         f"warning: the pattern {pattern} no longer holds in {len(names)} layers ({', '.join(names[:5])}"
-        f"{', ...' if len(names) > 5 else ''}): put sparsify or armor behind this pass"
+        f"{', ...' if len(names) > 5 else ''}): put sparsify or armor behind this pass "
+        "(behind merge-factors, where layers are factorised)"
         for pattern, names in lost.items()
     ]
 

@@ -74,19 +74,6 @@ class SparseLayer:
         """Write weights and (outputs,) biases back; `fits` of both."""
         self.layer.store(self.by_channel(weight), bias)
 
-    def fits(self, array: Floats) -> bool:
-        """Whether numbers stay finite in the type of the weights."""
-        with np.errstate(over="ignore"):
-            return bool(np.isfinite(array.astype(self.dtype).astype(np.float64)).all())
-
-    @property
-    def dtype(self) -> np.dtype[np.generic]:
-        """Type of the weights."""
-        value = self.layer.linear.node.inputs[1]
-        assert value is not None
-        assert value.const_value is not None
-        return np.dtype(value.const_value.dtype.numpy())
-
 
 def prepare(model: ir.Model) -> list[str]:
     """Make weights initializers of their own, whatever form they came in; returns notes for the report."""

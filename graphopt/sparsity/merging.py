@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.base import Skip
+from graphopt.files.opset import opset_of
 from graphopt.rewriting.edit import cannot_replace, is_onnx, label, mark_origin, sole_use
 from graphopt.rewriting.layers import Layer, layer_of
 from graphopt.sparsity.marks import role_of, unmark
@@ -49,7 +50,7 @@ def _inner(w: Wrapper, model: ir.Model) -> list[Layer] | str:
         weight = layer.weight()[0]
         cut = weight.reshape(len(weight), *blocks.shape[:2], -1)
         product = np.einsum("oibt,ibc->oict", cut, blocks).reshape(weight.shape)
-        if not _fits(product, layer):
+        if not layer.fits(product):
             return f"the weight of {layer.label} would overflow"
         made.append((layer, product))
     for layer, product in made:
@@ -69,7 +70,7 @@ def _outer(w: Wrapper, model: ir.Model) -> list[Layer] | str:
     weight, bias = _applied(w, layer.weight()[0]), _applied(w, layer.bias()[:, None])[:, 0]
     if w.bias is not None and (w.adder is None or _has_room(w)):
         bias = bias + w.bias
-    if not (_fits(weight, layer) and _fits(bias, layer)):
+    if not (layer.fits(weight) and layer.fits(bias)):
         return f"the weight of {layer.label} would overflow"
     layer.store(weight[None], bias)
     return [layer]
@@ -89,13 +90,5 @@ def _applied(w: Wrapper, rows: Floats) -> Floats:
 def _core(node: ir.Node, model: ir.Model) -> Layer | str:
     if role_of(node) is not None and role_of(node) != "core":
         return f"{label(node)} reads it, another wrapper"
-    layer = layer_of(node, model.opset_imports.get("", model.opset_imports.get("ai.onnx", 13)))
+    layer = layer_of(node, opset_of(model))
     return f"{label(node)}: {layer}" if isinstance(layer, str) else layer
-
-
-def _fits(data: Floats, layer: Layer) -> bool:
-    value = layer.linear.node.inputs[1]
-    assert value is not None
-    assert value.const_value is not None
-    with np.errstate(over="ignore"):
-        return bool(np.isfinite(data.astype(value.const_value.dtype.numpy())).all())

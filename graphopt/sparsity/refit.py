@@ -249,8 +249,8 @@ class _Work:
         error = float(np.mean(errors)) if errors else None
         if error is not None and max_error is not None and not error <= max_error:
             return Refused(self.layer, f"its error of {error:.2%} would exceed max_error={max_error:g}")
-        if not (self.layer.fits(new) and self.layer.fits(bias)):
-            return Refused(self.layer, f"its new weights overflow {self.layer.dtype}")
+        if not (self.layer.layer.fits(new) and self.layer.layer.fits(bias)):
+            return Refused(self.layer, f"its new weights overflow {self.layer.layer.dtype}")
         observations = min(each.n for each in self.samples) if self.samples else None
         factors = [solution.factors for solution in self.solutions]
         return Fitted(self.layer, new, bias, factors, error, observations)

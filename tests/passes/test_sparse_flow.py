@@ -254,7 +254,7 @@ def test_fewer_positions_than_inputs_are_a_warning_with_numbers() -> None:
     few = context(model, data(count=5))
     result = Sparsify(propagate=False).run(model, few)
     warning = next(note for note in result.notes if note.startswith("warning:"))
-    assert "6 layers" in warning
+    assert "inputs: 6 (" in warning
     assert "q: 30 for 32" in warning
     assert all(np.isfinite(v.const_value.numpy()).all() for v in model.graph.initializers.values())
 
