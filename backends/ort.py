@@ -157,43 +157,25 @@ class OrtBackend:
 
         def fill(stage: Path) -> dict[str, Any]:
             from graphopt.model import save
-            from graphopt.version import versions
 
             save(portable, stage / "model.onnx", compress=compress)
             self._loads(stage / "model.onnx", target, runs_here=runs_here)
             for name in ("run", "bench"):
                 text = importlib.resources.files("graphopt.backends").joinpath(f"ort_{name}.txt").read_text("utf-8")
                 (stage / f"{name}.py").write_text(text, encoding="utf-8")
-            return {
-                "target": bundle.target_table(target),
-                "model": "model.onnx",
-                **bundle.describe_model(portable),
-                "opset": dict(sorted(portable.opset_imports.items())),
-                "ir_version": portable.ir_version,
-                "session": {
-                    "providers": list(target.providers),
-                    "graph_optimization_level": "ORT_ENABLE_ALL",
-                    "intra_op_num_threads": 1,
-                    "inter_op_num_threads": 1,
-                },
-                "pipeline": None if report is None else report.get("pipeline"),
-                "versions": versions(),
-                "measured": measured,
-                "report": bundle.report_summary(report),
+            session = {
+                "providers": list(target.providers),
+                "graph_optimization_level": "ORT_ENABLE_ALL",
+                "intra_op_num_threads": 1,
+                "inter_op_num_threads": 1,
             }
+            return bundle.manifest(portable, target, session=session, measured=measured, report=report)
 
         return bundle.write(folder, fill)
 
     def _measure(self, model: ir.Model, target: Target, feeds: Mapping[str, Array] | None) -> dict[str, Any]:
         found = self.bench([model], target, feeds, seconds=LOWER_SECONDS)
-        return {
-            "latency_ms": found.milliseconds[0],
-            "rounds": found.rounds,
-            "threads": found.threads,
-            "batch": found.batch,
-            "inputs": "random" if feeds is None else "real",
-            **found.details,
-        }
+        return bundle.measurement(found, real=feeds is not None)
 
     def _loads(self, path: Path, target: Target, *, runs_here: bool) -> None:
         """Load the written file, on the CPU where the target's own providers are not here.

@@ -214,39 +214,21 @@ class TorchBackend:
 
         def fill(stage: Path) -> dict[str, Any]:
             from graphopt.model import save
-            from graphopt.version import versions
 
             save(model, stage / "model.onnx", compress=compress)
             texts = importlib.resources.files("graphopt.backends")
             for name, source in FILES.items():
                 (stage / name).write_text(texts.joinpath(source).read_text("utf-8"), encoding="utf-8")
-            return {
-                "target": bundle.target_table(target),
-                "model": "model.onnx",
-                **bundle.describe_model(model),
-                "opset": dict(sorted(model.opset_imports.items())),
-                "ir_version": model.ir_version,
-                "session": {"device": target.device, "dtype": target.dtype},
-                "layers": fate_rows(made.fates),
-                "pipeline": None if report is None else report.get("pipeline"),
-                "versions": versions(),
-                "measured": measured,
-                "report": bundle.report_summary(report),
-            }
+            session = {"device": target.device, "dtype": target.dtype}
+            layers = fate_rows(made.fates)
+            return bundle.manifest(model, target, session=session, measured=measured, report=report, layers=layers)
 
         return bundle.write(folder, fill)
 
     def _measure(self, model: ir.Model, target: Target, feeds: Mapping[str, Array] | None) -> dict[str, Any]:
         found = self.bench([model], target, feeds, seconds=LOWER_SECONDS)
-        kept = {key: value for key, value in found.details.items() if key != "layers"}
-        return {
-            "latency_ms": found.milliseconds[0],
-            "rounds": found.rounds,
-            "threads": found.threads,
-            "batch": found.batch,
-            "inputs": "random" if feeds is None else "real",
-            **kept,
-        }
+        told = bundle.measurement(found, real=feeds is not None)
+        return {key: value for key, value in told.items() if key != "layers"}  # the manifest has them
 
 
 def on_cpu(target: Target) -> Target:

@@ -23,6 +23,7 @@ from graphopt.errors import GraphoptError, ModelError, UsageError
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from graphopt.backend import BenchResult
     from graphopt.target import Target
 
 MANIFEST = "manifest.json"
@@ -97,6 +98,54 @@ def _verify(folder: Path, name: str, entry: object) -> None:
             "differs from what the manifest vouches for (sha256)", where=str(path),
             hint="copy the bundle again, or lower the model again if you changed it on purpose",
         )  # fmt: skip
+
+
+def manifest(
+    model: ir.Model,
+    target: Target,
+    *,
+    session: Mapping[str, Any],
+    measured: Mapping[str, Any] | None,
+    report: Mapping[str, Any] | None,
+    **more: Any,
+) -> dict[str, Any]:
+    """What every manifest says.
+
+    Args:
+        model: as it is written to `model.onnx`.
+        target: what it is deployed on.
+        session: how the runtime is set up.
+        measured: `measurement`; None where the target cannot run here.
+        report: JSON form of the report that made the model.
+        **more: what only this backend has to say.
+    """
+    from graphopt.version import versions
+
+    return {
+        "target": target_table(target),
+        "model": "model.onnx",
+        **describe_model(model),
+        "opset": dict(sorted(model.opset_imports.items())),
+        "ir_version": model.ir_version,
+        "session": dict(session),
+        **more,
+        "pipeline": None if report is None else report.get("pipeline"),
+        "versions": versions(),
+        "measured": measured,
+        "report": report_summary(report),
+    }
+
+
+def measurement(found: BenchResult, *, real: bool) -> dict[str, Any]:
+    """A bench of the model alone, as manifests tell it; `real`: not on random inputs."""
+    return {
+        "latency_ms": found.milliseconds[0],
+        "rounds": found.rounds,
+        "threads": found.threads,
+        "batch": found.batch,
+        "inputs": "real" if real else "random",
+        **found.details,
+    }
 
 
 def write(folder: Path, fill: Callable[[Path], dict[str, Any]]) -> list[Path]:

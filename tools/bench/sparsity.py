@@ -236,12 +236,13 @@ def cost_table(largest: int) -> None:
         print(f"\n{key}: {scale:.2e} m^{row:.2f} n^{column:.2f} seconds")
     total = {key: sum(c * at(f, m, n) for (m, n), c in LLAMA_7B.items()) for key, f in fitted.items()}
     hours = {"ARMOR, 20 cycles": (total["first"] + 20 * total["cycle"]) / 3600, "`cd`": total["cd"] / 3600}
-    flops = sum(count * 20 * 20 * m * n * n for (m, n), count in LLAMA_7B.items())
+    flops = sum(count * 20 * 8 * m * n * n for (m, n), count in LLAMA_7B.items())  # 4 m n^2 multiply-adds a cycle
     print("\n7 billion parameters:")
     for name, each in hours.items():
         print(f"- {name}, on this machine: {each:.1f} h (extrapolated)")
     minutes = flops / GPU_SHARE / GPU_FLOPS / 60
-    print(f"- ARMOR, 20 cycles, {flops:.1e} FLOP, at {GPU_SHARE * GPU_FLOPS:.0e} FLOP/s: {minutes:.0f} min (estimate)")
+    rate = f"{flops:.1e} FLOP at {GPU_SHARE * GPU_FLOPS:.0e} FLOP/s"
+    print(f"- ARMOR, 20 cycles, {rate}: {minutes:.1f} min of arithmetic (estimate)")
 
 
 def fit(points: list[tuple[int, int, float]]) -> tuple[float, float, float]:
