@@ -133,7 +133,12 @@ def verdict(report: Report) -> str:
 
 
 _STEADY = 1.3
-"""Quartiles of the ratio further apart than this factor: the machine was busy, and one number would claim too much."""
+"""Quartiles of the ratio further apart than this factor: the machine was busy."""
+
+
+def unsteady(low: float, high: float) -> bool:
+    """Whether quartiles of a ratio are so far apart that one number would claim too much."""
+    return high > _STEADY * low
 
 
 def _speed(ratio: float, low: float | None, high: float | None) -> str:
@@ -141,7 +146,7 @@ def _speed(ratio: float, low: float | None, high: float | None) -> str:
     low, high = low or ratio, high or ratio
     if low <= 1 <= high or round(ratio, 2) == 1:
         return "no faster"  # the quartiles embrace 1, or what was seen is too little to speak of
-    if high > _STEADY * low:
+    if unsteady(low, high):
         between = f"{1 / high:.1f}x to {1 / low:.1f}x as fast" if high < 1 else f"{low:.1f}x to {high:.1f}x SLOWER"
         return f"{between} (unsteady timings: repeat on a quiet machine)"
     return f"{1 / ratio:.2f}x as fast" if ratio < 1 else f"{ratio:.2f}x SLOWER"

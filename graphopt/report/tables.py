@@ -255,6 +255,8 @@ def print_bench(out: Console, models: Sequence[str], found: BenchResult) -> None
             style="dim",
         )
     )
+    if any(summary.unsteady(low, high) for low, high in zip(found.low, found.high, strict=True)):
+        out.print(Text("unsteady timings: repeat on a quiet machine", style="dim"))
     for name, line in zip(models, found.details.get("runs", ()), strict=False):
         out.print(Text(f"{text.clean(name)} runs {line}", style="dim"))
 

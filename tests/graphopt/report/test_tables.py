@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
+from graphopt.backend import BenchResult
 from graphopt.base import Skip
 from graphopt.files.stored import Storage
 from graphopt.report import summary, tables, text
@@ -170,3 +171,11 @@ def test_compressed_weights_are_listed_and_summed_up(report: Report) -> None:
     nothing = Storage(100, 100, notes=["opset 9 cannot"])
     assert "no weight is compressed; opset 9 cannot" in printed(replace(report, storage=nothing))
     assert "compressed" not in printed(replace(report, storage=None))
+
+
+@pytest.mark.parametrize(("high", "told"), [(1.1, False), (2.9, True)])
+def test_a_bench_on_a_busy_machine_says_so(high: float, told: bool) -> None:
+    stream = io.StringIO()
+    found = BenchResult((1.0, 0.9), (1.0, 0.9), (1.0, 0.88), (1.0, high), rounds=9, threads=1)
+    tables.print_bench(tables.console(stream), ["a.onnx", "b.onnx"], found)
+    assert ("unsteady timings" in stream.getvalue()) == told
