@@ -11,6 +11,7 @@ All take the matrix (rows, columns) padded with zeros to the sizes that the kern
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -85,16 +86,16 @@ def _refused(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> str | 
     return "it computed a wrong product" if wrong else None
 
 
-class Operand(torch.nn.Module):  # type: ignore[misc]
+class Operand(torch.nn.Module, ABC):  # type: ignore[misc]
     """A sparse left operand, (rows, columns), both legal."""
 
+    @abstractmethod
     def product(self, dense: Tensor, bias: Tensor | None, *, features: bool) -> Tensor:
         """(rows, tokens) for (columns, tokens) where `features`, else its transpose, contiguous; bias (rows,) added."""
-        raise NotImplementedError
 
+    @abstractmethod
     def scaled(self, dense: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         """int8: (tokens, rows) of `dtype`, every row's sum of int32 times its float32 scale."""
-        raise NotImplementedError
 
 
 class DenseOperand(Operand):
