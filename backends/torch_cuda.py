@@ -8,17 +8,17 @@ and library, and `run.py` makes them anew.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.resources
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from graphopt import bundle
 from graphopt.backend import BenchResult
 from graphopt.errors import DataError, MissingBackendError, ModelError
+from graphopt.fx.extra import require_torch, torch_threads
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,7 +68,7 @@ class TorchSession:
 
         check_feeds(feeds, self._inputs)
         lowered = self.runner.lowered
-        with _threads(self._threads):
+        with torch_threads(self._threads):
             try:
                 found = self.runner(*to_device(feeds, lowered))
             except (RuntimeError, IndexError, ValueError) as error:
@@ -142,8 +142,6 @@ class TorchBackend:
             ModelError: `to_torch` does not cover a model.
             DataError: the feeds do not fit a model.
         """
-        from graphopt.fx.extra import require_torch
-
         require_torch(f"target {target.name!r}")
         import torch
 
@@ -156,7 +154,7 @@ class TorchBackend:
         if feeds is None:
             feeds = random_feeds(loaded[0], 0, samples=1)[0]
         sessions = [self.session(model, target, threads=threads) for model in loaded]
-        with _threads(threads):
+        with torch_threads(threads):
             result = paired([_call(session, feeds) for session in sessions], seconds)
         runners = [session.runner for session in sessions]
         return BenchResult(
@@ -203,8 +201,6 @@ class TorchBackend:
             MissingBackendError: torch is not installed.
             ModelError: `to_torch` does not cover the model.
         """
-        from graphopt.fx.extra import require_torch
-
         require_torch(f"target {target.name!r}")
         from graphopt.fx.semi_structured.lower import fate_rows
 
@@ -284,16 +280,3 @@ def _batch(feeds: Mapping[str, Array]) -> int | None:
     lengths = {array.shape[:1] for array in feeds.values()}
     length = lengths.pop() if len(lengths) == 1 else ()
     return int(length[0]) if length else None
-
-
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """torch's number of threads belongs to the process: set, and set back."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

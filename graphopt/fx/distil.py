@@ -14,7 +14,6 @@ which may be those at the start. Equal data, seed, threads and versions give equ
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ import torch
 
 from graphopt.errors import DataError, ModelError
 from graphopt.executor import Session
+from graphopt.fx.extra import torch_threads
 from graphopt.fx.to_torch import to_torch, update_weights
 from graphopt.progress import Progress
 
@@ -155,17 +155,6 @@ def _with_outputs(model: ir.Model, hidden: Sequence[Hidden]) -> ir.Model:
     values = {v.name: v for node in copy.graph for v in node.outputs}
     copy.graph.outputs.extend(values[h.name] for h in hidden)
     return copy
-
-
-@contextlib.contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """torch with so many threads, and afterwards with as many as before."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class Batches:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+from collections.abc import Iterator
 
 from graphopt.errors import MissingBackendError
 
@@ -17,3 +19,16 @@ def require_torch(what: str) -> None:
         importlib.import_module("torch")
     except ImportError as error:
         raise MissingBackendError("it needs torch", where=what, hint="run: pip install 'graphopt[torch]'") from error
+
+
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """torch with so many threads, and afterwards with as many as before: the number belongs to the process."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

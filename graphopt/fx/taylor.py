@@ -32,7 +32,7 @@ from graphopt.analysis.rules import node_key
 from graphopt.analysis.units import Coupling
 from graphopt.calibration import Calibration
 from graphopt.errors import ModelError
-from graphopt.fx.distil import torch_threads
+from graphopt.fx.extra import torch_threads
 from graphopt.fx.to_torch import to_torch
 
 Floats = npt.NDArray[np.float64]

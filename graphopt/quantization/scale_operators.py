@@ -54,9 +54,7 @@ def _on_weight(w: ScaleWalk, node: ir.Node, line: Classes, shape: Shape) -> Clas
     if is_onnx(node, "ConvTranspose"):
         return on_axis(line, len(shape), 0)
     if is_onnx(node, "Conv"):
-        groups = int(node.attributes.get_int("group", 1) or 1)
-        rows = line.reshape(groups, -1).repeat(shape[0] // groups if groups > 1 else 1, axis=0)
-        return rows.reshape(*rows.shape, *(1,) * (len(shape) - 2))
+        return _by_group(node, line, shape)
     if is_onnx(node, "Gemm"):
         return on_axis(line, 2, 1 if node.attributes.get_int("transB", 0) else 0)
     return on_axis(line, len(shape), max(len(shape) - 2, 0))
@@ -67,12 +65,17 @@ def _off_weight(w: ScaleWalk, node: ir.Node, line: Classes, shape: Shape) -> Cla
     if is_onnx(node, "Conv"):
         return on_axis(line, len(shape), 0)
     if is_onnx(node, "ConvTranspose"):
-        groups = int(node.attributes.get_int("group", 1) or 1)
-        rows = line.reshape(groups, -1).repeat(shape[0] // groups if groups > 1 else 1, axis=0)
-        return rows.reshape(*rows.shape, *(1,) * (len(shape) - 2))
+        return _by_group(node, line, shape)
     if is_onnx(node, "Gemm"):
         return on_axis(line, 2, 0 if node.attributes.get_int("transB", 0) else 1)
     return on_axis(line, len(shape), len(shape) - 1)
+
+
+def _by_group(node: ir.Node, line: Classes, shape: Shape) -> Classes:
+    """Labels of channels on a weight whose axis 0 runs over all groups, and axis 1 over the channels of one."""
+    groups = int(node.attributes.get_int("group", 1) or 1)
+    rows = line.reshape(groups, -1).repeat(shape[0] // groups if groups > 1 else 1, axis=0)
+    return rows.reshape(*rows.shape, *(1,) * (len(shape) - 2))
 
 
 def _bias_fits(w: ScaleWalk, bias: ir.Value, channels: int) -> bool:
