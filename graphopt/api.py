@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -254,7 +254,7 @@ def optimize(
         if ctx.evaluation is not None:
             # First of all: labels or a function that do not fit are found before the work, and are no pass's fault.
             measures.baseline()
-        result = manager.run(loaded, ctx)
+        result = manager.run(loaded, replace(ctx, drop=measures.drop))
         report.passes = manager.records
         report.output = stats(result)
         report.sparsity = verdict.sparsity(result, plan.target)
@@ -280,6 +280,8 @@ def _context(model: ir.Model, plan: Plan, jobs: int, progress: Progress | None) 
         jobs=jobs,
         progress=progress or Silent(),
         resolve=registry.pass_class,
+        max_drop=plan.max_drop,
+        max_latency=plan.max_latency,
     )
 
 

@@ -89,6 +89,10 @@ class Context:
         jobs: threads a pass may use.
         progress: where to report steps of long work.
         resolve: looks a pass class up by name; how a composite pass reaches its members without importing them.
+        max_drop: the gate on accuracy that the run is under, for passes that choose how far to go; None: no gate.
+        max_latency: the gate on the latency ratio; None: no gate.
+        drop: how much worse a model is than the input model of the run, as the gate on accuracy measures it; None where
+            it cannot be measured. The field itself is None outside of a run.
     """
 
     target: Target
@@ -98,6 +102,9 @@ class Context:
     jobs: int
     progress: Progress
     resolve: Callable[[str], type[Pass]] = _registered
+    max_drop: float | None = None
+    max_latency: float | None = None
+    drop: Callable[[ir.Model], float | None] | None = None
 
 
 @dataclass(frozen=True)

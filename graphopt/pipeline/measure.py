@@ -96,6 +96,16 @@ class Measures:
             return 0.0 if after == 0 else math.inf
         return (after - before) / abs(before)
 
+    def drop(self, candidate: ir.Model) -> float | None:
+        """How much worse the candidate is, as the gate on accuracy sees it; None where nothing can be measured.
+
+        By the user's evaluation where there is one (`accuracy_drop`), else 1 - fidelity on the calibration data.
+        """
+        if self.ctx.evaluation is not None:
+            return self.accuracy_drop(candidate)
+        cosine = self.fidelity(candidate).cosine if self.ctx.calibration is not None else None
+        return None if cosine is None else 1 - cosine
+
     def _score(self, model: ir.Model) -> float:
         assert self.ctx.evaluation is not None, "callers ask only where there is an evaluation"
         return self.ctx.evaluation.score(model)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
 import pytest
 from manager_passes import DropIdentity, Grow, Noise, feeds, small_model
 
-from graphopt import calibration, registry
+from graphopt import calibration, optimize, registry
 from graphopt.backend import BenchResult
 from graphopt.base import Context, Pass
 from graphopt.errors import MissingBackendError, UsageError
@@ -125,6 +126,27 @@ def test_a_drop_of_fidelity_undoes_the_pass() -> None:
     assert records[0].reason == gate.detail and "output fidelity" in gate.detail
     assert records[1].gates[0].passed is True
     assert result is not model
+
+
+def test_passes_know_the_gates_and_measure_a_drop_as_they_do() -> None:
+    seen: dict[str, Any] = {}
+
+    @dataclass(frozen=True)
+    class Looks(Noise):
+        """Notes what the gate would say of its result."""
+
+        def run(self, model: ir.Model, ctx: Context) -> Any:
+            result = super().run(model, ctx)
+            assert ctx.drop is not None
+            seen.update(drop=ctx.drop(model), max_drop=ctx.max_drop, max_latency=ctx.max_latency)
+            return result
+
+    model = small_model()
+    report = optimize(model, [Looks(0.1)], calib=feeds(), max_drop="90%", max_latency="inf", bench=False).report
+    (gate,) = (g for g in report.passes[0].gates if g.gate == "max-drop")
+    assert seen == {"drop": gate.value, "max_drop": 0.9, "max_latency": math.inf}
+    assert gate.value is not None and gate.value > 1e-4
+    assert Measures(model, Context(TARGET, None, None, 0, 1, Silent())).drop(model) is None
 
 
 def test_the_drop_is_against_the_input_model_not_the_pass_before() -> None:
