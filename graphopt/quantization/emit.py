@@ -8,6 +8,7 @@ nodes read is stored once.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -19,14 +20,14 @@ from graphopt.numerics.rounding import (
     Affine,
     Grid,
     affine,
-    dequantise,
     least_weight_scale,
     quantise,
     quantise_bias,
     sqnr_db,
-    symmetric_weight,
 )
+from graphopt.quantization.matrices import from_matrices, to_matrices
 from graphopt.quantization.plan import Plan, Unit, name_of
+from graphopt.quantization.rounding import Rounded, Rounding, WeightGrid, nearest
 from graphopt.quantization.rules import Kind
 from graphopt.rewriting.edit import Names, array, drop_if_unused, new_initializer, remove_node
 from graphopt.target import QuantScheme
@@ -44,6 +45,7 @@ class Emitter:
         activations: quantisation parameters by root tensor name.
         scheme: integer types of the target.
         per_channel: one weight scale per output channel.
+        rounding: makes weights integers.
 
     Attributes:
         weight_sqnr: SQNR of the weight in dB by unit key, filled by `run`.
@@ -54,6 +56,7 @@ class Emitter:
     activations: dict[str, Affine]
     scheme: QuantScheme
     per_channel: bool
+    rounding: Rounding = nearest
     weight_sqnr: dict[str, float] = field(default_factory=dict)
 
     def run(self) -> None:
@@ -65,7 +68,7 @@ class Emitter:
             self._values.update((v.name, v) for v in node.outputs if v.name)
         self._params: dict[str, tuple[ir.Value, ir.Value]] = {}
         self._dequantised: dict[str, ir.Value] = {}
-        self._weights: dict[tuple[str, int | None, bytes], tuple[ir.Value, Affine, float]] = {}
+        self._constants: dict[tuple[str, int | None, bytes], ir.Value] = {}
         for key, unit in self.plan.units.items():
             origin = self._values[key].producer()
             if origin is None:
@@ -217,10 +220,11 @@ class Emitter:
 
     def _replace_constant(self, node: ir.Node, index: int, data: Array, params: Affine) -> ir.Value:
         old = node.inputs[index]
-        key = (name_of(old), params.axis, params.scale.tobytes() + data.dtype.char.encode())
-        if key not in self._weights:
-            self._weights[key] = (self._stored_constant(old, data, params, node), params, 0.0)
-        new = self._weights[key][0]
+        # Rounding may decide for each layer, so that a shared weight is stored once where the integers agree.
+        key = (name_of(old), params.axis, params.scale.tobytes() + sha256(data.tobytes()).digest())
+        if key not in self._constants:
+            self._constants[key] = self._stored_constant(old, data, params, node)
+        new = self._constants[key]
         node.replace_input_with(index, new)
         drop_if_unused(old)
         return new
@@ -257,23 +261,32 @@ class Emitter:
         if self.scheme.bias == "float":
             self._scale_bias(node, unit, beta)
             bias_node = None
+        matrices = to_matrices(node, unit.weight, weight)
         bias = None
+        floor: Array | float = 0.0
         if bias_node is not None:
-            channels = weight.shape[_channel_axis(node, unit)]
             raw = np.asarray(array(bias_node.inputs[bias_index]), np.float64).reshape(-1) * beta
-            bias = np.broadcast_to(raw, (channels,))
-        least: Array | float = 0.0
-        if bias is not None and bias.size:
+            bias = np.broadcast_to(raw, matrices.shape[0] * matrices.shape[1])
             floor = least_weight_scale(bias, activation.scale)
-            least = floor if axis is not None else float(floor.max())
-        params = symmetric_weight(weight, Grid.of(self.scheme.weight, symmetric=True), axis=axis, least_scale=least)
-        integers = quantise(weight, params)
-        self.weight_sqnr[unit.key] = sqnr_db(weight, dequantise(integers, params))
+        found = self._rounded(unit.key, matrices, floor, per_channel=axis is not None)
+        kind = np.dtype(self.scheme.weight)
+        middle = Grid.of(kind, symmetric=True).middle
+        integers = from_matrices(node, unit.weight, found.integers + middle, weight).astype(kind)
+        scale = found.scale.reshape(() if axis is None else -1)
+        params = Affine(scale, np.full(scale.shape, middle, kind), axis)
         self._replace_constant(node, unit.weight, integers, params)
         if bias is not None and bias_node is not None:
             steps, scale = quantise_bias(bias, activation.scale, params.scale)
             bias_params = Affine(scale, np.zeros(scale.shape, np.int32), None if scale.ndim == 0 else 0)
             self._replace_constant(bias_node, bias_index, steps, bias_params)
+
+    def _rounded(self, key: str, matrices: Array, floor: Array | float, *, per_channel: bool) -> Rounded:
+        """A weight on its grid; `floor` holds the smallest scales by output channel, or 0."""
+        by_row = per_channel and np.ndim(floor) > 0
+        least = np.reshape(floor, (*matrices.shape[:2], 1)) if by_row else float(np.max(floor, initial=0.0))
+        found = self.rounding(key, matrices, WeightGrid(per_channel=per_channel), least)
+        self.weight_sqnr[key] = sqnr_db(matrices, found.dequantised())
+        return found
 
     def _scale_bias(self, node: ir.Node, unit: Unit, beta: float) -> None:
         """Put a Gemm's beta into the bias, which stays in float."""
