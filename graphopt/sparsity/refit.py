@@ -21,8 +21,8 @@ import numpy as np
 
 from graphopt.numerics import least_squares
 from graphopt.numerics.least_squares import Sample
+from graphopt.numerics.metric import DAMPING, check_weight, damped, relative_error
 from graphopt.numerics.moments import Moments
-from graphopt.numerics.sparsity.moments import DAMPING, check_weight, damped, relative_error
 from graphopt.sparsity.layers import Floats, SparseLayer
 from graphopt.sparsity.tasks import Set, Task
 

@@ -31,10 +31,10 @@ from graphopt.fx.semi_structured.kernels import Kernel, kernel_for
 from graphopt.fx.semi_structured.lower import lower
 from graphopt.fx.semi_structured.modules import BlockDiagonal, SparseLinear
 from graphopt.fx.semi_structured.replay import Runner, record
+from graphopt.numerics.metric import damped, relative_error
 from graphopt.numerics.sparsity.armor import armor
 from graphopt.numerics.sparsity.descent import coordinate_descent
 from graphopt.numerics.sparsity.factors import Wrappers, block_size
-from graphopt.numerics.sparsity.moments import damped, relative_error
 from graphopt.numerics.sparsity.one_shot import magnitude, sparsegpt
 from graphopt.numerics.sparsity.patterns import parse
 from graphopt.rewriting.layers import layers_of

@@ -109,10 +109,10 @@ def layer_table(cycles: list[int]) -> None:
     Its inputs are the embeddings of words: of the words of the test pairs 19 % never occur in the calibration data, of
     those of the development pairs 6 %.
     """
+    from graphopt.numerics.metric import damped
     from graphopt.numerics.sparsity import one_shot
     from graphopt.numerics.sparsity.armor import armor, block_size
     from graphopt.numerics.sparsity.descent import coordinate_descent
-    from graphopt.numerics.sparsity.moments import damped
     from graphopt.numerics.sparsity.patterns import parse
 
     weight, (seen, *unseen) = query_moments()

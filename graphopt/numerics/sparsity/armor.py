@@ -24,9 +24,9 @@ from typing import Any, Literal
 
 from array_api_compat import array_namespace
 
+from graphopt.numerics.metric import check_metric, check_weight, error
 from graphopt.numerics.sparsity.alternation import Problem
 from graphopt.numerics.sparsity.factors import Factors, Wrappers, block_size, unscaled
-from graphopt.numerics.sparsity.moments import check_metric, check_weight, error
 from graphopt.numerics.sparsity.one_shot import normalise, sparsegpt, wanda
 from graphopt.numerics.sparsity.patterns import Pattern
 

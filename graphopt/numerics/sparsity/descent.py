@@ -10,8 +10,8 @@ supports of a group are tried (six for 2:4), the best is taken, and the gradient
 Where rows do meet, L is majorised by the diagonal D_p = sum_q |L_pq| (D - L is diagonally dominant, so f(S + d) <= f(S)
 - 2<G, d> + tr(D d M d^T)): rows decouple again, every pass still lowers f, and c = G_g / D_p + s M_gg.
 
-Groups of a row are visited one after the other (Gauss-Seidel), all rows at once; within a chunk of columns the
-gradient is updated by thin products, behind it by one matrix product. Arrays are numpy or torch.
+Groups of a row are visited one after the other, all rows at once (`graphopt.numerics.sweeps`). Arrays are numpy or
+torch.
 """
 
 from __future__ import annotations
@@ -23,12 +23,11 @@ from typing import Any
 
 from array_api_compat import array_namespace
 
+from graphopt.numerics.metric import check_metric, check_weight
 from graphopt.numerics.sparsity.blocks import ridged
-from graphopt.numerics.sparsity.moments import check_metric, check_weight
 from graphopt.numerics.sparsity.one_shot import sparsegpt
 from graphopt.numerics.sparsity.patterns import Pattern
-
-CHUNK = 64
+from graphopt.numerics.sweeps import sweep, total
 
 SUPPORTS = 1000
 """Of a group, to be tried one by one (6:12 has 924); where there are more, supports stay and only values move."""
@@ -70,7 +69,7 @@ def coordinate_descent(
     solve = Sweep(xp.astype(metric, weight.dtype), pattern)
     gap = weight - core
     gradient = gap @ solve.metric
-    least = _sum(gap * gradient)
+    least = total(gap * gradient)
     for _ in range(sweeps):
         if seconds is not None and time.monotonic() - began > seconds:
             break
@@ -78,18 +77,13 @@ def coordinate_descent(
         solve(after, gradient)
         gap = weight - after
         gradient = gap @ solve.metric
-        now = _sum(gap * gradient)
+        now = total(gap * gradient)
         if not now < least:
             break
         gained, core, least = least - now, after, now
         if gained < tolerance * least:
             break
     return core
-
-
-def _sum(values: Any) -> float:
-    xp = array_namespace(values)
-    return float(xp.sum(values, dtype=xp.float64))
 
 
 class Sweep:
@@ -120,38 +114,7 @@ class Sweep:
         Returns:
             What f lost; where rows meet, at least that.
         """
-        n = int(core.shape[1])
-        if rows is not None:
-            gradient /= rows[:, None]
-        gained, width = 0.0, CHUNK - CHUNK % self._step
-        for start in range(0, n, width):
-            stop = min(start + width, n)
-            here = slice(start, stop)
-            own = self.metric[here, here]
-            first, before = _turned(gradient[:, here]), _turned(core[:, here])  # rows of these are contiguous
-            after = self._chunk(first + 0.0, before, start)
-            moved = after - before
-            lost = moved * (2 * first - own @ moved)
-            weighed = lost if rows is None else lost * rows[None, :]
-            gained += _sum(weighed)
-            core[:, here] = after.T
-            if stop < n:
-                gradient[:, stop:] -= moved.T @ self.metric[here, stop:]
-        return gained
-
-    def _chunk(self, local: Any, before: Any, start: int) -> Any:
-        """The new values of some columns, turned: (columns, m); `local`: their gradient, used up."""
-        xp = array_namespace(local)
-        width = int(local.shape[0])
-        own = self.metric[start : start + width, start : start + width]
-        after = xp.empty_like(before)
-        for g in range(0, width, self._step):
-            group = slice(g, min(g + self._step, width))
-            old = before[group, :]
-            after[group, :] = new = self._filled(local[group, :] + own[group, group] @ old, old, start + g)
-            if group.stop < width:
-                local[group.stop :, :] -= own[group.stop :, group] @ (new - old)
-        return after
+        return sweep(core, gradient, self.metric, self._filled, self._step, rows)
 
     def _filled(self, wanted: Any, old: Any, column: int) -> Any:
         """The best values of a group in every row; `wanted`: c, (group, m)."""
@@ -179,13 +142,6 @@ class _Fill:
     gains: Any
     one: Any
     two: Any
-
-
-def _turned(matrix: Any) -> Any:
-    xp = array_namespace(matrix)
-    made = xp.empty((int(matrix.shape[1]), int(matrix.shape[0])), dtype=matrix.dtype, device=matrix.device)
-    made[:, :] = matrix.T
-    return made
 
 
 def _fillings(metric: Any, pattern: Pattern) -> list[_Fill]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from array_api_compat import array_namespace
 
+from graphopt.numerics.metric import inverse_root
 from graphopt.numerics.sparsity.patterns import Pattern, largest, mask
 
 CHUNK = 64
@@ -105,32 +106,3 @@ def sparsegpt(weight: Any, metric: Any, pattern: Pattern) -> Any:
     found = xp.empty_like(weight)
     found[:, :] = left.T
     return found
-
-
-def inverse_root(metric: Any) -> Any:
-    """The upper triangular U with U^T U = H^-1, float64: H = R R^T with R upper triangular, U = R^-1.
-
-    Raises:
-        ValueError: H is not positive definite.
-    """
-    xp = array_namespace(metric)
-    flipped = xp.flip(xp.astype(metric, xp.float64))
-    try:
-        lower = xp.linalg.cholesky(flipped)
-    except (ValueError, RuntimeError) as error:  # numpy's LinAlgError, torch's
-        raise ValueError("the moments of its inputs are not positive definite: damp them") from error
-    return _inverse(xp.flip(lower))
-
-
-def _inverse(upper: Any) -> Any:
-    """R^-1 of an upper triangular R, by halves: [[P, Q], [0, R]]^-1 = [[P^-1, -P^-1 Q R^-1], [0, R^-1]]."""
-    xp = array_namespace(upper)
-    n = int(upper.shape[0])
-    if n <= CHUNK:
-        return xp.triu(xp.linalg.inv(upper))
-    half = n // 2
-    made = xp.zeros_like(upper)
-    made[:half, :half] = first = _inverse(upper[:half, :half])
-    made[half:, half:] = second = _inverse(upper[half:, half:])
-    made[:half, half:] = -(first @ upper[:half, half:]) @ second
-    return made

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from graphopt.numerics.metric import damped, error, relative_error
 from graphopt.numerics.sparsity.armor import armor, armor_shared
 from graphopt.numerics.sparsity.descent import coordinate_descent
-from graphopt.numerics.sparsity.moments import damped, error, relative_error
 from graphopt.numerics.sparsity.one_shot import sparsegpt
 from graphopt.numerics.sparsity.patterns import holds, parse
 

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from graphopt.numerics.metric import damped, error, inverse_root
 from graphopt.numerics.sparsity.armor import armor, armor_shared
 from graphopt.numerics.sparsity.blocks import Blocks, left_update, right_update
 from graphopt.numerics.sparsity.descent import coordinate_descent
-from graphopt.numerics.sparsity.moments import damped, error
-from graphopt.numerics.sparsity.one_shot import inverse_root, magnitude, nowag, sparsegpt, wanda
+from graphopt.numerics.sparsity.one_shot import magnitude, nowag, sparsegpt, wanda
 from graphopt.numerics.sparsity.patterns import Pattern, mask, parse
 
 Matrix = np.ndarray

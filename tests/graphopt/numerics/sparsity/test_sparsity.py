@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from graphopt.numerics.metric import damped, error, relative_error
 from graphopt.numerics.sparsity.armor import armor, armor_shared, block_size
 from graphopt.numerics.sparsity.blocks import CONDITION
 from graphopt.numerics.sparsity.descent import Sweep, coordinate_descent
-from graphopt.numerics.sparsity.moments import damped, error, relative_error
 from graphopt.numerics.sparsity.one_shot import magnitude, normalise, nowag, sparsegpt, wanda
 from graphopt.numerics.sparsity.patterns import holds, mask, parse
 

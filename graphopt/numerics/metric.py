@@ -1,7 +1,8 @@
-"""The metric of a layer: the second moments of its inputs, damped, and the error of a weight in it.
+"""The metric of a layer: the second moments of its inputs, damped, its inverse root, and the error of a weight in it.
 
 A linear layer y = W x sees inputs with second moments H = E[x x^T] (their covariance, where a bias absorbs the mean).
-Replacing W by V costs E|W x - V x|^2 = tr((W - V) H (W - V)^T): everything in this folder minimises that.
+Replacing W by V costs E|W x - V x|^2 = tr((W - V) H (W - V)^T): solvers for sparse and for rounded weights
+minimise that.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from array_api_compat import array_namespace
 
 DAMPING = 0.01
 """Added to the diagonal, relative to its mean: inputs that never vary, or always together, stay invertible."""
+
+SMALL = 64
+"""Triangles up to this size are inverted at once."""
 
 
 def damped(second: Any, damping: float = DAMPING) -> Any:
@@ -78,3 +82,32 @@ def check_metric(metric: Any, columns: int) -> None:
         raise ValueError("the moments of its inputs are not finite")
     if not bool(xp.all(xp.linalg.diagonal(metric) > 0)):
         raise ValueError("the moments of its inputs are not positive definite: damp them")
+
+
+def inverse_root(metric: Any) -> Any:
+    """The upper triangular U with U^T U = H^-1, float64: H = R R^T with R upper triangular, U = R^-1.
+
+    Raises:
+        ValueError: H is not positive definite.
+    """
+    xp = array_namespace(metric)
+    flipped = xp.flip(xp.astype(metric, xp.float64))
+    try:
+        lower = xp.linalg.cholesky(flipped)
+    except (ValueError, RuntimeError) as error:  # numpy's LinAlgError, torch's
+        raise ValueError("the moments of its inputs are not positive definite: damp them") from error
+    return _inverse(xp.flip(lower))
+
+
+def _inverse(upper: Any) -> Any:
+    """R^-1 of an upper triangular R, by halves: [[P, Q], [0, R]]^-1 = [[P^-1, -P^-1 Q R^-1], [0, R^-1]]."""
+    xp = array_namespace(upper)
+    n = int(upper.shape[0])
+    if n <= SMALL:
+        return xp.triu(xp.linalg.inv(upper))
+    half = n // 2
+    made = xp.zeros_like(upper)
+    made[:half, :half] = first = _inverse(upper[:half, :half])
+    made[half:, half:] = second = _inverse(upper[half:, half:])
+    made[:half, half:] = -(first @ upper[:half, half:]) @ second
+    return made
