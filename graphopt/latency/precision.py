@@ -5,13 +5,11 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from graphopt.errors import UsageError
-from graphopt.files.opset import raise_opset
-from graphopt.model import infer_shapes
 from graphopt.numerics.rounding import Grid, affine
 from graphopt.pipeline.clone import private_clone
 from graphopt.quantization.emit import Emitter
 from graphopt.quantization.plan import plan
-from graphopt.quantization.prepare import spatial_means_to_pools
+from graphopt.quantization.prepare import to_integer_form
 from graphopt.target import Target
 
 RANGE = 8.0
@@ -33,9 +31,7 @@ def as_int8(model: ir.Model, target: Target) -> ir.Model:
             f"target {target.name} does not execute int8", where="precision=int8", hint="leave the option out"
         )
     copy = private_clone(model)
-    raise_opset(copy, 13, "int8 with one scale per channel")
-    infer_shapes(copy)
-    spatial_means_to_pools(copy)
+    to_integer_form(copy)
     planned = plan(copy, scheme)
     grid = Grid.of(scheme.activation, symmetric=scheme.symmetric_activation)
     positive = {v.name for node in copy.graph if node.op_type in POSITIVE for v in node.outputs}

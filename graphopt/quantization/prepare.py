@@ -5,7 +5,27 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from graphopt.analysis.centred import square_of, uncast
+from graphopt.files.opset import raise_opset
+from graphopt.files.shape_inference import infer_shapes
 from graphopt.rewriting.edit import Names, array, bypass, is_onnx, label
+
+MIN_OPSET = 13
+"""QuantizeLinear and DequantizeLinear take one scale per channel from here on."""
+
+
+def to_integer_form(model: ir.Model) -> list[str]:
+    """What static int8 asks of a model before it is planned, in place: the opset, shapes, operators with kernels.
+
+    Returns:
+        sentences for the report.
+    """
+    raised = raise_opset(model, MIN_OPSET, "int8 with one scale per channel")
+    notes = [raised] if raised else []
+    infer_shapes(model)
+    pools = spatial_means_to_pools(model)
+    if pools:
+        notes.append(f"{len(pools)} ReduceMean over space written as GlobalAveragePool, an integer kernel")
+    return notes
 
 
 def spatial_means_to_pools(model: ir.Model) -> list[str]:

@@ -1,0 +1,206 @@
+"""Static int8: ranges measured, the layers that disturb the outputs most left in float, the rest written as QDQ.
+
+The steps: bring the graph into the form that has integer kernels (`prepare`), plan what works on integers (`plan`),
+measure ranges on the calibration data (`ranging`), measure how much every layer alone disturbs the outputs and leave in
+float the few that dominate (`sensitivity`), write the result (`emit`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import onnx_ir as ir
+
+from graphopt.base import Context, PassResult, Skip
+from graphopt.errors import DataError, UsageError
+from graphopt.numerics.rounding import Affine
+from graphopt.quantization.outputs import affordable
+from graphopt.quantization.plan import Plan, plan
+from graphopt.quantization.prepare import to_integer_form
+from graphopt.quantization.prepared import Prepared
+from graphopt.quantization.ranging import RangeRule, affines, histograms
+from graphopt.quantization.rounding import Rounding, nearest
+from graphopt.quantization.rules import Kind
+from graphopt.quantization.sensitivity import Reference, Rule, culprits, decibel, measure
+from graphopt.quantization.static_report import layer_rows, multiply_accumulates, summary
+
+SENSITIVITY_SAMPLES = 16
+"""Calibration samples on which layers are compared."""
+
+POOR_DB = 20.0
+"""Below this signal-to-noise ratio of the outputs (1 % noise power) the report warns."""
+
+
+@dataclass(frozen=True)
+class StaticOptions:
+    """The options of the pass that static int8 has; see `graphopt.passes.quantize`."""
+
+    ranges: Literal["auto"] | RangeRule = "auto"
+    percentile: float = 99.99
+    per_channel: bool | None = None
+    sensitive: Literal["auto", "none"] = "auto"
+    sparse_outputs: Literal["auto", "all", "none"] = "auto"
+    exclude: tuple[str, ...] = ()
+    samples: int = 512
+    rounding: Rounding = nearest
+
+
+def quantise_static(model: ir.Model, ctx: Context, options: StaticOptions) -> PassResult:
+    """Quantise weights and activations of `model` in place.
+
+    Raises:
+        UsageError: the target does not execute int8.
+        DataError: there is no calibration data.
+    """
+    scheme = ctx.target.quant
+    if scheme is None:
+        raise UsageError(f"target {ctx.target.name} does not execute int8", where="quantize", hint="leave the pass out")
+    if ctx.calibration is None:
+        raise DataError("no calibration data", where="quantize", hint="give unlabelled samples with --calib")
+    result = PassResult(changed=False)
+    possible = plan(model, scheme, exclude=options.exclude)
+    if not possible.units:
+        result.skipped = possible.skipped
+        result.notes.append("nothing to quantise")
+        return result
+    result.notes += to_integer_form(model)
+    per_channel = scheme.per_channel if options.per_channel is None else options.per_channel
+    _Work(Prepared(model, scheme, per_channel, options.exclude), ctx, options).go(result)
+    result.changed = True
+    return result
+
+
+class _Work:
+    """One run: what its steps hand on to each other."""
+
+    def __init__(self, prepared: Prepared, ctx: Context, options: StaticOptions) -> None:
+        self.prepared, self.ctx, self.options = prepared, ctx, options
+        self.in_float: dict[str, str] = {}
+        self.noise: dict[str, float] = {}
+        self.rule: RangeRule = "minmax"
+        self.outputs: tuple[str, ...] = ()
+        self._float_outputs: Reference | None = None
+
+    def go(self, result: PassResult) -> None:
+        """Plan, measure, choose, write."""
+        prepared, first = self.prepared, self.prepared.everything
+        scales = self._measured()
+        self.in_float.update(prepared.unfit_units())
+        chosen = self._planned() if self.in_float else first
+        if len(scales) > 1 and chosen.units:
+            self._choose_ranges(scales)
+        if self.options.sensitive == "auto" and chosen.units:
+            chosen = self._by_sensitivity(chosen, result)
+        if self._asks_for_outputs:
+            chosen = self._with_outputs(chosen, result)
+        prepared.rounding = self.options.rounding
+        emitter = prepared.write(prepared.model, chosen)
+        result.skipped.extend(chosen.skipped)
+        result.skipped.extend(Skip(first.units[key].label, reason) for key, reason in self.in_float.items())
+        rows = layer_rows(first, chosen, prepared.activations, emitter.weight_sqnr, self.noise)
+        result.details["quantised layers"] = rows
+        result.notes.append(summary(chosen, prepared.scheme, self.rule, per_channel=prepared.per_channel))
+
+    @property
+    def _asks_for_outputs(self) -> bool:
+        return self.prepared.scheme.sparse_outputs and self.options.sparse_outputs != "none"
+
+    @property
+    def _widest(self) -> Plan:
+        return self.prepared.widest if self._asks_for_outputs else self.prepared.everything
+
+    def _planned(self) -> Plan:
+        return self.prepared.planned(self.in_float, self.outputs)
+
+    def _measured(self) -> dict[RangeRule, dict[str, Affine]]:
+        """Histograms, and the scales of the rules in question; the first rule's are the ones in use."""
+        assert self.ctx.calibration is not None
+        prepared, options = self.prepared, self.options
+        prepared.histograms = histograms(
+            prepared.model, self._widest.ranged, self.ctx.calibration,
+            samples=options.samples, threads=self.ctx.jobs, progress=self.ctx.progress,
+        )  # fmt: skip
+        rules: tuple[RangeRule, ...] = ("minmax", "mse") if options.ranges == "auto" else (options.ranges,)
+        seen, grid = prepared.histograms, prepared.grid
+        scales = {rule: affines(seen, rule, grid, percentile=options.percentile) for rule in rules}
+        self.rule, prepared.activations = rules[0], scales[rules[0]]
+        return scales
+
+    def _choose_ranges(self, scales: dict[RangeRule, dict[str, Affine]]) -> None:
+        """Take the rule with which the model quantised as a whole is closest to the float model."""
+        noise: dict[RangeRule, float] = {}
+        for rule, found in scales.items():
+            self.prepared.activations = found
+            noise[rule] = self._reference().noise(self.prepared.variant(self._planned()))
+        self.rule = min(noise, key=lambda rule: noise[rule])
+        self.prepared.activations = scales[self.rule]
+
+    def _reference(self) -> Reference:
+        """The outputs of the float model on a few samples, computed once."""
+        if self._float_outputs is None:
+            assert self.ctx.calibration is not None
+            self._float_outputs = Reference(
+                self.prepared.model, self.ctx.calibration, samples=SENSITIVITY_SAMPLES, threads=self.ctx.jobs,
+                optimize=self.ctx.target.device == "cpu",
+            )  # fmt: skip
+        return self._float_outputs
+
+    def _by_sensitivity(self, planned: Plan, result: PassResult) -> Plan:
+        """Measure every layer alone, and plan again with the dominant ones in float."""
+        reference, prepared = self._reference(), self.prepared
+
+        def noise_of(keys: Sequence[str]) -> float:
+            return reference.noise(prepared.variant(planned.only(keys)))
+
+        def without(left_out: Sequence[str]) -> float:
+            return noise_of([key for key in planned.units if key not in set(left_out)])
+
+        noise = noise_of(list(planned.units))
+        keys = [key for key, unit in planned.units.items() if unit.rule.kind is not Kind.MOVE]
+        self.noise = measure(reference, keys, lambda part: prepared.variant(planned.only(part)), self.ctx.progress)
+        work = multiply_accumulates(prepared.model, prepared.everything, prepared.histograms)
+        worst = culprits(self.noise, {key: work[key] for key in keys}, noise, without, Rule())
+        for key in worst:
+            self.in_float[key] = (
+                f"alone it leaves {decibel(self.noise[key]):.1f} dB of signal to noise at the outputs; in float by "
+                "measurement (sensitive=none quantises it)"
+            )
+        before = f"all of them: {decibel(noise):.1f} dB"
+        if worst:
+            planned = self._planned()
+            noise = noise_of(list(planned.units))
+            before += f"; without the {len(worst)} layers that disturb the outputs most: {decibel(noise):.1f} dB"
+        result.notes.append(f"signal to noise of the worst output on {SENSITIVITY_SAMPLES} samples: {before}")
+        if decibel(noise) < POOR_DB:
+            result.notes.append(
+                f"warning: quantisation leaves {decibel(noise):.1f} dB of signal to noise at the outputs, spread over "
+                "many layers; check the accuracy, or exclude the worst layers of the table"
+            )
+        return planned
+
+    def _with_outputs(self, chosen: Plan, result: PassResult) -> Plan:
+        """The plan with outputs of sparse products in integers, as the target wants them, where that is cheap."""
+        prepared = self.prepared
+        keys = [
+            key
+            for key, unit in prepared.widest.units.items()
+            if unit.quantise_output and key in chosen.units and not chosen.units[key].quantise_output
+            and all(name in prepared.activations for name in unit.carriers)
+        ]  # fmt: skip
+        if not keys:
+            return chosen
+        reference = self._reference()
+
+        def noise(some: Sequence[str]) -> float:
+            return reference.noise(prepared.variant(prepared.planned(self.in_float, some)))
+
+        before = noise([])
+        self.outputs = tuple(keys if self.options.sparse_outputs == "all" else affordable(keys, before, noise))
+        after = noise(self.outputs)
+        result.notes.append(
+            f"outputs of {len(self.outputs)} of {len(keys)} products with sparse weights are quantised for kernels "
+            f"that skip zeros: {decibel(before):.1f} dB of signal to noise without, {decibel(after):.1f} dB with them"
+        )
+        return self._planned()
