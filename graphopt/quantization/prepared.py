@@ -8,7 +8,7 @@ from functools import cached_property
 
 import onnx_ir as ir
 
-from graphopt.numerics.ranges import Histogram
+from graphopt.numerics.histogram import Histogram
 from graphopt.numerics.rounding import Affine, Grid
 from graphopt.pipeline.clone import private_clone
 from graphopt.quantization.emit import Emitter
@@ -71,12 +71,22 @@ class Prepared:
                 found[key] = f"tensor {bad} {wrong[bad]}"
         return found
 
-    def planned(self, in_float: Collection[str], outputs: Collection[str] | None = ()) -> Plan:
+    def planned(
+        self, in_float: Collection[str], outputs: Collection[str] | None = (), model: ir.Model | None = None
+    ) -> Plan:
         """The plan without the units that stay in float; see `graphopt.quantization.plan.plan`.
 
         A tensor that became a root because the data movement before it is in float now has its source's range.
+
+        Args:
+            in_float: keys of units.
+            outputs: keys of sparse products whose output is quantised for its own sake.
+            model: a clone in which nodes that stay out of the plan were rewritten; None: `self.model`.
         """
-        chosen = plan(self.model, self.scheme, exclude=self.exclude, in_float=in_float, outputs=outputs)
+        known = None if model is None else self.everything.units
+        chosen = plan(
+            model or self.model, self.scheme, exclude=self.exclude, in_float=in_float, outputs=outputs, known=known
+        )
         for name in chosen.ranged:
             if name not in self.activations:
                 self.activations[name] = self.activations[self.everything.roots[name]]

@@ -8,7 +8,8 @@ from typing import Literal
 import onnx_ir as ir
 
 from graphopt.calibration import Calibration
-from graphopt.numerics.ranges import Histogram, minmax_range, mse_range, percentile_range
+from graphopt.numerics.histogram import Histogram
+from graphopt.numerics.ranges import minmax_range, mse_range, percentile_range
 from graphopt.numerics.rounding import Affine, Grid, affine
 from graphopt.progress import Progress
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from graphopt.numerics.ranges import Histogram
+from graphopt.numerics.histogram import Histogram
 from graphopt.numerics.rounding import Affine
 from graphopt.quantization.plan import Plan, Unit, name_of
 from graphopt.quantization.rules import Kind
