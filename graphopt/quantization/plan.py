@@ -22,6 +22,8 @@ from graphopt.sparsity.found import holds_any_pattern
 from graphopt.sparsity.marks import is_wrapper
 from graphopt.target import QuantScheme
 
+IN_A_BODY = "inside a branch or loop body, where calibration sees no values"
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -91,6 +93,7 @@ def plan(
     exclude: tuple[str, ...] = (),
     in_float: Collection[str] = (),
     outputs: Collection[str] | None = (),
+    known: Collection[str] | None = None,
 ) -> Plan:
     """Plan a static QDQ quantisation of the main graph.
 
@@ -101,18 +104,38 @@ def plan(
         in_float: keys of units that stay in float.
         outputs: keys of units whose output is quantised though no integer kernel reads it; None: all with sparse
             weights, but for outputs of the graph.
+        known: keys of the units of a plan that was made before other nodes of the model were quantised otherwise: these
+            and no others can be units, whatever stands beside them now.
     """
     skipped: list[Skip] = []
-    units = _candidates(model, scheme, exclude, in_float, skipped)
+    units = _candidates(model, scheme, exclude, in_float, known, skipped)
     _shrink_to_islands(model.graph, units)
     _decide_outputs(model.graph, units, outputs)
     return Plan(units, _roots(model.graph, units), skipped)
 
 
+def refusal(node: ir.Node, scheme: QuantScheme, exclude: tuple[str, ...] = ()) -> str | None:
+    """Why a node of the main graph that has a rule cannot work on integers, whatever its neighbours; None where it can.
+
+    Args:
+        node: its operator type is in `RULES`.
+        scheme: the target's.
+        exclude: globs over node names.
+    """
+    reason = excluded(node, exclude) or _wrapper(node) or _unfit(node, scheme.ops or CPU_OPS)
+    if reason is None and _unit(node, RULES[node.op_type], name_of(node.outputs[0])) is None:
+        return "neither input is an activation"
+    return reason
+
+
 def _candidates(
-    model: ir.Model, scheme: QuantScheme, exclude: tuple[str, ...], in_float: Collection[str], skipped: list[Skip]
+    model: ir.Model,
+    scheme: QuantScheme,
+    exclude: tuple[str, ...],
+    in_float: Collection[str],
+    known: Collection[str] | None,
+    skipped: list[Skip],
 ) -> dict[str, Unit]:
-    ops = scheme.ops or CPU_OPS
     units: dict[str, Unit] = {}
     claimed: set[str] = set()
     for node in model.graph:
@@ -120,28 +143,29 @@ def _candidates(
         if rule is None or not node.outputs or name_of(node.outputs[0]) in claimed:
             continue
         key = name_of(node.outputs[0])
-        if key in in_float:
+        if key in in_float or (known is not None and key not in known):
             continue
-        reason = _excluded(node, exclude) or _wrapper(node) or _unfit(node, ops)
+        reason = refusal(node, scheme, exclude) if known is None else None
         unit = None if reason else _unit(node, rule, key)
         if unit is None:
             # A connecting node in float is no news; a compute node is.
-            if rule.kind is Kind.COMPUTE:
-                skipped.append(Skip(label(node), reason or "neither input is an activation"))
+            if rule.kind is Kind.COMPUTE and reason:
+                skipped.append(Skip(label(node), reason))
             continue
         units[key] = unit
         if unit.bias_add:
             claimed.add(unit.bias_add)
     for graph in model.graph.subgraphs():
         skipped.extend(
-            Skip(label(node), "inside a branch or loop body, where calibration sees no values")
+            Skip(label(node), IN_A_BODY)
             for node in graph
             if is_onnx(node, *RULES) and RULES[node.op_type].kind is Kind.COMPUTE
         )
     return units
 
 
-def _excluded(node: ir.Node, exclude: tuple[str, ...]) -> str | None:
+def excluded(node: ir.Node, exclude: tuple[str, ...]) -> str | None:
+    """The glob that keeps a node in float, as a reason; None where none does."""
     for pattern in exclude:
         if fnmatchcase(label(node), pattern):
             return f"excluded by {pattern!r}"
