@@ -105,6 +105,7 @@ class Search:
 
 def search(
     formats: Mapping[str, Sequence[str]],
+    base: Mixture,
     starts: Mapping[str, Mixture],
     compare: Compare,
     noise: Mapping[tuple[str, str], float],
@@ -120,7 +121,9 @@ def search(
 
     Args:
         formats: what each class may be, "float" among them.
-        starts: usual mixtures, by name; classes they leave out are in float.
+        base: the model in float: what every class is there. Operators that follow their neighbours are "int8" in it,
+            which changes nothing as long as no layer is.
+        starts: usual mixtures, by name; classes they leave out are as in `base`.
         compare: times mixtures.
         noise: noise-to-signal power at the outputs of each class in each format alone; pairs that are missing are not
             compared by noise.
@@ -128,23 +131,26 @@ def search(
         expired: asked between measurements; True stops the search with what was found.
     """
     result = Search()
-    in_float = dict.fromkeys(formats, FLOAT)
+    in_float = dict(base)
+    layers = [name for name, format in base.items() if format == FLOAT]
+
+    def changes(mixture: Mixture) -> bool:
+        return any(mixture[name] != FLOAT for name in layers)
+
     mixtures = {name: {**in_float, **mixture} for name, mixture in starts.items()}
-    mixtures = {name: m for name, m in _distinct(mixtures).items() if m != in_float}
+    mixtures = {name: m for name, m in _distinct(mixtures).items() if changes(m)}
     if not mixtures:
         return result
     result.starts = dict(zip(mixtures, compare(in_float, list(mixtures.values())), strict=True))
     order = sorted(mixtures, key=lambda name: _score(result.starts[name].values, bound))
-    best = _Descent(formats, noise, compare, bound, expired, result)
+    best = _Descent(formats, in_float, noise, compare, bound, expired, result)
     scored = [best.run(mixtures[order[0]], result.starts[order[0]].values)]
     if _score(scored[0][1], bound) >= 1 - GAIN and not expired():
         scored.append(best.run(in_float, (1.0,) * len(scored[0][1])))
     scored += [(mixtures[name], result.starts[name].values) for name in order]
     scored.sort(key=lambda pair: _score(pair[1], bound))
     result.found = list(
-        _distinct(
-            {i: m for i, (m, ratios) in enumerate(scored) if _score(ratios, bound) < 1 and m != in_float}
-        ).values()
+        _distinct({i: m for i, (m, ratios) in enumerate(scored) if _score(ratios, bound) < 1 and changes(m)}).values()
     )
     return result
 
@@ -152,6 +158,7 @@ def search(
 @dataclass
 class _Descent:
     formats: Mapping[str, Sequence[str]]
+    in_float: Mixture
     noise: Mapping[tuple[str, str], float]
     compare: Compare
     bound: float
@@ -160,7 +167,6 @@ class _Descent:
 
     def run(self, mixture: dict[str, str], ratios: tuple[float, ...]) -> tuple[dict[str, str], tuple[float, ...]]:
         """Descend from a mixture whose times over float's are known; returns the end of it and its times."""
-        in_float = dict.fromkeys(self.formats, FLOAT)
         hopeless: set[tuple[str, str]] = set()
         for _ in range(ROUNDS):
             moves = [
@@ -174,7 +180,7 @@ class _Descent:
             if self.expired():
                 self.result.stopped = True
                 break
-            base, *timed = self.compare(mixture, [in_float, *({**mixture, group: to} for group, to in moves)])
+            base, *timed = self.compare(mixture, [self.in_float, *({**mixture, group: to} for group, to in moves)])
             trials = [Trial(g, mixture[g], to, ratio) for (g, to), ratio in zip(moves, timed, strict=True)]
             self.result.trials += trials
             hopeless |= {(t.group, t.format) for t in trials if t.ratio.mean > HOPELESS}
@@ -200,8 +206,8 @@ class _Descent:
         return trial.ratio.certainly_below < 1 - GAIN / 2 and trial.ratio.mean < 1 - GAIN
 
     def _quieter(self, trial: Trial) -> bool:
-        before = 0.0 if trial.before == FLOAT else self.noise.get((trial.group, trial.before))
-        after = 0.0 if trial.format == FLOAT else self.noise.get((trial.group, trial.format))
+        before, after = (self.noise.get((trial.group, format)) for format in (trial.before, trial.format))
+        after = 0.0 if trial.format == FLOAT else after
         return before is not None and after is not None and trial.ratio.mean <= 1 and after * QUIETER < before
 
     def _together(
@@ -213,7 +219,7 @@ class _Descent:
         if len(good) == 1:
             return first, alone
         everything = {**mixture, **{t.group: t.format for t in good}}
-        both = self.compare(mixture, [dict.fromkeys(self.formats, FLOAT), everything, first])
+        both = self.compare(mixture, [self.in_float, everything, first])
         found = [(everything, both[1].over(both[0])), (first, both[2].over(both[0]))]
         return min(found, key=lambda pair: _score(pair[1], self.bound))
 
