@@ -8,6 +8,8 @@ from functools import cached_property
 
 import onnx_ir as ir
 
+from graphopt.calibration import Calibration
+from graphopt.errors import DataError
 from graphopt.numerics.histogram import Histogram
 from graphopt.numerics.rounding import Affine, Grid
 from graphopt.pipeline.clone import private_clone
@@ -15,7 +17,11 @@ from graphopt.quantization.emit import Emitter
 from graphopt.quantization.plan import Plan, name_of, plan
 from graphopt.quantization.ranging import unfit
 from graphopt.quantization.rounding import Rounding, nearest
+from graphopt.quantization.sensitivity import Reference
 from graphopt.target import QuantScheme
+
+SAMPLES = 16
+"""Calibration samples on which variants are compared with the float model."""
 
 
 @dataclass
@@ -27,18 +33,30 @@ class Prepared:
         scheme: number types of the target.
         per_channel: one weight scale per output channel.
         exclude: globs over names of nodes that stay in float.
-        histograms: of the tensors that may get a scale; empty where nothing was measured.
+        calibration: the data; None where there is none, and then nothing has a static scale.
+        threads: of the runtime.
+        optimize: variants run as the runtime would optimise them, and not node by node.
+        histograms: of the tensors that may get a scale.
         activations: scale and zero point by tensor.
+        rule: how ranges were made of histograms.
         rounding: makes weights integers.
+        block: columns that share a scale where weights alone are quantised.
+        symmetric: whether those have no zero points.
     """
 
     model: ir.Model
     scheme: QuantScheme
     per_channel: bool
     exclude: tuple[str, ...] = ()
+    calibration: Calibration | None = None
+    threads: int = 1
+    optimize: bool = True
     histograms: Mapping[str, Histogram] = field(default_factory=dict)
     activations: dict[str, Affine] = field(default_factory=dict)
+    rule: str = ""
     rounding: Rounding = nearest
+    block: int = 32
+    symmetric: bool = True
 
     @cached_property
     def everything(self) -> Plan:
@@ -52,15 +70,28 @@ class Prepared:
             return self.everything
         return plan(self.model, self.scheme, exclude=self.exclude, outputs=None)
 
+    @cached_property
+    def reference(self) -> Reference:
+        """The outputs of the float model on a few samples.
+
+        Raises:
+            DataError: there is no calibration data.
+        """
+        if self.calibration is None:
+            raise DataError("no calibration data", where="quantize", hint="give unlabelled samples with --calib")
+        return Reference(self.model, self.calibration, samples=SAMPLES, threads=self.threads, optimize=self.optimize)
+
     @property
     def grid(self) -> Grid:
         """The integers of activations."""
         return Grid.of(self.scheme.activation, symmetric=self.scheme.symmetric_activation)
 
     def unfit_units(self) -> dict[str, str]:
-        """Units of `everything` that read or write a tensor that no scale fits, and which."""
+        """Units of `everything` that read or write a tensor without a scale, and why it has none."""
         roots = self.everything.roots
         wrong = {name: reason for name, histogram in self.histograms.items() if (reason := unfit(histogram))}
+        known = {*self.histograms, *self.activations}
+        wrong |= {name: "has no scale: it was not measured" for name in roots.values() if name not in known}
         nodes = {name_of(node.outputs[0]): node for node in self.model.graph if node.outputs}
         found = {}
         for key, unit in self.everything.units.items():

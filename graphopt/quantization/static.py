@@ -7,7 +7,7 @@ float the few that dominate (`sensitivity`), write the result (`emit`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,15 +19,13 @@ from graphopt.numerics.rounding import Affine
 from graphopt.quantization.outputs import affordable
 from graphopt.quantization.plan import Plan, plan
 from graphopt.quantization.prepare import to_integer_form
-from graphopt.quantization.prepared import Prepared
+from graphopt.quantization.prepared import SAMPLES, Prepared
 from graphopt.quantization.ranging import RangeRule, affines, histograms
 from graphopt.quantization.rounding import Rounding, nearest
 from graphopt.quantization.rules import Kind
-from graphopt.quantization.sensitivity import Reference, Rule, culprits, decibel, measure
+from graphopt.quantization.sensitivity import Rule, culprits, decibel, measure
 from graphopt.quantization.static_report import layer_rows, multiply_accumulates, summary
-
-SENSITIVITY_SAMPLES = 16
-"""Calibration samples on which layers are compared."""
+from graphopt.target import QuantScheme
 
 POOR_DB = 20.0
 """Below this signal-to-noise ratio of the outputs (1 % noise power) the report warns."""
@@ -65,11 +63,51 @@ def quantise_static(model: ir.Model, ctx: Context, options: StaticOptions) -> Pa
         result.skipped = possible.skipped
         result.notes.append("nothing to quantise")
         return result
-    result.notes += to_integer_form(model)
-    per_channel = scheme.per_channel if options.per_channel is None else options.per_channel
-    _Work(Prepared(model, scheme, per_channel, options.exclude), ctx, options).go(result)
+    prepared, result.notes = prepare(model, ctx, scheme, options)
+    _Work(prepared, ctx, options).go(result)
     result.changed = True
     return result
+
+
+def prepare(model: ir.Model, ctx: Context, scheme: QuantScheme, options: StaticOptions) -> tuple[Prepared, list[str]]:
+    """Bring a model into the form that has integer kernels, in place, and measure what static scales need.
+
+    Without calibration data nothing is measured: no tensor has a static scale then.
+
+    Returns:
+        what variants are written with, and sentences for the report.
+    """
+    notes = to_integer_form(model)
+    per_channel = scheme.per_channel if options.per_channel is None else options.per_channel
+    prepared = Prepared(
+        model, scheme, per_channel, options.exclude,
+        calibration=ctx.calibration, threads=ctx.jobs, optimize=ctx.target.device == "cpu",
+    )  # fmt: skip
+    if ctx.calibration is None:
+        return prepared, notes
+    asks = scheme.sparse_outputs and options.sparse_outputs != "none"
+    tensors = (prepared.widest if asks else prepared.everything).ranged
+    prepared.histograms = histograms(
+        model, tensors, ctx.calibration, samples=options.samples, threads=ctx.jobs, progress=ctx.progress
+    )
+    rules: tuple[RangeRule, ...] = ("minmax", "mse") if options.ranges == "auto" else (options.ranges,)
+    scales = {rule: affines(prepared.histograms, rule, prepared.grid, percentile=options.percentile) for rule in rules}
+    prepared.rule = rules[0] if len(rules) == 1 else _least_noisy(prepared, scales)
+    prepared.activations = scales[prepared.rule]
+    return prepared, notes
+
+
+def _least_noisy(prepared: Prepared, scales: Mapping[RangeRule, dict[str, Affine]]) -> RangeRule:
+    """The rule with which the model quantised as a whole is closest to the float model."""
+    noise: dict[RangeRule, float] = {}
+    in_float = prepared.unfit_units()
+    for rule, found in scales.items():
+        prepared.activations = found
+        chosen = prepared.planned(in_float)
+        if not chosen.units:
+            return rule
+        noise[rule] = prepared.reference.noise(prepared.variant(chosen))
+    return min(noise, key=lambda rule: noise[rule])
 
 
 class _Work:
@@ -79,18 +117,13 @@ class _Work:
         self.prepared, self.ctx, self.options = prepared, ctx, options
         self.in_float: dict[str, str] = {}
         self.noise: dict[str, float] = {}
-        self.rule: RangeRule = "minmax"
         self.outputs: tuple[str, ...] = ()
-        self._float_outputs: Reference | None = None
 
     def go(self, result: PassResult) -> None:
-        """Plan, measure, choose, write."""
+        """Plan, choose, write."""
         prepared, first = self.prepared, self.prepared.everything
-        scales = self._measured()
         self.in_float.update(prepared.unfit_units())
         chosen = self._planned() if self.in_float else first
-        if len(scales) > 1 and chosen.units:
-            self._choose_ranges(scales)
         if self.options.sensitive == "auto" and chosen.units:
             chosen = self._by_sensitivity(chosen, result)
         if self._asks_for_outputs:
@@ -101,55 +134,18 @@ class _Work:
         result.skipped.extend(Skip(first.units[key].label, reason) for key, reason in self.in_float.items())
         rows = layer_rows(first, chosen, prepared.activations, emitter.weight_sqnr, self.noise)
         result.details["quantised layers"] = rows
-        result.notes.append(summary(chosen, prepared.scheme, self.rule, per_channel=prepared.per_channel))
+        result.notes.append(summary(chosen, prepared.scheme, prepared.rule, per_channel=prepared.per_channel))
 
     @property
     def _asks_for_outputs(self) -> bool:
         return self.prepared.scheme.sparse_outputs and self.options.sparse_outputs != "none"
 
-    @property
-    def _widest(self) -> Plan:
-        return self.prepared.widest if self._asks_for_outputs else self.prepared.everything
-
     def _planned(self) -> Plan:
         return self.prepared.planned(self.in_float, self.outputs)
 
-    def _measured(self) -> dict[RangeRule, dict[str, Affine]]:
-        """Histograms, and the scales of the rules in question; the first rule's are the ones in use."""
-        assert self.ctx.calibration is not None
-        prepared, options = self.prepared, self.options
-        prepared.histograms = histograms(
-            prepared.model, self._widest.ranged, self.ctx.calibration,
-            samples=options.samples, threads=self.ctx.jobs, progress=self.ctx.progress,
-        )  # fmt: skip
-        rules: tuple[RangeRule, ...] = ("minmax", "mse") if options.ranges == "auto" else (options.ranges,)
-        seen, grid = prepared.histograms, prepared.grid
-        scales = {rule: affines(seen, rule, grid, percentile=options.percentile) for rule in rules}
-        self.rule, prepared.activations = rules[0], scales[rules[0]]
-        return scales
-
-    def _choose_ranges(self, scales: dict[RangeRule, dict[str, Affine]]) -> None:
-        """Take the rule with which the model quantised as a whole is closest to the float model."""
-        noise: dict[RangeRule, float] = {}
-        for rule, found in scales.items():
-            self.prepared.activations = found
-            noise[rule] = self._reference().noise(self.prepared.variant(self._planned()))
-        self.rule = min(noise, key=lambda rule: noise[rule])
-        self.prepared.activations = scales[self.rule]
-
-    def _reference(self) -> Reference:
-        """The outputs of the float model on a few samples, computed once."""
-        if self._float_outputs is None:
-            assert self.ctx.calibration is not None
-            self._float_outputs = Reference(
-                self.prepared.model, self.ctx.calibration, samples=SENSITIVITY_SAMPLES, threads=self.ctx.jobs,
-                optimize=self.ctx.target.device == "cpu",
-            )  # fmt: skip
-        return self._float_outputs
-
     def _by_sensitivity(self, planned: Plan, result: PassResult) -> Plan:
         """Measure every layer alone, and plan again with the dominant ones in float."""
-        reference, prepared = self._reference(), self.prepared
+        prepared, reference = self.prepared, self.prepared.reference
 
         def noise_of(keys: Sequence[str]) -> float:
             return reference.noise(prepared.variant(planned.only(keys)))
@@ -172,7 +168,7 @@ class _Work:
             planned = self._planned()
             noise = noise_of(list(planned.units))
             before += f"; without the {len(worst)} layers that disturb the outputs most: {decibel(noise):.1f} dB"
-        result.notes.append(f"signal to noise of the worst output on {SENSITIVITY_SAMPLES} samples: {before}")
+        result.notes.append(f"signal to noise of the worst output on {SAMPLES} samples: {before}")
         if decibel(noise) < POOR_DB:
             result.notes.append(
                 f"warning: quantisation leaves {decibel(noise):.1f} dB of signal to noise at the outputs, spread over "
@@ -191,7 +187,7 @@ class _Work:
         ]  # fmt: skip
         if not keys:
             return chosen
-        reference = self._reference()
+        reference = prepared.reference
 
         def noise(some: Sequence[str]) -> float:
             return reference.noise(prepared.variant(prepared.planned(self.in_float, some)))
