@@ -1,4 +1,4 @@
-"""How much each part of a rewrite alone disturbs the outputs of a model, measured on a few calibration samples."""
+"""How much each part of a rewrite disturbs the outputs of a model: alone, and among the others."""
 
 from __future__ import annotations
 
@@ -87,19 +87,62 @@ def measure(
         keys: parts of the rewrite, in graph order.
         variant: makes a model in which only the given parts are rewritten.
         progress: told of every step.
-        most: runs at most; with more keys, neighbours are measured together and share the noise evenly.
+        most: runs at most; see `by_halves`.
 
     Returns:
         noise-to-signal power by key.
     """
-    size = -(-len(keys) // most) if keys else 1
-    noise: dict[Key, float] = {}
-    for start in range(0, len(keys), size):
-        group = keys[start : start + size]
-        progress.step("sensitivity", start, len(keys))
-        together = reference.noise(variant(group))
-        noise.update((key, together / len(group)) for key in group)
-    return noise
+    return by_halves(keys, lambda part: reference.noise(variant(part)), progress, most=most)
+
+
+def recovered(
+    reference: Reference, keys: Sequence[Key], total: float, without: Callable[[Sequence[Key]], ir.Model],
+    progress: Progress, *, most: int = 32,
+) -> dict[Key, float]:  # fmt: skip
+    """By how much the noise of the whole falls where one key's rewrite alone is taken back.
+
+    It differs from the noise of the rewrite alone where errors meet: what only amplifies the errors of others recovers
+    much, and one of two layers that round the same tensor recovers nothing without the other.
+
+    Args:
+        reference: outputs to compare with.
+        keys: parts of the rewrite, in graph order.
+        total: noise-to-signal power with all of them.
+        without: makes a model in which all but the given parts are rewritten.
+        progress: told of every step.
+        most: runs at most; see `by_halves`.
+
+    Returns:
+        noise-to-signal power by key; negative where taking the rewrite back makes the noise larger.
+    """
+    return by_halves(keys, lambda part: total - reference.noise(without(part)), progress, most=most)
+
+
+def by_halves(
+    keys: Sequence[Key], effect: Callable[[Sequence[Key]], float], progress: Progress, *, most: int
+) -> dict[Key, float]:
+    """The effect of each key in at most `most` measurements.
+
+    With more keys than that, neighbours are measured together and share the effect evenly, and the groups with the
+    largest effect for a key are halved as long as measurements are left.
+    """
+    if not keys:
+        return {}
+    size = -(-len(keys) // most) if len(keys) <= most else -(-2 * len(keys) // most)
+    groups = [tuple(keys[start : start + size]) for start in range(0, len(keys), size)]
+    found: dict[tuple[Key, ...], float] = {}
+    runs = 0
+    while groups and runs < most:
+        progress.step("sensitivity", runs, min(len(keys), most))
+        group = groups.pop(0)
+        found[group] = effect(group)
+        runs += 1
+        if not groups and runs + 2 <= most:
+            worst = max(found, key=lambda g: abs(found[g]) / len(g) if len(g) > 1 else -1.0)
+            if len(worst) > 1:
+                del found[worst]
+                groups = [worst[: len(worst) // 2], worst[len(worst) // 2 :]]
+    return {key: effect / len(group) for group, effect in found.items() for key in group}
 
 
 @dataclass(frozen=True)

@@ -1,60 +1,51 @@
-"""Which parts of a rewrite are left out because of the noise they make."""
+"""The effect of each of many parts in few measurements, and decibels."""
 
 from __future__ import annotations
 
 import math
 
-from graphopt.quantization.sensitivity import Rule, culprits, decibel
+import pytest
+
+from graphopt.progress import Silent
+from graphopt.quantization.sensitivity import by_halves, decibel
 
 
-def _choose(noise, work=None):
+def _measured(effects, most):
     runs = []
 
-    def without(left_out):
-        runs.append(len(left_out))
-        return sum(power for key, power in noise.items() if key not in set(left_out))
+    def effect(group):
+        runs.append(group)
+        return sum(effects[key] for key in group)
 
-    work = work or dict.fromkeys(noise, 1.0)
-    return culprits(noise, work, sum(noise.values()), without, Rule()), runs
-
-
-def test_accurate_models_are_left_alone():
-    chosen, runs = _choose({f"l{i}": 1e-5 for i in range(20)})
-    assert chosen == [] and runs == []
+    return by_halves(list(effects), effect, Silent(), most=most), runs
 
 
-def test_one_culprit_is_found():
-    noise = {f"l{i}": 1e-6 for i in range(20)} | {"bad": 0.1}
-    assert _choose(noise)[0] == ["bad"]
+def test_each_alone_where_measurements_suffice():
+    effects = {f"l{i}": float(i) for i in range(20)}
+    found, runs = _measured(effects, 20)
+    assert found == effects
+    assert len(runs) == 20
 
 
-def test_what_dominates_the_rest_goes_along():
-    noise = {f"l{i}": 1e-7 for i in range(20)} | {"bad": 0.1, "second": 1e-3}
-    assert _choose(noise)[0] == ["bad", "second"]
+@pytest.mark.parametrize("most", [8, 16, 33])
+def test_the_large_ones_among_many_are_told_apart(most):
+    effects = {f"l{i}": 1e-6 for i in range(200)} | {"l77": 1.0}
+    found, runs = _measured(effects, most)
+    assert len(runs) <= most
+    assert set(found) == set(effects)
+    assert sum(found.values()) == pytest.approx(sum(effects.values()))
+    assert found["l77"] == max(found.values())
+    if most >= 33:
+        assert found["l77"] == pytest.approx(1.0, rel=1e-3)
 
 
-def test_spread_noise_has_no_culprits():
-    assert _choose({f"l{i}": 2e-4 for i in range(40)})[0] == []  # 21 dB: acceptable, and a quarter gains 1 dB
+def test_negative_effects_count_as_large():
+    effects = {f"l{i}": 0.0 for i in range(64)} | {"l40": -1.0}
+    assert _measured(effects, 20)[0]["l40"] == pytest.approx(-1.0)
 
 
-def test_poor_models_are_lifted_if_that_suffices():
-    noise = {f"l{i}": 0.99e-3 for i in range(12)}
-    chosen, _ = _choose(noise)
-    assert len(chosen) == 2  # 1.2e-2 -> 1e-2
-    assert _choose({f"l{i}": 1e-2 for i in range(12)})[0] == []  # a quarter left out stays poor
-
-
-def test_the_budget_of_work_holds():
-    noise = {"big": 0.1, "small": 0.05} | {f"l{i}": 1e-6 for i in range(8)}
-    work = {"big": 90.0, "small": 1.0} | {f"l{i}": 1.0 for i in range(8)}
-    assert "big" not in _choose(noise, work)[0]
-
-
-def test_bisection_takes_few_runs():
-    noise = {f"l{i}": 0.1 if i < 20 else 1e-7 for i in range(200)}
-    chosen, runs = _choose(noise)
-    assert 18 <= len(chosen) <= 20
-    assert len(runs) <= 8
+def test_nothing_to_measure():
+    assert _measured({}, 4) == ({}, [])
 
 
 def test_decibel():
