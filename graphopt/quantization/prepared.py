@@ -39,6 +39,7 @@ class Prepared:
         histograms: of the tensors that may get a scale.
         activations: scale and zero point by tensor.
         rule: how ranges were made of histograms.
+        outputs: keys of sparse products whose output is quantised for its own sake.
         rounding: makes weights integers.
         block: columns that share a scale where weights alone are quantised.
         symmetric: whether those have no zero points.
@@ -54,6 +55,7 @@ class Prepared:
     histograms: Mapping[str, Histogram] = field(default_factory=dict)
     activations: dict[str, Affine] = field(default_factory=dict)
     rule: str = ""
+    outputs: tuple[str, ...] = ()
     rounding: Rounding = nearest
     block: int = 32
     symmetric: bool = True
