@@ -21,7 +21,13 @@ class QuantScheme:
         bias: type in which biases of int8 layers are stored; "float" where the runtime takes no int32 ones (TensorRT).
         sparse_outputs: outputs of layers with sparse weights are quantised even where no int8 layer reads them, because
             the kernels that skip zeros write int8.
+        float_outputs: its kernels read integers and may write float: the output of a layer needs no scale of its own.
+        fused_sums: a sum is computed by the layer before it, whose result it takes unquantised: of its operands those
+            get Q/DQ that no layer makes for it alone (the residual branch).
+        per_channel_ops: operators whose weights may have one scale per channel; (): all.
+        static_shapes: it takes models without free dimensions only.
         ops: operator types that the target executes in int8.
+        dynamic: operator types that it executes in int8 with scales found as the activations arrive.
     """
 
     activation: Literal["uint8", "int8"] = "uint8"
@@ -30,7 +36,29 @@ class QuantScheme:
     per_channel: bool = True
     bias: Literal["int32", "float"] = "int32"
     sparse_outputs: bool = False
+    float_outputs: bool = False
+    fused_sums: bool = False
+    per_channel_ops: tuple[str, ...] = ()
+    static_shapes: bool = False
     ops: tuple[str, ...] = ()
+    dynamic: tuple[str, ...] = ("MatMul", "Gemm", "LSTM")
+
+
+@dataclass(frozen=True)
+class HalfTypes:
+    """What float16 and bfloat16 models are on a target.
+
+    Attributes:
+        types: half types that its runtime executes.
+        faster: those among them in which models run faster than in float32.
+        float_ops: operators without a kernel of a half type, which stay in float32.
+        note: why a type is not faster, or what else must hold, for the reader of a report.
+    """
+
+    types: tuple[str, ...] = ("float16",)
+    faster: tuple[str, ...] = ()
+    float_ops: tuple[str, ...] = ()
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,6 +106,7 @@ class Target:
         sparsity_2_4: True where 2:4 weights are executed faster.
         sparse: which layers `sparsify` and `armor` take.
         quant: int8 scheme, None where int8 is not supported.
+        half: half types.
         artefacts: what `lower` writes besides the model.
         description: one line for `graphopt targets`.
     """
@@ -94,6 +123,7 @@ class Target:
     sparsity_2_4: bool = False
     sparse: SparseKernels = field(default_factory=SparseKernels)
     quant: QuantScheme | None = field(default_factory=QuantScheme)
+    half: HalfTypes = field(default_factory=HalfTypes)
     artefacts: tuple[str, ...] = ()
     description: str = ""
 
@@ -101,7 +131,8 @@ class Target:
 def parse_target(name: str, table: object, source: str) -> Target:
     """Make a target from its table.
 
-    Keys are the fields of `Target`; `quant` is a sub-table of `QuantScheme` or false, `sparse` one of `SparseKernels`.
+    Keys are the fields of `Target`; `quant` is a sub-table of `QuantScheme` or false, `sparse` one of `SparseKernels`,
+    `half` one of `HalfTypes`.
 
     Args:
         name: name of the table, which becomes the target's.
@@ -118,11 +149,13 @@ def parse_target(name: str, table: object, source: str) -> Target:
         )
     values = dict(table)
     scheme = values.pop("quant", None)
-    kernels = values.pop("sparse", {})
-    made: dict[str, Any] = _checked(values, Target, where, without=("name", "quant", "sparse"))
-    if not isinstance(kernels, Mapping):
-        raise UsageError("'sparse' must be a table", where=where, hint="write [name.sparse] and its keys")
-    made["sparse"] = SparseKernels(**_checked(dict(kernels), SparseKernels, f"{where}, sparse"))
+    parts = {"sparse": SparseKernels, "half": HalfTypes}
+    tables = {key: values.pop(key, {}) for key in parts}
+    made: dict[str, Any] = _checked(values, Target, where, without=("name", "quant", *parts))
+    for key, kind in parts.items():
+        if not isinstance(tables[key], Mapping):
+            raise UsageError(f"{key!r} must be a table", where=where, hint=f"write [name.{key}] and its keys")
+        made[key] = kind(**_checked(dict(tables[key]), kind, f"{where}, {key}"))
     if min(getattr(made["sparse"], n) for n in ("inputs", "outputs", "input_multiple", "output_multiple")) < 1:
         raise UsageError("counts of channels are at least 1", where=f"{where}, sparse", hint="correct the table")
     if scheme is False:

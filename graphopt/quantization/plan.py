@@ -16,7 +16,8 @@ from fnmatch import fnmatchcase
 import onnx_ir as ir
 
 from graphopt.base import Skip
-from graphopt.quantization.rules import ABSORBED, CPU_OPS, QUANTISED_OPS, RULES, Kind, Rule
+from graphopt.quantization.recognised import quantised_already
+from graphopt.quantization.rules import ABSORBED, CPU_OPS, RULES, Kind, Rule
 from graphopt.rewriting.edit import array, constant, is_onnx, label, sole_use
 from graphopt.sparsity.found import holds_any_pattern
 from graphopt.sparsity.marks import is_wrapper
@@ -181,19 +182,14 @@ def _unfit(node: ir.Node, ops: Collection[str]) -> str | None:
     """Why the node has no integer kernel, whatever its neighbours; None where it has."""
     if node.op_type not in ops:
         return f"the target has no integer kernel for {node.op_type}"
-    if any(v is not None and v.producer() is not None and _is_quantised(v.producer()) for v in node.inputs) or any(
-        _is_quantised(use.node) for v in node.outputs for use in v.uses()
-    ):
-        return "quantised already"
+    quantised = quantised_already(node)
+    if quantised:
+        return quantised
     dtype = node.outputs[0].dtype or next((v.dtype for v in node.inputs if v is not None and v.dtype), None)
     if dtype not in (ir.DataType.FLOAT, None):
         return f"computes in {dtype.name.lower()}, not float32" if dtype else None
     check = _CHECKS.get(node.op_type)
     return check(node) if check else None
-
-
-def _is_quantised(node: ir.Node | None) -> bool:
-    return node is not None and node.op_type in QUANTISED_OPS
 
 
 def _parameters(node: ir.Node, rule: Rule) -> str | None:

@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from graphopt.quantization.recognised import QUANTISED_OPS  # noqa: F401 (dynamic.py takes it from here)
+
 
 class Kind(Enum):
     """How the output of an integer kernel relates to its input."""
@@ -90,14 +92,3 @@ ConvTranspose has no integer kernel there. Softmax has one, and is left out of t
 
 ABSORBED = ("Relu", "Clip")
 """Activations that a quantised output makes superfluous: the lowest integer stands for 0."""
-
-QUANTISED_OPS = frozenset(
-    {
-        "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger",
-        "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "MatMulNBits", "QGemm", "QLinearAdd",
-        "QLinearMul", "QLinearConcat", "QLinearSigmoid", "QLinearLeakyRelu", "QLinearAveragePool",
-        "QLinearGlobalAveragePool", "QLinearSoftmax", "QLinearReduceMean", "QLinearWhere", "QAttention",
-        "QEmbedLayerNormalization",
-    }
-)  # fmt: skip
-"""Operators of any domain that mean: somebody quantised here already."""
