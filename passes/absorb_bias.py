@@ -32,6 +32,9 @@ DEVIATIONS = 3.0
 WORTH = 0.01
 """Smallest shift, as a share of the channel's greatest value: less frees no integer."""
 
+LEAST_SAMPLES = 32
+"""With fewer samples the least value says little about others; a range cut off there hides noise on the data itself."""
+
 _PASSING = ("Relu", "Identity", "Dropout", "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "Flatten")
 
 
@@ -46,7 +49,8 @@ class AbsorbBias(Pass):
     less. The outputs are those of before, up to rounding, for all inputs on which channels stay above their c.
 
     Does not fire: where what reads the channel is no layer with a constant weight (an Add, an output of the graph), in
-    front of a zero-padded convolution (the padding does not carry the shift), in bodies of If, Loop and Scan.
+    front of a zero-padded convolution (the padding does not carry the shift), on fewer than 32 samples, in bodies of
+    If, Loop and Scan.
     Preserves: structure but for biases that layers get, and names.
     Source: Nagel et al. 2019, arXiv:1906.04721, section 4.1.3.
     """
@@ -75,8 +79,12 @@ class AbsorbBias(Pass):
         names = Names(model)
         rows: list[dict[str, Any]] = []
         for site in sites:
-            shift = values[site.output].shift()
-            blocked = "no channel of it stays above zero" if not shift.any() else _absorb(site, shift, names)
+            seen = values[site.output]
+            shift = seen.shift()
+            if seen.samples < LEAST_SAMPLES:
+                blocked: str | None = f"seen on {seen.samples} samples, and {LEAST_SAMPLES} are needed"
+            else:
+                blocked = _absorb(site, shift, names) if shift.any() else "no channel of it stays above zero"
             if blocked:
                 result.skipped.append(Skip(label(site.writer.node), blocked))
             else:
@@ -167,14 +175,16 @@ class _Values:
     total: Floats
     squares: Floats
     count: int = 0
+    samples: int = 0
 
     @classmethod
     def of(cls, channels: int) -> _Values:
         return cls(np.full(channels, np.inf), np.full(channels, -np.inf), np.zeros(channels), np.zeros(channels))
 
-    def update(self, rows: Floats) -> None:
-        """Take more values, (channels, positions)."""
+    def update(self, rows: Floats, samples: int) -> None:
+        """Take more values, (channels, positions of all samples)."""
         if rows.shape[1]:
+            self.samples += samples
             np.minimum(self.least, rows.min(axis=1), out=self.least)
             np.maximum(self.greatest, rows.max(axis=1), out=self.greatest)
             self.total += rows.sum(axis=1)
@@ -199,7 +209,8 @@ def _values(
     for tensors in activations(model, list(found), calibration, limit=samples, threads=threads):
         for name, tensor in tensors.items():
             axis = writers[name].channel_axis(tensor.ndim)
-            found[name].update(np.moveaxis(tensor, axis, 0).reshape(tensor.shape[axis], -1).astype(np.float64))
+            rows = np.moveaxis(tensor, axis, 0).reshape(tensor.shape[axis], -1).astype(np.float64)
+            found[name].update(rows, samples=len(tensor))
     return found
 
 

@@ -70,7 +70,7 @@ def test_integers_lose_less_behind_it() -> None:
 
 
 def test_convolutions_pass_it_on_through_pooling() -> None:
-    x = np.random.default_rng(1).normal(size=(8, 3, 8, 8)).astype(np.float32)
+    x = np.random.default_rng(1).normal(size=(32, 3, 8, 8)).astype(np.float32)
     lift = np.array([30, 0, 50, 0], np.float32)
     model = graph(
         "(float[N,3,8,8] x) => (float[N,5] y)",
@@ -103,7 +103,7 @@ def test_channels_that_fall_to_zero_keep_their_bias() -> None:
 
 
 def test_padding_does_not_carry_a_shift() -> None:
-    x = np.random.default_rng(1).normal(size=(8, 3, 8, 8)).astype(np.float32)
+    x = np.random.default_rng(1).normal(size=(32, 3, 8, 8)).astype(np.float32)
     model = graph(
         "(float[N,3,8,8] x) => (float[N,5,8,8] y)",
         "a = Conv(x, w, b)  r = Relu(a)  y = Conv<pads=[1,1,1,1]>(r, v, c)",
@@ -120,6 +120,10 @@ def test_outputs_of_the_graph_keep_their_bias() -> None:
         w=(16, 24), b=LIFT, v=(24, 8), c=(8,),
     )  # fmt: skip
     assert "output of the graph" in reasons(absorb(model))
+
+
+def test_few_samples_do_not_tell_what_a_channel_never_does() -> None:
+    assert "seen on 8 samples" in reasons(absorb(layers(), X[:8]))
 
 
 def test_without_data_it_asks_for_some() -> None:
