@@ -44,10 +44,11 @@ class Quantize(Pass):
     needs_calibration: ClassVar[bool] = True
 
     scheme: Literal["int8"] = option("int8", "integers for weights and activations")
-    ranges: Literal["auto", "minmax", "percentile", "mse"] = option(
+    ranges: Literal["auto", "search", "minmax", "average", "percentile", "mse", "entropy"] = option(
         "auto",
-        "range of an activation: its extremes, its percentiles, or least squared error on its histogram; "
-        "auto takes minmax or mse, whichever disturbs the outputs less",
+        "range of an activation: its extremes, their average over the batches, its percentiles, least squared error or "
+        "least divergence on its histogram; auto: minmax or mse, whichever disturbs the outputs less; search: for each "
+        "tensor what disturbs the layers that read it least, if that beats every single rule",
     )
     percentile: float = option(99.99, "for ranges=percentile: the share of values inside the range", low=50, high=100)
     per_channel: bool | None = option(None, "one weight scale per output channel; default: as the target wants it")

@@ -9,11 +9,12 @@ import onnx_ir as ir
 
 from graphopt.calibration import Calibration
 from graphopt.numerics.histogram import Histogram
-from graphopt.numerics.ranges import minmax_range, mse_range, percentile_range
+from graphopt.numerics.ranges import Range, average_range, entropy_range, minmax_range, mse_range, percentile_range
 from graphopt.numerics.rounding import Affine, Grid, affine
 from graphopt.progress import Progress
 
-RangeRule = Literal["minmax", "percentile", "mse"]
+RangeRule = Literal["minmax", "average", "percentile", "mse", "entropy"]
+"""How a range follows from a histogram; see `graphopt.numerics.ranges`."""
 
 WIDEST = 1e30
 """A tensor that reaches this is a mask (float32 lowest stands for minus infinity), and no scale fits it."""
@@ -70,10 +71,15 @@ def affines(
     }
 
 
-def _range(histogram: Histogram, rule: RangeRule, grid: Grid, percentile: float) -> tuple[float, float]:
+def _range(histogram: Histogram, rule: RangeRule, grid: Grid, percentile: float) -> Range:
     match rule:
-        case "mse":
-            return mse_range(histogram, grid)
+        case "minmax":
+            return minmax_range(histogram)
+        case "average":
+            return average_range(histogram)
         case "percentile":
             return percentile_range(histogram, percentile)
-    return minmax_range(histogram)
+        case "mse":
+            return mse_range(histogram, grid)
+        case "entropy":
+            return entropy_range(histogram, grid)

@@ -7,7 +7,7 @@ float the few that dominate (`sensitivity`), write the result (`emit`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,12 +15,11 @@ import onnx_ir as ir
 
 from graphopt.base import Context, PassResult, Skip
 from graphopt.errors import DataError, UsageError
-from graphopt.numerics.rounding import Affine
 from graphopt.quantization.outputs import affordable
 from graphopt.quantization.plan import Plan, plan
 from graphopt.quantization.prepare import to_integer_form
 from graphopt.quantization.prepared import SAMPLES, Prepared
-from graphopt.quantization.ranging import RangeRule, affines, histograms
+from graphopt.quantization.range_choice import RangeChoice, measure_ranges
 from graphopt.quantization.rounding import Rounding, nearest
 from graphopt.quantization.rules import Kind
 from graphopt.quantization.sensitivity import Rule, culprits, decibel, measure
@@ -35,7 +34,7 @@ POOR_DB = 20.0
 class StaticOptions:
     """The options of the pass that static int8 has; see `graphopt.passes.quantize`."""
 
-    ranges: Literal["auto"] | RangeRule = "auto"
+    ranges: RangeChoice = "auto"
     percentile: float = 99.99
     per_channel: bool | None = None
     sensitive: Literal["auto", "none"] = "auto"
@@ -86,28 +85,11 @@ def prepare(model: ir.Model, ctx: Context, scheme: QuantScheme, options: StaticO
     if ctx.calibration is None:
         return prepared, notes
     asks = scheme.sparse_outputs and options.sparse_outputs != "none"
-    tensors = (prepared.widest if asks else prepared.everything).ranged
-    prepared.histograms = histograms(
-        model, tensors, ctx.calibration, samples=options.samples, threads=ctx.jobs, progress=ctx.progress
-    )
-    rules: tuple[RangeRule, ...] = ("minmax", "mse") if options.ranges == "auto" else (options.ranges,)
-    scales = {rule: affines(prepared.histograms, rule, prepared.grid, percentile=options.percentile) for rule in rules}
-    prepared.rule = rules[0] if len(rules) == 1 else _least_noisy(prepared, scales)
-    prepared.activations = scales[prepared.rule]
+    measure_ranges(
+        prepared, prepared.widest if asks else prepared.everything, options.ranges,
+        percentile=options.percentile, samples=options.samples, progress=ctx.progress,
+    )  # fmt: skip
     return prepared, notes
-
-
-def _least_noisy(prepared: Prepared, scales: Mapping[RangeRule, dict[str, Affine]]) -> RangeRule:
-    """The rule with which the model quantised as a whole is closest to the float model."""
-    noise: dict[RangeRule, float] = {}
-    in_float = prepared.unfit_units()
-    for rule, found in scales.items():
-        prepared.activations = found
-        chosen = prepared.planned(in_float)
-        if not chosen.units:
-            return rule
-        noise[rule] = prepared.reference.noise(prepared.variant(chosen))
-    return min(noise, key=lambda rule: noise[rule])
 
 
 class _Work:

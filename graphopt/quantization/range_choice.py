@@ -1,0 +1,73 @@
+"""From calibration data to the scales in use: one rule, the better of two, or tensor by tensor (`range_search`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+from graphopt.errors import DataError
+from graphopt.numerics.rounding import Affine
+from graphopt.progress import Progress
+from graphopt.quantization.plan import Plan
+from graphopt.quantization.prepared import Prepared
+from graphopt.quantization.range_search import candidates, searched
+from graphopt.quantization.ranging import RangeRule, affines, histograms
+
+RangeChoice = Literal["auto", "search"] | RangeRule
+
+SINGLE: tuple[RangeRule, ...] = get_args(RangeRule)
+
+COMPARED: Mapping[RangeChoice, tuple[RangeRule, ...]] = {
+    **{rule: (rule,) for rule in SINGLE},
+    "auto": ("minmax", "mse"),
+    "search": SINGLE,
+}
+"""Which rules are compared on the whole model."""
+
+
+def measure_ranges(
+    prepared: Prepared, measured: Plan, choice: RangeChoice, *, percentile: float, samples: int, progress: Progress
+) -> None:
+    """Measure histograms on the calibration data, and set the scales, and which rule made them, of `prepared`.
+
+    Where several rules are in question, that one is taken with which the model quantised as a whole is closest to the
+    float model, on a few samples. With `search` the combination of the best range for every tensor competes too.
+
+    Args:
+        prepared: gets its `histograms`, `activations` and `rule`.
+        measured: the plan of all that may get a scale.
+        choice: the rule, or how it is chosen.
+        percentile: for the rule of that name.
+        samples: of the calibration data, at most.
+        progress: told of every batch.
+
+    Raises:
+        DataError: there is no calibration data.
+    """
+    if prepared.calibration is None:
+        raise DataError("no calibration data", where="quantize", hint="give unlabelled samples with --calib")
+    model, calibration, grid = prepared.model, prepared.calibration, prepared.grid
+    seen = prepared.histograms = histograms(
+        model, measured.ranged, calibration, samples=samples, threads=prepared.threads, progress=progress
+    )
+    rules = COMPARED[choice]
+    scales: dict[str, dict[str, Affine]] = {rule: affines(seen, rule, grid, percentile=percentile) for rule in rules}
+    if choice == "search":
+        trials = {
+            name: candidates(seen[name], [found[name] for found in scales.values()], grid) for name in scales[rules[0]]
+        }
+        scales["search"] = searched(model, measured, trials, calibration, threads=prepared.threads, progress=progress)
+    prepared.rule = rules[0] if len(scales) == 1 else _least_noisy(prepared, scales)
+    prepared.activations = scales[prepared.rule]
+
+
+def _least_noisy(prepared: Prepared, scales: Mapping[str, dict[str, Affine]]) -> str:
+    noise: dict[str, float] = {}
+    in_float = prepared.unfit_units()
+    for rule, found in scales.items():
+        prepared.activations = found
+        chosen = prepared.planned(in_float)
+        if not chosen.units:
+            return rule
+        noise[rule] = prepared.reference.noise(prepared.variant(chosen))
+    return min(noise, key=lambda rule: noise[rule])
