@@ -10,7 +10,7 @@ squares, which are differences of the cumulative ones. A range is tried in as ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,9 @@ apart, down to 1e-4 of what one outlier made the range."""
 
 REFINEMENTS = (0.91, 0.94, 0.97, 0.985, 1.015, 1.03, 1.06, 1.1)
 """Factors tried around the best of FACTORS."""
+
+AT_ONCE = 1 << 16
+"""Cells of trials whose errors are computed together."""
 
 FAR = 2.0**129
 """Beyond all float32."""
@@ -92,21 +95,31 @@ def percentile_range(histogram: Histogram, percentile: float) -> Range:
 
 def squared_error(histogram: Histogram, params: Affine) -> float:
     """Sum of squared rounding and clipping errors over the histogram, for per-tensor parameters."""
-    return _squared_error(histogram.bins().cumulative(), params)
+    return float(_squared_errors(histogram.bins().cumulative(), [params])[0])
 
 
-def _squared_error(cumulative: Cumulative, params: Affine) -> float:
-    values, borders = _cells(params)
-    number, total, squares = np.diff(cumulative(borders))
+def _squared_errors(cumulative: Cumulative, tried: Sequence[Affine]) -> Floats:
+    """(tried,) sums of squared errors."""
+    found = np.empty(len(tried))
+    levels = int(np.ptp(_integers(tried[0]))) + 1
+    step = max(1, AT_ONCE // levels)
+    for start in range(0, len(tried), step):
+        part = slice(start, start + step)
+        values, borders = (np.stack(each) for each in zip(*map(_cells, tried[part]), strict=True))
+        number, total, squares = np.diff(cumulative(borders))
+        found[part] = np.sum(squares - values * (2 * total - values * number), axis=1)
     # differences of large sums: what is left of an error that is 0 may be slightly negative
-    return max(0.0, float(np.sum(squares - values * (2 * total - values * number))))
+    return np.maximum(found, 0.0)
+
+
+def _integers(params: Affine) -> NDArray[np.float64]:
+    info = np.iinfo(params.zero_point.dtype)
+    return np.arange(info.min, info.max + 1, dtype=np.float64)
 
 
 def _cells(params: Affine) -> tuple[Floats, Floats]:
     """What the integers stand for, and between which borders values are rounded to them, from -FAR to FAR."""
-    info = np.iinfo(params.zero_point.dtype)
-    steps = np.arange(info.min, info.max + 1, dtype=np.float64) - float(params.zero_point)
-    scale = float(params.scale)
+    steps, scale = _integers(params) - float(params.zero_point), float(params.scale)
     borders = (steps[:-1] + 0.5) * scale
     return steps * scale, np.concatenate([[-FAR], borders, [FAR]])
 
@@ -119,39 +132,35 @@ def mse_range(histogram: Histogram, grid: Grid) -> Range:
     """
     cumulative = histogram.bins().cumulative()
 
-    def error(trial: Range) -> float:
-        return _squared_error(cumulative, affine(*trial, grid))
+    def errors(trials: Sequence[Range]) -> Floats:
+        return _squared_errors(cumulative, [affine(*trial, grid) for trial in trials])
 
-    return least(error, minmax_range(histogram), grid)
+    return least(errors, minmax_range(histogram), grid)
 
 
-def least(cost: Callable[[Range], float], widest: Range, grid: Grid) -> Range:
+def least(costs: Callable[[Sequence[Range]], Floats], widest: Range, grid: Grid) -> Range:
     """The range inside `widest` of least cost that coordinate search over both ends finds; never worse than `widest`.
 
-    Both ends of a symmetric grid move together; else one after the other, and the first once more.
+    Both ends of a symmetric grid move together; else one after the other, and each once more.
     """
-    best, least_cost = widest, cost(widest)
+    best, least_cost = widest, float(costs([widest])[0])
     ends = [end for end in (0, 1) if widest[end] != 0]
-    moves = [tuple(ends)] if grid.symmetric else [(end,) for end in ends]
-    if len(moves) == 2:
-        moves = [*moves, *moves]
+    moves = [tuple(ends)] if grid.symmetric else [(end,) for end in ends] * len(ends)
+    if not ends:
+        return widest
     for move in moves:
         for factors in (FACTORS, REFINEMENTS):
-            start = widest if factors is FACTORS else best
-            for trial in _moved(start, best, move, factors, widest):
-                found = cost(trial)
-                if found < least_cost:
-                    best, least_cost = trial, found
+            trials = _moved(widest if factors is FACTORS else best, best, move, factors, widest)
+            found = costs(trials)
+            if found.min() < least_cost:
+                best, least_cost = trials[int(found.argmin())], float(found.min())
     return best
 
 
-def _moved(
-    start: Range, best: Range, move: tuple[int, ...], factors: tuple[float, ...], widest: Range
-) -> Iterator[Range]:
+def _moved(start: Range, best: Range, move: tuple[int, ...], factors: tuple[float, ...], widest: Range) -> list[Range]:
     """`best` with the moving ends at `start` times each factor, no wider than `widest`."""
-    for factor in factors:
-        low, high = (start[end] * factor if end in move else best[end] for end in (0, 1))
-        yield max(low, widest[0]), min(high, widest[1])
+    ends = ([start[end] * factor if end in move else best[end] for end in (0, 1)] for factor in factors)
+    return [(max(low, widest[0]), min(high, widest[1])) for low, high in ends]
 
 
 def entropy_range(histogram: Histogram, grid: Grid) -> Range:
@@ -211,7 +220,10 @@ class _Divergence:
         self._occupied = _summed(self._counts > 0)
         self._surprise = _summed(_xlogx(self._counts))
 
-    def __call__(self, trial: Range) -> float:
+    def __call__(self, trials: Sequence[Range]) -> Floats:
+        return np.array([self._of(trial) for trial in trials])
+
+    def _of(self, trial: Range) -> float:
         first, last = (min(max(round(end / self.width), -DIVERGENCE_BINS), DIVERGENCE_BINS) for end in trial)
         params = affine(*trial, self._grid)
         if params.scale < self.width:
