@@ -28,8 +28,9 @@ class WeightGrid:
         symmetric: the integers are -m..m with m = 2^(bits - 1) - 1 and there is no zero point; else 0..2^bits - 1 with
             one zero point a scale.
         per_channel: one scale a row; else one for the whole weight.
-        block: so many neighbouring columns share a scale, row by row; None: all.
-        full: symmetric grids take -2^(bits - 1) too (weights stored in blocks of 4 bits can spare no level).
+        block: with `per_channel`, so many neighbouring columns share a scale; None: all of a row.
+        full: symmetric grids take -2^(bits - 1) too (weights stored in blocks of 4 bits can spare no level). The side
+            with the longer reach gets it: where that is the positive one, the scale is negative.
     """
 
     bits: int = 8
@@ -48,6 +49,10 @@ class WeightGrid:
         """Largest integer."""
         return (1 << self.bits - 1) - 1 if self.symmetric else (1 << self.bits) - 1
 
+    def width(self, columns: int) -> int:
+        """Columns of a weight that share a scale."""
+        return min(self.block, columns) if self.block and self.per_channel else columns
+
 
 @dataclass(frozen=True)
 class Rounded:
@@ -55,7 +60,7 @@ class Rounded:
 
     Attributes:
         integers: (groups, rows, columns).
-        scale: (groups, rows, blocks) float32, positive; (1, 1, 1) for one scale in all.
+        scale: (groups, rows, blocks) float32, positive but on `full` grids; (1, 1, 1) for one scale in all.
         zero: of the shape of `scale`.
         block: columns that share a scale.
     """
@@ -82,13 +87,13 @@ class Rounding(Protocol):
             key: name of the first output of the node in the model that calibration saw.
             weight: (groups, rows, columns), finite.
             grid: where to.
-            least_scale: lower bound of scales, scalar or (groups, rows, 1).
+            least_scale: lower bound of the magnitude of scales, scalar or (groups, rows, 1).
         """
 
 
 def nearest(key: str, weight: Floats, grid: WeightGrid, least_scale: Floats | float = 0.0) -> Rounded:
     """Scales from the extremes of each block, and each number to its nearest integer, halves to even."""
-    block = grid.block or weight.shape[2]
+    block = grid.width(weight.shape[2])
     scale, zero = extremes(weight, grid, block, least_scale)
     wide, offset = (np.repeat(a, block, axis=2)[:, :, : weight.shape[2]] for a in (scale, zero))
     steps = np.rint(np.asarray(weight, np.float32) / wide) + offset
@@ -109,14 +114,16 @@ def extremes(
     if not grid.per_channel:
         parts = parts.reshape(1, 1, 1, -1)
     low, high = parts.min(axis=3, initial=0.0), parts.max(axis=3, initial=0.0)
-    if grid.symmetric:
+    if grid.full:
+        steps = np.maximum(np.maximum(-low, high) / -grid.low, np.minimum(-low, high) / grid.high)
+    elif grid.symmetric:
         steps = np.maximum(-low, high) / grid.high
-        if grid.full:
-            steps = np.minimum(steps, np.maximum(-low / -grid.low, high / grid.high))
     else:
         steps = (high - low) / grid.high
     steps = np.where(steps > 0, np.maximum(steps, SMALLEST_SCALE), 1.0)
     scale = np.asarray(np.maximum(steps, least_scale if grid.per_channel else np.max(least_scale)), np.float32)
+    if grid.full:
+        scale = np.where(high > -low, -scale, scale)  # -2^(bits - 1) times a negative scale is positive
     zero = np.zeros(scale.shape, np.int32)
     if not grid.symmetric:
         zero = np.clip(np.rint(-low / scale), grid.low, grid.high).astype(np.int32)

@@ -1,0 +1,160 @@
+"""Rounding with the second moments of what layers read, from calibration data.
+
+Moments are those of the float model (layers do not wait for each other), taken when a layer is first asked for:
+together with those that follow it, as many as fit into the memory allowed, in one pass over the data. Layers that read
+the same columns share theirs. What a layer was given is remembered, so writing a model several times solves once.
+
+The moments are damped: H + a mean(diag H) I with a = `DAMPING` where there are `ENOUGH` observations per column, and
+the more the fewer there are, since what few observations say of the products of columns is chance.
+
+What is rounded without moments (embeddings, recurrent weights, weights in bodies of If and Loop, layers that the data
+does not reach) gets the scales of least squared error and the nearest integers, and `notes` says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from graphopt.numerics.least_squares import ENOUGH
+from graphopt.numerics.metric import DAMPING, damped
+from graphopt.numerics.moments import Moments
+from graphopt.parallel import Workers
+from graphopt.quantization.rounding import Floats, Rounded, WeightGrid
+from graphopt.quantization.solved_rounding import Method, Metric, solved
+from graphopt.rewriting.layer_moments import MEMORY, input_moments, portions
+from graphopt.rewriting.layers import Layer, layers_of
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from graphopt.calibration import Calibration
+
+MOST_DAMPING = 1.0
+
+
+class SecondOrder:
+    """A `graphopt.quantization.rounding.Rounding` with moments.
+
+    Args:
+        model: the float model; a clone is kept, so it may change meanwhile.
+        calibration: the data.
+        method: how far to go.
+        keys: layers that will be asked for; None: all.
+        centred: biases will take up what rounding does to means, so only deviations from the mean input count.
+        samples: at most; None: all.
+        jobs: threads.
+        memory: see `graphopt.rewriting.layer_moments.MEMORY`.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        calibration: Calibration,
+        method: Method = "descent",
+        *,
+        keys: Collection[str] | None = None,
+        centred: bool = False,
+        samples: int | None = None,
+        jobs: int = 1,
+        memory: int = MEMORY,
+    ) -> None:
+        self._model, self._calibration, self._method = model.clone(), calibration, method
+        self._centred, self._samples, self._jobs = centred, samples, jobs
+        self._layers = {k: v for k, v in layers_of(self._model)[0].items() if keys is None or k in keys}
+        self._portions = _by_portion(list(self._layers.values()), memory)
+        self._held: dict[object, list[Moments]] = {}
+        self._answers = Answers()
+        self._without: dict[str, str] = {}
+
+    @property
+    def notes(self) -> list[str]:
+        """For the report."""
+        return notes(self._without)
+
+    def __call__(self, key: str, weight: Floats, grid: WeightGrid, least_scale: Floats | float = 0.0) -> Rounded:
+        """See `graphopt.quantization.rounding.Rounding`."""
+        name = self._answers.name(key, weight, grid, least_scale)
+        if name not in self._answers.found:
+            metrics = self._metrics(key, weight)
+            self._answers.found[name] = solved(weight, grid, metrics, self._method, least_scale)
+        return self._answers.found[name]
+
+    def _metrics(self, key: str, weight: Floats) -> list[Metric | None]:
+        groups, _, columns = weight.shape
+        layer = self._layers.get(key)
+        if layer is None or (layer.groups, layer.width) != (groups, columns):
+            self._without[key] = "its inputs cannot be streamed"
+            return [None] * groups
+        if _reads(layer) not in self._held:
+            self._measure(_reads(layer))
+        found: list[Metric | None] = []
+        for moments in self._held[_reads(layer)]:
+            metric = metric_of(moments, centred=self._centred and layer.has_bias)
+            if isinstance(metric, str):
+                self._without[key] = metric
+                found.append(None)
+            else:
+                found.append(metric)
+        return found
+
+    def _measure(self, reads: object) -> None:
+        portion = next(p for p in self._portions if any(_reads(layer) == reads for layer in p))
+        self._held.clear()
+        with Workers(self._jobs) as workers:
+            found = input_moments(self._model, portion, self._calibration, self._samples, workers)
+        self._held = {_reads(layer): moments for layer, moments in zip(portion, found, strict=True)}
+
+
+class Answers:
+    """What was found already, by key, grid and the very bytes of the weight."""
+
+    def __init__(self) -> None:
+        self.found: dict[tuple[Any, ...], Rounded] = {}
+
+    @staticmethod
+    def name(key: str, weight: Floats, grid: WeightGrid, least: Floats | float) -> tuple[Any, ...]:
+        """What tells questions apart."""
+        digest = hashlib.blake2b(np.ascontiguousarray(weight).tobytes(), digest_size=16)
+        digest.update(np.asarray(least, np.float64).tobytes())
+        return key, grid, weight.shape, digest.digest()
+
+
+def metric_of(moments: Moments, *, centred: bool) -> Metric | str:
+    """Damped second moments, or why there are none."""
+    if moments.n == 0:
+        return "the calibration data does not reach it"
+    share = ENOUGH * moments.dim / moments.n
+    try:
+        metric: Metric = damped(
+            moments.covariance if centred else moments.second, min(MOST_DAMPING, DAMPING * max(1.0, share))
+        )
+    except ValueError as error:
+        return str(error)
+    return metric
+
+
+def notes(without: dict[str, str]) -> list[str]:
+    """What to say of weights that were rounded without moments; keys and reasons."""
+    by_reason: dict[str, list[str]] = {}
+    for key, reason in without.items():
+        by_reason.setdefault(reason, []).append(key)
+    return [
+        f"{len(keys)} weights rounded to the nearest integers, scales of least squared error, without moments of their "
+        f"inputs ({reason}): {', '.join(sorted(keys)[:5])}{', ...' if len(keys) > 5 else ''}"
+        for reason, keys in by_reason.items()
+    ]
+
+
+def _reads(layer: Layer) -> object:
+    return layer.source, layer.window, layer.stuffing
+
+
+def _by_portion(layers: list[Layer], memory: int) -> list[list[Layer]]:
+    """One layer for each input, in order, as many together as fit."""
+    first = {_reads(layer): layer for layer in reversed(layers)}
+    order = [first[reads] for reads in dict.fromkeys(map(_reads, layers))]
+    return list(portions(order, lambda layer: layer, memory))
