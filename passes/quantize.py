@@ -1,10 +1,11 @@
-"""quantize: integers for weights and activations, typed as the target's kernels want them.
+"""quantize: number formats with fewer bits, typed as the target's kernels want them.
 
     x^ = (clip(round(x / s) + z) - z) s         activations: one scale and zero point per tensor, from calibration
     w^ = clip(round(w / s_o)) s_o               weights: zero point 0, one scale per output channel o
     b^ = round(b / (s s_o)) s s_o               biases: int32, in units of the accumulator
 
-The work is done by graphopt/quantization/: `static.py` for the scheme int8.
+The work is done by graphopt/quantization/: `static.py` for int8, `schemes.py` for what gives every layer one format,
+`half_scheme.py` for fp16 and bf16.
 """
 
 from __future__ import annotations
@@ -15,27 +16,38 @@ from typing import ClassVar, Literal
 import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult, option
+from graphopt.quantization.half_scheme import quantise_half
+from graphopt.quantization.schemes import quantise_uniformly
 from graphopt.quantization.static import StaticOptions, quantise_static
 
 
 @dataclass(frozen=True)
 class Quantize(Pass):
-    """Static int8 quantisation: integer weights and activations, scales from calibration data.
+    """Quantisation: integers, or floats of 16 bits, where float32 was.
 
-    Activations get the integer type of the target (uint8 on x86, where the VNNI instructions multiply unsigned by
-    signed bytes; x86 processors without VNNI add these products in 16 bits, which can saturate), weights int8 with zero
-    point 0 and one scale per output channel, biases int32. Convolutions, Gemm and MatMul are computed on integers, and
-    so is what lies between them (Add, Mul, Concat, pooling, LeakyRelu, Sigmoid, data movement) where integers enter and
-    leave; Relu and Clip(0, .) vanish in the saturation. Other operators stay in float without a Q/DQ pair of their own.
+    scheme=int8: integer weights and activations, scales from calibration data. Activations get the integer type of the
+    target (uint8 on x86, where the VNNI instructions multiply unsigned by signed bytes; x86 processors without VNNI add
+    these products in 16 bits, which can saturate), weights int8 with zero point 0 and one scale per output channel,
+    biases int32. Convolutions, Gemm and MatMul are computed on integers, and so is what lies between them (Add, Mul,
+    Concat, pooling, LeakyRelu, Sigmoid, data movement) where integers enter and leave; Relu and Clip(0, .) vanish in
+    the saturation. Other operators stay in float without a Q/DQ pair of their own.
 
     Which layers stay in float is measured, not assumed: with `sensitive=auto` each layer is quantised alone on a few
     samples, and ranked by the noise it makes at the outputs. Where everything in int8 leaves less than 30 dB of signal
     to noise, the fewest layers stay in float that gain 10 dB, or that lift it above 20 dB; they may hold a quarter of
     the multiply-accumulates. Where that is not enough, the noise has no culprits and no layer stays in float.
 
-    Does not fire: on operators without an integer kernel on the target, on weights or biases that are not constant, on
-    anything quantised already, in branch and loop bodies, on tensors that hold inf or masks. Opset below 13 is raised.
-    Preserves: inputs, outputs, names of nodes; a weight `w` becomes `w_quantized`, `w_scale`, `w_zero_point`.
+    scheme=int8-dynamic: MatMul, Gemm and LSTM with integer weights, and activations whose scales are found as they
+    arrive; no data is needed, and bodies of branches and loops are quantised too. Convolutions stay in float, because
+    their dynamic kernel is many times slower than the one in float.
+
+    scheme=fp16, bf16: float32 becomes float16 or bfloat16 where the target has it, but for operators without such a
+    kernel and tensors whose numbers leave its range. Calibration data is optional and tells these ranges.
+
+    Does not fire: on operators without a kernel of the format on the target, on anything quantised already; for int8
+    also on weights or biases that are not constant, in branch and loop bodies, on tensors that hold inf or masks. The
+    opset is raised where the format needs it. Preserves: inputs, outputs, names of nodes; a weight `w` becomes
+    `w_quantized`, `w_scale`, `w_zero_point`.
     Source: Jacob et al. 2018 (arXiv:1712.05877); Banner et al. 2019 (arXiv:1810.05723) for `ranges=mse`.
     """
 
@@ -43,7 +55,7 @@ class Quantize(Pass):
     effect: ClassVar[Effect] = Effect.LOSSY
     needs_calibration: ClassVar[bool] = True
 
-    scheme: Literal["int8"] = option("int8", "integers for weights and activations")
+    scheme: Literal["int8", "int8-dynamic", "fp16", "bf16"] = option("int8", "the number format")
     ranges: Literal["auto", "search", "minmax", "average", "percentile", "mse", "entropy"] = option(
         "auto",
         "range of an activation: its extremes, their average over the batches, its percentiles, least squared error or "
@@ -60,10 +72,28 @@ class Quantize(Pass):
     )
     exclude: tuple[str, ...] = option((), "globs over node names that stay in float")
     samples: int = option(512, "calibration samples for the ranges", low=1)
+    keep_io: bool = option(True, "for fp16 and bf16: inputs and outputs of the model stay float32")
+
+    def __post_init__(self) -> None:
+        """Check the options, and ask for data before any work where the scheme needs it.
+
+        Raises:
+            UsageError: a number outside its range.
+        """
+        super().__post_init__()
+        object.__setattr__(self, "needs_calibration", self.scheme == "int8")
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         """Quantise `model` in place."""
-        return quantise_static(model, ctx, self._static_options())
+        match self.scheme:
+            case "fp16" | "bf16":
+                return quantise_half(
+                    model, ctx, self.scheme, keep_io=self.keep_io, exclude=self.exclude, samples=self.samples
+                )
+            case "int8-dynamic":
+                return quantise_uniformly(model, ctx, self.scheme, exclude=self.exclude, per_channel=self.per_channel)
+            case "int8":
+                return quantise_static(model, ctx, self._static_options())
 
     def _static_options(self) -> StaticOptions:
         return StaticOptions(
