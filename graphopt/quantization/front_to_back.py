@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from graphopt.numerics import least_squares
-from graphopt.numerics.metric import DAMPING
 from graphopt.numerics.moments import Moments
 from graphopt.parallel import Workers
 from graphopt.pruning.beside import Beside
 from graphopt.quantization.rounding import Floats, Rounded, WeightGrid, nearest
-from graphopt.quantization.second_order import Answers, metric_of, notes
-from graphopt.quantization.solved_rounding import Method, Metric, solved
+from graphopt.quantization.second_order import Answers, damping_of, metric_of, notes
+from graphopt.quantization.solved_rounding import Method, Metric, solved, unmeasured
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -101,7 +100,7 @@ class FrontToBack:
         name = self._answers.name(key, weight, grid, least_scale)
         if name not in self._answers.found:
             self._without.setdefault(key, "it is no layer with inputs that can be streamed")
-            self._answers.found[name] = solved(weight, grid, [None] * len(weight), "search", least_scale)
+            self._answers.found[name] = unmeasured(key, weight, grid, least_scale)
         return self._answers.found[name]
 
     def _go(self, beside: Beside) -> None:
@@ -128,11 +127,12 @@ class FrontToBack:
         centred = self._centred and layer.has_bias
         bias = np.array(layer.bias()).reshape(layer.groups, -1)
         metrics: list[Metric | None] = []
+        reason = ""
         wanted = np.array(request.weight, np.float64)
         for g, (moments, goal) in enumerate(zip(inputs, goals, strict=True)):
             metric = metric_of(moments, centred=centred)
             if isinstance(metric, str):
-                self._without[key] = metric
+                reason = metric
                 metrics.append(None)
                 continue
             metrics.append(metric)
@@ -140,7 +140,11 @@ class FrontToBack:
                 wanted[g] = _fitted(moments, goal, wanted[g], bias[g], centred=centred)
         if not np.isfinite(wanted).all():
             wanted = np.array(request.weight, np.float64)
-        rounded = solved(wanted, request.grid, metrics, self._method, request.least_scale)
+        if all(metric is None for metric in metrics):
+            self._without[key] = reason
+            rounded = unmeasured(key, wanted, request.grid, request.least_scale)
+        else:
+            rounded = solved(wanted, request.grid, metrics, self._method, request.least_scale)
         self._answers.found[self._answers.name(key, request.weight, request.grid, request.least_scale)] = rounded
         values = rounded.dequantised().astype(np.float64)
         if centred:
@@ -152,7 +156,7 @@ class FrontToBack:
 def _fitted(moments: Moments, goal: Moments, weight: Floats, bias: Floats, *, centred: bool) -> Floats:
     """The weight whose outputs come closest to the goal, its bias free (`centred`) or as it is."""
     if centred:
-        return np.asarray(least_squares.solve(moments.covariance, goal.cross, weight, DAMPING))
+        return np.asarray(least_squares.solve(moments.covariance, goal.cross, weight, damping_of(moments)))
     # E[(t - b) x^T] from the centred moments
     cross = goal.cross + np.outer(goal.mean_y - bias, goal.mean)
-    return np.asarray(least_squares.solve(moments.second, cross, weight, DAMPING))
+    return np.asarray(least_squares.solve(moments.second, cross, weight, damping_of(moments)))

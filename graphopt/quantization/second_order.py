@@ -8,7 +8,8 @@ The moments are damped: H + a mean(diag H) I with a = `DAMPING` where there are 
 the more the fewer there are, since what few observations say of the products of columns is chance.
 
 What is rounded without moments (embeddings, recurrent weights, weights in bodies of If and Loop, layers that the data
-does not reach) gets the scales of least squared error and the nearest integers, and `notes` says so.
+does not reach) gets the nearest integers, and in short blocks the scales of least squared error (`unmeasured`); `notes`
+says so.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from graphopt.numerics.metric import DAMPING, damped
 from graphopt.numerics.moments import Moments
 from graphopt.parallel import Workers
 from graphopt.quantization.rounding import Floats, Rounded, WeightGrid
-from graphopt.quantization.solved_rounding import Method, Metric, solved
+from graphopt.quantization.solved_rounding import Method, Metric, solved, unmeasured
 from graphopt.rewriting.layer_moments import MEMORY, input_moments, portions
 from graphopt.rewriting.layers import Layer, layers_of
 
@@ -71,7 +72,12 @@ class SecondOrder:
         self._without: dict[str, str] = {}
 
     @property
-    def notes(self) -> list[str]:
+    def damping_of(moments: Moments) -> float:
+    """What to add to the diagonal, relative to its mean; more where observations are few."""
+    return min(MOST_DAMPING, DAMPING * max(1.0, ENOUGH * moments.dim / moments.n))
+
+
+def notes(self) -> list[str]:
         """For the report."""
         return notes(self._without)
 
@@ -80,7 +86,12 @@ class SecondOrder:
         name = self._answers.name(key, weight, grid, least_scale)
         if name not in self._answers.found:
             metrics = self._metrics(key, weight)
-            self._answers.found[name] = solved(weight, grid, metrics, self._method, least_scale)
+            known = any(metric is not None for metric in metrics)
+            self._answers.found[name] = (
+                solved(weight, grid, metrics, self._method, least_scale)
+                if known
+                else unmeasured(key, weight, grid, least_scale)
+            )
         return self._answers.found[name]
 
     def _metrics(self, key: str, weight: Floats) -> list[Metric | None]:
@@ -92,13 +103,14 @@ class SecondOrder:
         if _reads(layer) not in self._held:
             self._measure(_reads(layer))
         found: list[Metric | None] = []
+        reason = ""
         for moments in self._held[_reads(layer)]:
             metric = metric_of(moments, centred=self._centred and layer.has_bias)
             if isinstance(metric, str):
-                self._without[key] = metric
-                found.append(None)
-            else:
-                found.append(metric)
+                reason = metric
+            found.append(None if isinstance(metric, str) else metric)
+        if all(metric is None for metric in found):
+            self._without[key] = reason
         return found
 
     def _measure(self, reads: object) -> None:
@@ -127,14 +139,16 @@ def metric_of(moments: Moments, *, centred: bool) -> Metric | str:
     """Damped second moments, or why there are none."""
     if moments.n == 0:
         return "the calibration data does not reach it"
-    share = ENOUGH * moments.dim / moments.n
     try:
-        metric: Metric = damped(
-            moments.covariance if centred else moments.second, min(MOST_DAMPING, DAMPING * max(1.0, share))
-        )
+        metric: Metric = damped(moments.covariance if centred else moments.second, damping_of(moments))
     except ValueError as error:
         return str(error)
     return metric
+
+
+def damping_of(moments: Moments) -> float:
+    """What to add to the diagonal, relative to its mean; more where observations are few."""
+    return min(MOST_DAMPING, DAMPING * max(1.0, ENOUGH * moments.dim / moments.n))
 
 
 def notes(without: dict[str, str]) -> list[str]:
@@ -143,8 +157,8 @@ def notes(without: dict[str, str]) -> list[str]:
     for key, reason in without.items():
         by_reason.setdefault(reason, []).append(key)
     return [
-        f"{len(keys)} weights rounded to the nearest integers, scales of least squared error, without moments of their "
-        f"inputs ({reason}): {', '.join(sorted(keys)[:5])}{', ...' if len(keys) > 5 else ''}"
+        f"{len(keys)} weights rounded to the nearest without moments of their inputs ({reason}): "
+        f"{', '.join(sorted(keys)[:5])}{', ...' if len(keys) > 5 else ''}"
         for reason, keys in by_reason.items()
     ]
 

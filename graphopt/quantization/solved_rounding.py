@@ -6,7 +6,8 @@ The steps build on each other, and each lowers the error tr((W - V) H (W - V)^T)
     gptq      integers, column by column                        graphopt.numerics.gptq
     descent   integers one by one and scales, from GPTQ's       graphopt.numerics.rounding_descent
 
-GPTQ is no descent: where it ends above the nearest integers of the searched scales, those are taken.
+Neither search (which knows nothing of how inputs go together) nor GPTQ is a descent in that error: rows that end above
+the nearest integers of the extremes' scales get those instead.
 """
 
 from __future__ import annotations
@@ -19,10 +20,9 @@ from numpy.typing import NDArray
 
 from graphopt.numerics.gptq import gptq
 from graphopt.numerics.levels import Levels
-from graphopt.numerics.metric import error
 from graphopt.numerics.rounding_descent import descend
 from graphopt.numerics.scale_search import searched
-from graphopt.quantization.rounding import Floats, Integers, Rounded, WeightGrid, extremes
+from graphopt.quantization.rounding import Floats, Integers, Rounded, WeightGrid, extremes, nearest
 
 Method = Literal["search", "gptq", "descent"]
 
@@ -57,7 +57,7 @@ def solved(
         levels = Levels(scale[of], zero[of].astype(np.float32), grid.low, grid.high, block)
         steps = levels.steps(weight[g])
         if metric is not None and method != "search":
-            steps = _better(weight[g], metric, levels, steps, gptq(weight[g], metric, levels))
+            steps = gptq(weight[g], metric, levels)
         if metric is not None and method == "descent":
             # one scale for several groups cannot follow one of them
             alone = grid.per_channel or len(metrics) == 1
@@ -65,7 +65,18 @@ def solved(
             steps, levels = descend(weight[g], metric, levels, steps, rescale=alone, least_scale=least)
             scale[of] = levels.scale
         integers[g] = steps.astype(np.int32)
-    return Rounded(integers, scale, zero, block)
+    return _guarded(weight, metrics, Rounded(integers, scale, zero, block), nearest("", weight, grid, least_scale))
+
+
+def unmeasured(key: str, weight: Floats, grid: WeightGrid, least_scale: Floats | float = 0.0) -> Rounded:
+    """A `Rounding` without any data: to the nearest, the scales of blocks those of least squared error.
+
+    Clipping the largest weights of a block costs little and makes all others finer. Of a whole row it does not pay:
+    what is clipped shifts the mean of the output, since inputs mostly go together (activations behind a Relu).
+    """
+    if not grid.block:
+        return nearest(key, weight, grid, least_scale)
+    return solved(weight, grid, [None] * len(weight), "search", least_scale)
 
 
 def _scales(
@@ -93,11 +104,28 @@ def _scales(
     return np.copysign(np.maximum(np.abs(found), floor), found), zero
 
 
-def _better(weight: Any, metric: Metric, levels: Levels, one: Any, other: Any) -> Any:
-    """Of two roundings the one of the smaller error."""
-    small = metric.astype(np.float32)
-    errors = [error(weight, levels.values(steps), small) for steps in (one, other)]
-    return other if errors[1] <= errors[0] else one
+def _guarded(weight: Any, metrics: Sequence[Metric | None], found: Rounded, plain: Rounded) -> Rounded:
+    """`found`, but for rows of which `plain` has the smaller error; all or none where rows share a scale."""
+    errors = [_errors(weight, metrics, each) for each in (found, plain)]
+    worse = errors[0] > errors[1]
+    if found.scale.shape[:2] != weight.shape[:2]:
+        return plain if errors[0].sum() > errors[1].sum() else found
+    pick = worse[:, :, None]
+    return Rounded(
+        np.where(pick, plain.integers, found.integers),
+        np.where(pick, plain.scale, found.scale),
+        np.where(pick, plain.zero, found.zero),
+        found.block,
+    )
+
+
+def _errors(weight: Any, metrics: Sequence[Metric | None], rounded: Rounded) -> NDArray[np.float64]:
+    """tr of each row, (groups, rows)."""
+    gaps = weight - rounded.dequantised()
+    found = [
+        gap * gap if h is None else gap * (gap @ h.astype(np.float32)) for gap, h in zip(gaps, metrics, strict=True)
+    ]
+    return np.stack([part.sum(axis=1, dtype=np.float64) for part in found])
 
 
 def _least(least: Floats | float, grid: WeightGrid, group: int) -> Any:
