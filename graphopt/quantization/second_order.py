@@ -72,12 +72,7 @@ class SecondOrder:
         self._without: dict[str, str] = {}
 
     @property
-    def damping_of(moments: Moments) -> float:
-    """What to add to the diagonal, relative to its mean; more where observations are few."""
-    return min(MOST_DAMPING, DAMPING * max(1.0, ENOUGH * moments.dim / moments.n))
-
-
-def notes(self) -> list[str]:
+    def notes(self) -> list[str]:
         """For the report."""
         return notes(self._without)
 
