@@ -114,7 +114,8 @@ def extremes(
     if not grid.per_channel:
         parts = parts.reshape(1, 1, 1, -1)
     low, high = parts.min(axis=3, initial=0.0), parts.max(axis=3, initial=0.0)
-    if grid.full:
+    full = grid.full and grid.symmetric
+    if full:
         steps = np.maximum(np.maximum(-low, high) / -grid.low, np.minimum(-low, high) / grid.high)
     elif grid.symmetric:
         steps = np.maximum(-low, high) / grid.high
@@ -122,7 +123,7 @@ def extremes(
         steps = (high - low) / grid.high
     steps = np.where(steps > 0, np.maximum(steps, SMALLEST_SCALE), 1.0)
     scale = np.asarray(np.maximum(steps, least_scale if grid.per_channel else np.max(least_scale)), np.float32)
-    if grid.full:
+    if full:
         scale = np.where(high > -low, -scale, scale)  # -2^(bits - 1) times a negative scale is positive
     zero = np.zeros(scale.shape, np.int32)
     if not grid.symmetric:
