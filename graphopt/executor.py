@@ -63,6 +63,7 @@ class Session:
         providers: execution providers, in order of preference; all must be installed.
         outputs: run these tensors of the main graph as the outputs instead of the model's own outputs.
         low_memory: keep memory at weights plus live tensors: no prepacked copies of weights, no arena.
+        profile: beginning of the name of a file into which the runtime writes what its kernels took.
 
     Raises:
         ModelError: the runtime refuses the model; names the node.
@@ -79,6 +80,7 @@ class Session:
         providers: Sequence[str] = ("CPUExecutionProvider",),
         outputs: Sequence[str] | None = None,
         low_memory: bool = False,
+        profile: Path | None = None,
     ) -> None:
         import onnxruntime as ort
 
@@ -95,6 +97,9 @@ class Session:
         options.inter_op_num_threads = 1
         # The runtime's own log would put several lines beside our one; what it raises says the same.
         options.log_severity_level = 4
+        if profile is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(profile)
         if low_memory:
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.enable_cpu_mem_arena = False

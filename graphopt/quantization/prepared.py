@@ -18,7 +18,7 @@ from graphopt.quantization.plan import Plan, name_of, plan
 from graphopt.quantization.ranging import unfit
 from graphopt.quantization.rounding import Rounding, nearest
 from graphopt.quantization.sensitivity import Reference
-from graphopt.target import QuantScheme
+from graphopt.target import QuantScheme, WeightKernels
 
 SAMPLES = 16
 """Calibration samples on which variants are compared with the float model."""
@@ -38,11 +38,13 @@ class Prepared:
         optimize: variants run as the runtime would optimise them, and not node by node.
         histograms: of the tensors that may get a scale.
         activations: scale and zero point by tensor.
+        compared: the same by each rule in question; the one in use is among them.
         rule: how ranges were made of histograms.
         outputs: keys of sparse products whose output is quantised for its own sake.
         rounding: makes weights integers.
-        block: columns that share a scale where weights alone are quantised.
-        symmetric: whether those have no zero points.
+        weights: how the target reads weights that alone are quantised.
+        block: columns of them that share a scale; None: what is best for their form.
+        symmetric: whether they have no zero points; None: with 8 bits they have none.
     """
 
     model: ir.Model
@@ -54,11 +56,13 @@ class Prepared:
     optimize: bool = True
     histograms: Mapping[str, Histogram] = field(default_factory=dict)
     activations: dict[str, Affine] = field(default_factory=dict)
+    compared: Mapping[str, dict[str, Affine]] = field(default_factory=dict)
     rule: str = ""
     outputs: tuple[str, ...] = ()
     rounding: Rounding = nearest
-    block: int = 32
-    symmetric: bool = True
+    weights: WeightKernels = field(default_factory=WeightKernels)
+    block: int | None = None
+    symmetric: bool | None = None
 
     @cached_property
     def everything(self) -> Plan:

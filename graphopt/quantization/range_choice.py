@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Literal, get_args
 
 from graphopt.errors import DataError
@@ -57,17 +57,23 @@ def measure_ranges(
             name: candidates(seen[name], [found[name] for found in scales.values()], grid) for name in scales[rules[0]]
         }
         scales["search"] = searched(model, measured, trials, calibration, threads=prepared.threads, progress=progress)
-    prepared.rule = rules[0] if len(scales) == 1 else _least_noisy(prepared, scales)
-    prepared.activations = scales[prepared.rule]
+    prepared.compared = scales
+    choose_rule(prepared, prepared.unfit_units())
 
 
-def _least_noisy(prepared: Prepared, scales: Mapping[str, dict[str, Affine]]) -> str:
+def choose_rule(prepared: Prepared, in_float: Collection[str]) -> None:
+    """Of the rules in question, take the one with which the model is closest to the float model, on a few samples.
+
+    Args:
+        prepared: gets its `activations` and `rule`.
+        in_float: keys of units that stay in float; which rule is best depends on them.
+    """
     noise: dict[str, float] = {}
-    in_float = prepared.unfit_units()
-    for rule, found in scales.items():
-        prepared.activations = found
-        chosen = prepared.planned(in_float)
-        if not chosen.units:
-            return rule
+    for rule, found in prepared.compared.items():
+        prepared.rule, prepared.activations = rule, found
+        chosen = prepared.planned(in_float, prepared.outputs)
+        if len(prepared.compared) == 1 or not chosen.units:
+            return
         noise[rule] = prepared.reference.noise(prepared.variant(chosen))
-    return min(noise, key=lambda rule: noise[rule])
+    prepared.rule = min(noise, key=lambda rule: noise[rule])
+    prepared.activations = prepared.compared[prepared.rule]

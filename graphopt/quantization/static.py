@@ -2,7 +2,7 @@
 
 The steps: bring the graph into the form that has integer kernels (`prepare`), plan what works on integers (`plan`),
 measure ranges on the calibration data (`ranging`), measure how much every layer alone disturbs the outputs and leave in
-float the few that dominate (`sensitivity`), write the result (`emit`).
+float those that cost more than they save (`sensitive`), write the result (`emit`).
 """
 
 from __future__ import annotations
@@ -19,15 +19,13 @@ from graphopt.quantization.outputs import affordable
 from graphopt.quantization.plan import Plan, plan
 from graphopt.quantization.prepare import to_integer_form
 from graphopt.quantization.prepared import SAMPLES, Prepared
-from graphopt.quantization.range_choice import RangeChoice, measure_ranges
+from graphopt.quantization.range_choice import RangeChoice, choose_rule, measure_ranges
+from graphopt.quantization.ranging import doubts
 from graphopt.quantization.rounding import Rounding, nearest
-from graphopt.quantization.rules import Kind
-from graphopt.quantization.sensitivity import Rule, culprits, decibel, measure
-from graphopt.quantization.static_report import layer_rows, multiply_accumulates, summary
+from graphopt.quantization.sensitive import sensitivity
+from graphopt.quantization.sensitivity import decibel
+from graphopt.quantization.static_report import layer_rows, summary
 from graphopt.target import QuantScheme
-
-POOR_DB = 20.0
-"""Below this signal-to-noise ratio of the outputs (1 % noise power) the report warns."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +79,7 @@ def prepare(model: ir.Model, ctx: Context, scheme: QuantScheme, options: StaticO
     prepared = Prepared(
         model, scheme, per_channel, options.exclude,
         calibration=ctx.calibration, threads=ctx.jobs, optimize=ctx.target.device == "cpu",
+        weights=ctx.target.weights,
     )  # fmt: skip
     if ctx.calibration is None:
         return prepared, notes
@@ -89,7 +88,7 @@ def prepare(model: ir.Model, ctx: Context, scheme: QuantScheme, options: StaticO
         prepared, prepared.widest if asks else prepared.everything, options.ranges,
         percentile=options.percentile, samples=options.samples, progress=ctx.progress,
     )  # fmt: skip
-    return prepared, notes
+    return prepared, notes + doubts(ctx.calibration, options.samples)
 
 
 class _Work:
@@ -99,6 +98,7 @@ class _Work:
         self.prepared, self.ctx, self.options = prepared, ctx, options
         self.in_float: dict[str, str] = {}
         self.noise: dict[str, float] = {}
+        self.recovered: dict[str, float] = {}
         self.outputs: tuple[str, ...] = ()
 
     def go(self, result: PassResult) -> None:
@@ -114,7 +114,7 @@ class _Work:
         emitter = prepared.write(prepared.model, chosen)
         result.skipped.extend(chosen.skipped)
         result.skipped.extend(Skip(first.units[key].label, reason) for key, reason in self.in_float.items())
-        rows = layer_rows(first, chosen, prepared.activations, emitter.weight_sqnr, self.noise)
+        rows = layer_rows(first, chosen, prepared.activations, emitter.weight_sqnr, self.noise, self.recovered)
         result.details["quantised layers"] = rows
         result.notes.append(summary(chosen, prepared.scheme, prepared.rule, per_channel=prepared.per_channel))
 
@@ -126,36 +126,17 @@ class _Work:
         return self.prepared.planned(self.in_float, self.outputs)
 
     def _by_sensitivity(self, planned: Plan, result: PassResult) -> Plan:
-        """Measure every layer alone, and plan again with the dominant ones in float."""
-        prepared, reference = self.prepared, self.prepared.reference
-
-        def noise_of(keys: Sequence[str]) -> float:
-            return reference.noise(prepared.variant(planned.only(keys)))
-
-        def without(left_out: Sequence[str]) -> float:
-            return noise_of([key for key in planned.units if key not in set(left_out)])
-
-        noise = noise_of(list(planned.units))
-        keys = [key for key, unit in planned.units.items() if unit.rule.kind is not Kind.MOVE]
-        self.noise = measure(reference, keys, lambda part: prepared.variant(planned.only(part)), self.ctx.progress)
-        work = multiply_accumulates(prepared.model, prepared.everything, prepared.histograms)
-        worst = culprits(self.noise, {key: work[key] for key in keys}, noise, without, Rule())
-        for key in worst:
-            self.in_float[key] = (
-                f"alone it leaves {decibel(self.noise[key]):.1f} dB of signal to noise at the outputs; in float by "
-                "measurement (sensitive=none quantises it)"
-            )
-        before = f"all of them: {decibel(noise):.1f} dB"
-        if worst:
+        """Measure every layer, and plan again with those in float whose noise costs more than their time saves."""
+        prepared = self.prepared
+        found = sensitivity(prepared, planned, self.in_float, self.outputs, self.ctx.progress)
+        self.noise, self.recovered = found.alone, found.recovered
+        self.in_float.update(found.reasons)
+        if found.reasons:
+            choose_rule(prepared, self.in_float)
             planned = self._planned()
-            noise = noise_of(list(planned.units))
-            before += f"; without the {len(worst)} layers that disturb the outputs most: {decibel(noise):.1f} dB"
-        result.notes.append(f"signal to noise of the worst output on {SAMPLES} samples: {before}")
-        if decibel(noise) < POOR_DB:
-            result.notes.append(
-                f"warning: quantisation leaves {decibel(noise):.1f} dB of signal to noise at the outputs, spread over "
-                "many layers; check the accuracy, or exclude the worst layers of the table"
-            )
+            found.chosen = prepared.reference.noise(prepared.variant(planned))
+        labels = {key: unit.label for key, unit in prepared.everything.units.items()}
+        result.notes += found.told(labels, samples=SAMPLES)
         return planned
 
     def _with_outputs(self, chosen: Plan, result: PassResult) -> Plan:

@@ -23,6 +23,7 @@ def layer_rows(
     activations: Mapping[str, Affine],
     weight_sqnr: Mapping[str, float],
     noise: Mapping[str, float],
+    recovered: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
     """A row for every unit that could be quantised.
 
@@ -32,6 +33,7 @@ def layer_rows(
         activations: scales by tensor.
         weight_sqnr: of every quantised weight, dB.
         noise: what each unit alone adds at the outputs, as power; those that were not measured are left out.
+        recovered: by how much the noise of the whole falls without it; the same.
     """
     rows: list[dict[str, Any]] = []
     for key, unit in possible.units.items():
@@ -43,6 +45,7 @@ def layer_rows(
         row["output zero point"] = int(params.zero_point) if params else None
         row["weight SQNR dB"] = _rounded(weight_sqnr.get(key))
         row["output SQNR dB, alone"] = _rounded(decibel(noise[key])) if key in noise else None
+        row["noise recovered in float"] = _exponent((recovered or {}).get(key))
         rows.append(row)
     return rows
 
@@ -90,3 +93,7 @@ def _work(node: ir.Node, unit: Unit, seen: Callable[[str], float]) -> float:
 
 def _rounded(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else round(value, 1)
+
+
+def _exponent(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(f"{value:.2g}")

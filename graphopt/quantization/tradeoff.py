@@ -2,7 +2,7 @@
 
 What is made small is one sum, in multiples of the time of the model with everything in integers,
 
-    J(S) = (speedup - 1) work(S) / work(all) + price(noise without S),
+    J(S) = (speedup - 1) work(S) / work(all) + each |S| + price(noise without S),
 
 over sets S of layers left in float. The price of noise has two terms. One is proportional to its power, since a trained
 model stands near a minimum of its loss, where a small disturbance costs in proportion to its square. The other counts
@@ -12,7 +12,7 @@ every machine.
 
 Noise that is spread over many layers stays: leaving out the share s of it costs (speedup - 1) s and gains s of the
 first term and -10 log10(1 - s) dB of the second, which is less. Layers without work of their own (the last matrix
-behind a pooling) go as soon as they gain anything.
+behind a pooling) go as soon as they gain a little.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ class Price:
 
     Attributes:
         speedup: how many times as long the work takes in float.
+        each: what a layer in float costs besides its work: kernels that convert, and one exception more to know.
         ruin: noise-to-signal power that costs 1. At 2e-2 (17 dB) the outputs have a cosine of .99 with the float
             model's: one per cent of fidelity, the drop that presets allow.
         decibel: what each dB below `enough` costs: 10 dB are worth half of the time.
@@ -37,6 +38,7 @@ class Price:
     """
 
     speedup: float = 2.5
+    each: float = 0.01
     ruin: float = 2e-2
     decibel: float = 0.05
     enough: float = 35.0
@@ -92,7 +94,7 @@ class _Search:
     ) -> None:
         self.work, self.without, self.price, self.runs = work, without, price, runs
         self.all_work = sum(work.values()) or 1.0
-        self.order = sorted((k for k in noise if noise[k] > 0), key=lambda k: (work[k] / noise[k], -noise[k]))
+        self.order = sorted((k for k in noise if noise[k] > 0), key=lambda k: self._time([k]) / noise[k])
 
     def run(self, total: float) -> list[str]:
         found = self._prefixes(total)
@@ -100,7 +102,8 @@ class _Search:
         return self._thinned(self.order[:length], found[length])
 
     def _time(self, keys: Sequence[str]) -> float:
-        return (self.price.speedup - 1) * sum(self.work[k] for k in keys) / self.all_work
+        work = sum(self.work[k] for k in keys) / self.all_work
+        return self.price.each * len(keys) + (self.price.speedup - 1) * work
 
     def _cost(self, keys: Sequence[str]) -> float:
         self.runs -= 1

@@ -36,7 +36,7 @@ def test_what_dominates_the_rest_goes_along():
 
 
 def test_layers_without_work_go_for_little():
-    noise = {f"l{i}": 1e-6 for i in range(10)} | {"head": 5e-6}
+    noise = {f"l{i}": 1e-6 for i in range(10)} | {"head": 1e-4}
     work = {f"l{i}": 1.0 for i in range(10)} | {"head": 1e-4}
     assert _choose(noise, work)[0] == ["head"]
 
