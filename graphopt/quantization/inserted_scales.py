@@ -1,0 +1,138 @@
+"""Smoothing where nothing can absorb the scales: a multiplication in front of the layers that are quantised.
+
+    x W = (x * 1/s) (s W)        one Mul for all layers that read x; s are powers of two, so that no bit changes
+
+What writes x often cannot be divided by s, because others read x too: the residual sums of a transformer, an activation
+function. One multiplication for each number of x costs little beside the products, and where a few channels are much
+larger than the others it gives integers the accuracy that these take from them. (Scales that cost nothing are the pass
+`smooth`'s, which should go before.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from graphopt.calibration import Calibration
+from graphopt.data.activations import activations
+from graphopt.numerics.rounding import Grid
+from graphopt.numerics.smoothing import ChannelRange, SmoothedLayer, Smoothing, smoothed
+from graphopt.rewriting.edit import Names, array, is_onnx, label, new_initializer, sole_use
+from graphopt.target import QuantScheme
+
+GAIN_DB = 3.0
+"""What the estimated error of the layers must gain at least, in decibels: the multiplication takes time."""
+
+LIMIT = 20.0
+"""Bound of the base-2 logarithm of a scale."""
+
+
+@dataclass(frozen=True)
+class InsertedScale:
+    """A multiplication that was put in front of layers.
+
+    Attributes:
+        tensor: what it multiplies.
+        layers: labels of the layers that read the product.
+        alpha: share of the outliers that their weights took (`graphopt.numerics.smoothing`).
+        gain: of the estimated error of their int8 outputs, in decibels.
+    """
+
+    tensor: str
+    layers: tuple[str, ...]
+    alpha: float
+    gain: float
+
+
+def insert_scales(
+    model: ir.Model,
+    keys: Collection[str],
+    calibration: Calibration,
+    scheme: QuantScheme,
+    *,
+    samples: int = 128,
+    threads: int = 1,
+) -> list[InsertedScale]:
+    """Put scales in front of MatMul and Gemm nodes of the main graph, in place, where integers then lose much less.
+
+    Args:
+        model: in float; it computes the same afterwards, bit for bit unless a weight leaves the range of its type.
+        keys: of the layers that will be quantised (names of their first outputs); others read what they read before.
+        calibration: the data.
+        scheme: of the target, for the grids.
+        samples: of the data, at most.
+        threads: of the runtime.
+    """
+    groups = _groups(model.graph, keys)
+    ranges = {str(x.name): ChannelRange(len(_rows(nodes[0]))) for x, nodes in groups.items()}
+    for tensors in activations(model, list(ranges), calibration, limit=samples, threads=threads):
+        for name, values in tensors.items():
+            ranges[name].update(values, values.ndim - 1)
+    names, done = Names(model), []
+    for x, nodes in groups.items():
+        best = _search(nodes, ranges[str(x.name)], scheme)
+        gain = 10 * float(np.log10(best.before / best.after)) if best.alpha is not None else 0.0
+        if best.alpha is not None and gain >= GAIN_DB:
+            _insert(x, nodes, np.exp2(best.logs[1:]), names)
+            done.append(InsertedScale(str(x.name), tuple(map(label, nodes)), best.alpha, gain))
+    return done
+
+
+def _groups(graph: ir.Graph, keys: Collection[str]) -> dict[ir.Value, list[ir.Node]]:
+    """The layers of `keys` by the tensor they read, where their weights are matrices of their own."""
+    groups: dict[ir.Value, list[ir.Node]] = {}
+    for node in graph:
+        if not is_onnx(node, "MatMul", "Gemm") or node.outputs[0].name not in keys:
+            continue
+        x, weight = node.inputs[0], node.inputs[1]
+        data = array(weight) if weight is not None and weight.is_initializer() else None
+        if x is None or data is None or data.ndim != 2 or data.dtype != np.float32 or weight is None:
+            continue
+        if sole_use(weight) and not node.attributes.get_int("transA", 0) and np.isfinite(data).all() and data.size:
+            groups.setdefault(x, []).append(node)
+    return groups
+
+
+def _rows(node: ir.Node) -> NDArray[Any]:
+    """The weight as (inputs, outputs)."""
+    data = np.asarray(array(node.inputs[1]))
+    return data.T if node.attributes.get_int("transB", 0) else data
+
+
+def _search(nodes: list[ir.Node], read: ChannelRange, scheme: QuantScheme) -> Smoothing:
+    channels = len(read.low)
+    nothing = Smoothing(None, np.zeros(channels + 1), 0.0, 0.0)
+    if read.nonfinite:
+        return nothing
+    numbers = np.arange(1, channels + 1)
+    return smoothed(
+        [SmoothedLayer(_rows(node).astype(np.float64), read, numbers) for node in nodes],
+        channels + 1,
+        Grid.of(scheme.activation, symmetric=scheme.symmetric_activation),
+        Grid.of(scheme.weight, symmetric=True),
+        per_channel=scheme.per_channel,
+        limit=LIMIT,
+        whole=True,
+    )
+
+
+def _insert(x: ir.Value, nodes: list[ir.Node], scale: NDArray[np.float64], names: Names) -> None:
+    graph = nodes[0].graph
+    assert isinstance(graph, ir.Graph)
+    factor = new_initializer(graph, names.fresh(f"{x.name}_smoothing"), 1 / scale, ir.DataType.FLOAT)
+    scaled = ir.Value(name=names.fresh(f"{x.name}_smoothed"), type=ir.TensorType(ir.DataType.FLOAT), shape=x.shape)
+    graph.insert_before(
+        nodes[0], ir.node("Mul", [x, factor], outputs=[scaled], name=names.fresh(f"{x.name}_smoothing_Mul"))
+    )
+    for node in nodes:
+        weight = node.inputs[1]
+        assert weight is not None
+        rows = (_rows(node) * scale[:, None]).astype(np.float32)
+        data = np.ascontiguousarray(rows.T if node.attributes.get_int("transB", 0) else rows)
+        weight.const_value = ir.Tensor(data, name=weight.name)
+        node.replace_input_with(0, scaled)
