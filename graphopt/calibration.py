@@ -10,7 +10,7 @@ Forms of DATA (`load`):
 - `random`: random numbers, only if that very word is said.
 - in Python also a mapping of arrays, a list of feeds, or a callable.
 
-Everything is checked by name, dtype and shape before work starts; NaN is refused.
+Everything is checked by name, dtype and shape before work starts; NaN and infinities are refused.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Calibration:
             limit: stop once this many samples were given.
 
         Raises:
-            DataError: a sample that is read only now does not fit or holds NaN.
+            DataError: a sample that is read only now does not fit, or holds NaN or infinities.
         """
         for feeds, _ in self.counted(batch_size, limit):
             yield feeds
@@ -94,7 +94,8 @@ class Calibration:
             raise ValueError(f"batch_size must be positive, not {size}")
         done = 0
         for feeds, count in rebatch(self._source, size, limit):
-            yield Call.of_samples(convert(self.specs, feeds, self.name), self.name, done, done + count), count
+            fitting = convert(self.specs, feeds, self.name, (done, done + count))
+            yield Call.of_samples(fitting, self.name, done, done + count), count
             done += count
 
     def fingerprint(self) -> str:
@@ -133,8 +134,10 @@ def load(data: Data, model: ir.Model, *, seed: int = 0, batch_size: int = DEFAUL
         for _ in calibration.batches(batch_size=256):
             pass
     elif isinstance(source, Feeds):
+        done = 0
         for block in source.prefetch():
-            convert(specs, block.arrays, source.name)
+            convert(specs, block.arrays, source.name, (done, done + block.layout.samples))
+            done += block.layout.samples
     return calibration
 
 

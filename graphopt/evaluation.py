@@ -200,7 +200,7 @@ def padded_calls(source: Source, specs: tuple[InputSpec, ...], batch_size: int, 
             else:
                 # a plain slice is no copy; only a padded last batch needs the index array
                 feeds[key] = array[start:stop] if len(rows) == stop - start else array[rows]
-        yield Call.of_samples(convert(specs, feeds, name), name, start, stop), start, stop
+        yield Call.of_samples(convert(specs, feeds, name, (start, stop)), name, start, stop), start, stop
 
 
 def _rows(out: Array, count: int, evaluation: LabelledArrays) -> Array:

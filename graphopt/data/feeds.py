@@ -298,23 +298,48 @@ def _not_empty(samples: int, source: str) -> None:
         raise DataError("the data holds no samples", where=source, hint="give at least one sample")
 
 
-def convert(specs: tuple[InputSpec, ...], feeds: Mapping[str, Array], source: str) -> dict[str, Array]:
+def convert(
+    specs: tuple[InputSpec, ...], feeds: Mapping[str, Array], source: str, samples: tuple[int, int] | None = None
+) -> dict[str, Array]:
     """The feeds of one call, contiguous and in the model's dtypes; keys that are no input are left out.
 
+    Args:
+        specs: the model's inputs.
+        feeds: arrays by input name.
+        source: what the user calls the data.
+        samples: which samples of it these are, from the first up to, not including, the second.
+
     Raises:
-        DataError: a float array holds NaN.
+        DataError: a float array holds NaN or infinities, also where only the model's type is too small for its numbers.
     """
     out = {}
     for spec in specs:
         if spec.name not in feeds:
             continue
         array = feeds[spec.name]
-        if array.dtype.kind == "f" and np.isnan(array).any():
-            bad = int(np.isnan(array).sum())
-            raise DataError(
-                f"input {spec.name!r} holds {bad} NaN values",
-                where=source,
-                hint="remove these samples: statistics of NaN would spoil every weight",
-            )
-        out[spec.name] = np.ascontiguousarray(array, dtype=spec.dtype).reshape(array.shape)
+        with np.errstate(over="ignore"):  # what overflows is refused below
+            converted = np.ascontiguousarray(array, dtype=spec.dtype).reshape(array.shape)
+        if converted.dtype.kind == "f" and not np.isfinite(converted).all():
+            raise _not_finite(spec, array, converted, source, samples)
+        out[spec.name] = converted
     return out
+
+
+def _not_finite(
+    spec: InputSpec, given: Array, converted: Array, source: str, samples: tuple[int, int] | None
+) -> DataError:
+    bad = ~np.isfinite(converted)
+    kind = "NaN" if np.isnan(converted).any() else "infinite"
+    hint = "remove these samples: statistics of NaN would spoil every weight"
+    if kind == "infinite":
+        hint = "remove these samples, or where they are a mask write the lowest finite number the model takes, as -1e9"
+        if np.isfinite(given).all():
+            hint = f"the data is {given.dtype.name} and the model takes {spec.dtype.name}: scale it as in training"
+    where = ""
+    if samples is not None and samples[1] - samples[0] > 0:
+        rows = samples[1] - samples[0]
+        first = samples[0]
+        if bad.ndim and len(bad) == rows:
+            first += int(np.flatnonzero(bad.reshape(rows, -1).any(axis=1))[0])
+        where = f", the first in sample {first}"
+    return DataError(f"input {spec.name!r} holds {int(bad.sum())} {kind} values{where}", where=source, hint=hint)

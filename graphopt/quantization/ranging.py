@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
+import numpy as np
 import onnx_ir as ir
 
 from graphopt.calibration import Calibration
+from graphopt.data.feeds import Array
 from graphopt.numerics.histogram import Histogram
 from graphopt.numerics.ranges import Range, average_range, entropy_range, minmax_range, mse_range, percentile_range
 from graphopt.numerics.rounding import Affine, Grid, affine
@@ -44,10 +46,32 @@ def histograms(
     return found
 
 
+def doubts(calibration: Calibration, samples: int) -> list[str]:
+    """What the report should warn of: ranges that come from one sample, or from one sample many times.
+
+    Reads no further than to the first sample that differs.
+    """
+    first: dict[str, Array] = {}
+    seen = 0
+    for feeds, count in calibration.counted(limit=samples):
+        rows = all(a.ndim and len(a) == count for a in feeds.values())
+        if not first:
+            first = {name: a[:1].copy() if rows else a.copy() for name, a in feeds.items()}
+        seen += count
+        if any(first[name].shape[1:] != a.shape[1:] or np.any(first[name] != a) for name, a in feeds.items()):
+            return []
+    if seen == 1:
+        return ["warning: ranges come from one sample; give some hundred, or other inputs will be clipped"]
+    return [f"warning: all {seen} calibration samples are the same; ranges are those of one sample"]
+
+
 def unfit(histogram: Histogram) -> str | None:
     """Why a tensor cannot be quantised; None where it can."""
     if histogram.nonfinite:
         return f"holds inf or nan on the calibration data ({histogram.nonfinite} values)"
+    if histogram.total and histogram.low == histogram.high:
+        # in use it will vary, or nobody would have computed it: a dead branch, a state that is still zero
+        return f"is {histogram.low:.3g} everywhere on the calibration data, so that no range can be told"
     if max(-histogram.low, histogram.high) > WIDEST:
         return f"spans [{histogram.low:.3g}, {histogram.high:.3g}] on the calibration data"
     return None if histogram.total else "is empty on the calibration data"
