@@ -21,7 +21,6 @@ from graphopt.quantization.prepare import to_integer_form
 from graphopt.quantization.prepared import SAMPLES, Prepared
 from graphopt.quantization.range_choice import RangeChoice, choose_rule, measure_ranges
 from graphopt.quantization.ranging import doubts
-from graphopt.quantization.ranging import doubts
 from graphopt.quantization.rounding import Rounding, nearest
 from graphopt.quantization.sensitive import sensitivity
 from graphopt.quantization.sensitivity import decibel
