@@ -36,9 +36,26 @@ class Quantize(Pass):
     Which layers stay in float is measured, not assumed: with `sensitive=auto` each layer is quantised alone on a few
     samples, and ranked by the noise it makes at the outputs over the work it does. Left in float are those whose noise
     costs more than their time saves, both in multiples of the time of the model in integers: half of that time is worth
-    10 dB below 35 dB of signal to noise (and a tenth as much above), and all of it 2 % of noise power. So a few culprits
-    go, noise that is spread over all layers stays, and a model that integers ruin stays in float whole; the report
-    names what stayed and why.
+    10 dB below 35 dB of signal to noise (and a tenth as much above), and all of it 2 % of noise power. So a few
+    culprits go, noise that is spread over all layers stays, and a model that integers ruin stays in float whole; the
+    report names what stayed and why.
+
+    scheme=int8-dynamic: MatMul, Gemm and LSTM with integer weights, and activations whose scales are found as they
+    arrive; no data is needed, and bodies of branches and loops are quantised too. Convolutions stay in float, because
+    their dynamic kernel is many times slower than the one in float.
+
+    scheme=int8-weights, int4-weights: weights as integers, activations in float; no data is needed. Where the target
+    has kernels that compute from blocks of integers and gain by it, they do; other weights become floats when the model
+    is loaded: a smaller file at the speed of floats. Tables of embeddings are looked up in integers.
+
+    scheme=fp16, bf16: float32 becomes float16 or bfloat16 where the target has it, but for operators without such a
+    kernel and tensors whose numbers leave its range. Calibration data is optional and tells these ranges.
+
+    scheme=auto: the fastest mixture of float, int8, int8-dynamic and integer weights on the target that stays within
+    `--max-drop` (1 % where none is given). Layers that share kernels get one format; whole models are timed beside each
+    other on short and long samples of the calibration data, one kind of layer changed at a time; layers that cost more
+    accuracy than time go back to float. What is not shown to be faster than float is not done, and the measured ratios
+    are the reason. Timing decides, so that two runs may differ; the report tells what `assignment` repeats a choice.
 
     Does not fire: on operators without a kernel of the format on the target, on anything quantised already; for int8
     also on weights or biases that are not constant, in branch and loop bodies, on tensors that hold inf or masks. The
@@ -51,7 +68,9 @@ class Quantize(Pass):
     effect: ClassVar[Effect] = Effect.LOSSY
     needs_calibration: ClassVar[bool] = True
 
-    scheme: Literal["auto", "int8", "int8-dynamic", "fp16", "bf16"] = option("int8", "the number format")
+    scheme: Literal["auto", "int8", "int8-dynamic", "int8-weights", "int4-weights", "fp16", "bf16"] = option(
+        "int8", "the number format"
+    )
     ranges: Literal["auto", "search", "minmax", "average", "percentile", "mse", "entropy"] = option(
         "auto",
         "range of an activation: its extremes, their average over the batches, its percentiles, least squared error or "
@@ -65,6 +84,14 @@ class Quantize(Pass):
         "auto",
         "on targets whose int8 kernels that skip zeros write int8: of which sparse layers the output is quantised too; "
         "auto: as many as cost 1 dB of signal to noise",
+    )
+    block: int | None = option(
+        None,
+        "for int8-weights and int4-weights: input channels that share a scale; default: what is best for the kernel",
+        low=1,
+    )
+    symmetric: bool | None = option(
+        None, "for int8-weights and int4-weights: no zero points; default: none with 8 bits, some with 4"
     )
     exclude: tuple[str, ...] = option((), "globs over node names that stay in float")
     samples: int = option(512, "calibration samples for the ranges", low=1)
@@ -91,8 +118,11 @@ class Quantize(Pass):
                 return quantise_half(
                     model, ctx, self.scheme, keep_io=self.keep_io, exclude=self.exclude, samples=self.samples
                 )
-            case "int8-dynamic":
-                return quantise_uniformly(model, ctx, self.scheme, exclude=self.exclude, per_channel=self.per_channel)
+            case "int8-dynamic" | "int8-weights" | "int4-weights":
+                return quantise_uniformly(
+                    model, ctx, self.scheme, exclude=self.exclude, per_channel=self.per_channel,
+                    block=self.block, symmetric=self.symmetric,
+                )  # fmt: skip
             case "auto":
                 return quantise_auto(model, ctx, self._static_options(), self.assignment)
             case "int8":
