@@ -93,6 +93,9 @@ class Quantize(Pass):
     symmetric: bool | None = option(
         None, "for int8-weights and int4-weights: no zero points; default: none with 8 bits, some with 4"
     )
+    prepare: Literal["auto", "none"] = option(
+        "auto", "for int8: auto equalises or smooths before where the outputs then are more accurate, by measurement"
+    )
     exclude: tuple[str, ...] = option((), "globs over node names that stay in float")
     samples: int = option(512, "calibration samples for the ranges", low=1)
     assignment: tuple[str, ...] = option(
@@ -137,4 +140,5 @@ class Quantize(Pass):
             sparse_outputs=self.sparse_outputs,
             exclude=self.exclude,
             samples=self.samples,
+            prepare=self.prepare,
         )

@@ -8,13 +8,14 @@ float those that cost more than they save (`sensitive`), write the result (`emit
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import onnx_ir as ir
 
 from graphopt.base import Context, PassResult, Skip
 from graphopt.errors import DataError, UsageError
+from graphopt.quantization.conditioning import condition
 from graphopt.quantization.outputs import affordable
 from graphopt.quantization.plan import Plan, plan
 from graphopt.quantization.prepare import to_integer_form
@@ -40,6 +41,11 @@ class StaticOptions:
     exclude: tuple[str, ...] = ()
     samples: int = 512
     rounding: Rounding = nearest
+    prepare: Literal["auto", "none"] = "none"
+
+
+QUICK_SAMPLES = 64
+"""Calibration samples of the ranges by which ways to condition the model are compared."""
 
 
 def quantise_static(model: ir.Model, ctx: Context, options: StaticOptions) -> PassResult:
@@ -60,7 +66,11 @@ def quantise_static(model: ir.Model, ctx: Context, options: StaticOptions) -> Pa
         result.skipped = possible.skipped
         result.notes.append("nothing to quantise")
         return result
-    prepared, result.notes = prepare(model, ctx, scheme, options)
+    if options.prepare == "auto":
+        quick = replace(options, ranges="minmax", sensitive="none", samples=QUICK_SAMPLES, prepare="none")
+        result.notes += condition(model, ctx, lambda copy: quantise_static(copy, ctx, quick))
+    prepared, notes = prepare(model, ctx, scheme, options)
+    result.notes += notes
     _Work(prepared, ctx, options).go(result)
     result.changed = True
     return result
