@@ -136,6 +136,14 @@ def backend(name: str) -> Backend:
     return chosen
 
 
+def unavailable(target: Target) -> str | None:
+    """Why models for a target cannot run here: its backend is not installed, or the machine is another; else None."""
+    try:
+        return backend(target.backend).unavailable(target)
+    except (MissingBackendError, UsageError) as error:
+        return str(error)
+
+
 def suggest(name: str, known: Iterable[str], listing: str) -> str:
     """A hint for an unknown name: the closest known ones, and where the whole list is."""
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)

@@ -2,7 +2,7 @@
 
 -O0  nothing
 -O1  exact clean-up; needs no data
--O2  and int8
+-O2  and quantisation: the formats that are fastest here, by measurement; int8 for targets that cannot run here
 -O3  and structured pruning before it
 """
 
@@ -12,15 +12,19 @@ from dataclasses import dataclass
 
 from graphopt.base import Effect, Pass
 from graphopt.errors import UsageError
+from graphopt.registry import unavailable
 from graphopt.spec import Resolve, parse, to_spec
 from graphopt.target import Target
 
 PIPELINES = {
     "O0": "",
     "O1": "fold,shrink",
-    "O2": "fold,shrink,quantize",
-    "O3": "fold,shrink,prune{macs=0.8},quantize",
+    "O2": "fold,shrink,quantize{scheme=auto}",
+    "O3": "fold,shrink,prune{macs=0.8},quantize{scheme=auto}",
 }
+
+MEASURED, UNMEASURED = "quantize{scheme=auto}", "quantize"
+"""What quantises where the target runs here, and where nothing can be timed."""
 
 MAX_DROP = 0.01
 MAX_LATENCY = 1.0
@@ -64,7 +68,8 @@ def expand(preset: str | int, target: Target, has_data: bool, resolve: Resolve |
     name = f"O{str(preset).strip().lstrip('-').upper().removeprefix('O')}"
     if name not in PIPELINES:
         raise UsageError(f"there is no preset {preset!r}", hint=f"choose one of {', '.join(PIPELINES)}")
-    passes = parse(PIPELINES[name]) if resolve is None else parse(PIPELINES[name], resolve)
+    text = PIPELINES[name] if unavailable(target) is None else PIPELINES[name].replace(MEASURED, UNMEASURED)
+    passes = parse(text) if resolve is None else parse(text, resolve)
     kept: list[Pass] = []
     left_out: list[str] = []
     for p in passes:

@@ -15,12 +15,14 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from graphopt.quantization.formats import Format
+
 Key = TypeVar("Key", bound=Hashable)
 
-Mixture = Mapping[str, str]
+Mixture = Mapping[str, Format]
 """The format of each class of layers, by the name of the class."""
 
-FLOAT = "float"
+FLOAT: Format = "float"
 
 GAIN = 0.01
 """A change must be shown to save this share of the time: two sessions of one model differ by nearly as much."""
@@ -81,8 +83,8 @@ class Trial:
     """
 
     group: str
-    before: str
-    format: str
+    before: Format
+    format: Format
     ratio: Ratio
 
 
@@ -91,24 +93,24 @@ class Search:
     """What a search found.
 
     Attributes:
-        found: mixtures to try, the fastest first: those that were not shown to be slower than float.
+        found: mixtures to try, the fastest first, each with its time over float's: those that seemed faster than float.
         starts: the usual mixtures, by name, and their times over that of float.
         trials: every change that was timed.
         stopped: True where time ran out.
     """
 
-    found: list[dict[str, str]] = field(default_factory=list)
+    found: list[tuple[dict[str, Format], float]] = field(default_factory=list)
     starts: dict[str, Ratio] = field(default_factory=dict)
     trials: list[Trial] = field(default_factory=list)
     stopped: bool = False
 
 
 def search(
-    formats: Mapping[str, Sequence[str]],
+    formats: Mapping[str, Sequence[Format]],
     base: Mixture,
     starts: Mapping[str, Mixture],
     compare: Compare,
-    noise: Mapping[tuple[str, str], float],
+    noise: Callable[[str, Format], float],
     *,
     bound: float,
     expired: Callable[[], bool] = lambda: False,
@@ -125,8 +127,7 @@ def search(
             which changes nothing as long as no layer is.
         starts: usual mixtures, by name; classes they leave out are as in `base`.
         compare: times mixtures.
-        noise: noise-to-signal power at the outputs of each class in each format alone; pairs that are missing are not
-            compared by noise.
+        noise: noise-to-signal power at the outputs of one class in one format; asked for where times are equal.
         bound: the largest ratio to float's time that a shape may have.
         expired: asked between measurements; True stops the search with what was found.
     """
@@ -149,25 +150,24 @@ def search(
         scored.append(best.run(in_float, (1.0,) * len(scored[0][1])))
     scored += [(mixtures[name], result.starts[name].values) for name in order]
     scored.sort(key=lambda pair: _score(pair[1], bound))
-    result.found = list(
-        _distinct({i: m for i, (m, ratios) in enumerate(scored) if _score(ratios, bound) < 1 and changes(m)}).values()
-    )
+    faster = {i: m for i, (m, ratios) in enumerate(scored) if _score(ratios, bound) < 1 and changes(m)}
+    result.found = [(mixture, _score(scored[i][1], bound)) for i, mixture in _distinct(faster).items()]
     return result
 
 
 @dataclass
 class _Descent:
-    formats: Mapping[str, Sequence[str]]
+    formats: Mapping[str, Sequence[Format]]
     in_float: Mixture
-    noise: Mapping[tuple[str, str], float]
+    noise: Callable[[str, Format], float]
     compare: Compare
     bound: float
     expired: Callable[[], bool]
     result: Search
 
-    def run(self, mixture: dict[str, str], ratios: tuple[float, ...]) -> tuple[dict[str, str], tuple[float, ...]]:
+    def run(self, mixture: dict[str, Format], ratios: tuple[float, ...]) -> tuple[dict[str, Format], tuple[float, ...]]:
         """Descend from a mixture whose times over float's are known; returns the end of it and its times."""
-        hopeless: set[tuple[str, str]] = set()
+        hopeless: set[tuple[str, Format]] = set()
         for _ in range(ROUNDS):
             moves = [
                 (group, to)
@@ -206,13 +206,14 @@ class _Descent:
         return trial.ratio.certainly_below < 1 - GAIN / 2 and trial.ratio.mean < 1 - GAIN
 
     def _quieter(self, trial: Trial) -> bool:
-        before, after = (self.noise.get((trial.group, format)) for format in (trial.before, trial.format))
-        after = 0.0 if trial.format == FLOAT else after
-        return before is not None and after is not None and trial.ratio.mean <= 1 and after * QUIETER < before
+        if trial.ratio.mean > 1 or trial.before == FLOAT:
+            return False
+        after = 0.0 if trial.format == FLOAT else self.noise(trial.group, trial.format)
+        return after * QUIETER < self.noise(trial.group, trial.before)
 
     def _together(
-        self, mixture: dict[str, str], good: Sequence[Trial], base: Ratio
-    ) -> tuple[dict[str, str], tuple[float, ...]]:
+        self, mixture: dict[str, Format], good: Sequence[Trial], base: Ratio
+    ) -> tuple[dict[str, Format], tuple[float, ...]]:
         """All changes at once, or the best alone where together they are slower: kernels meet at layers' borders."""
         first = {**mixture, good[0].group: good[0].format}
         alone = good[0].ratio.over(base)
@@ -230,9 +231,9 @@ def _score(ratios: Sequence[float], bound: float) -> float:
     return math.exp(sum(map(math.log, ratios)) / len(ratios)) if worst <= bound else 1 + worst
 
 
-def _distinct(mixtures: Mapping[Key, dict[str, str]]) -> dict[Key, dict[str, str]]:
+def _distinct(mixtures: Mapping[Key, dict[str, Format]]) -> dict[Key, dict[str, Format]]:
     """The first of equal mixtures."""
-    found: dict[Key, dict[str, str]] = {}
+    found: dict[Key, dict[str, Format]] = {}
     for name, mixture in mixtures.items():
         if mixture not in found.values():
             found[name] = mixture

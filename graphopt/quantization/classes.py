@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from graphopt.quantization.choice import FLOAT, Mixture
+from graphopt.quantization.formats import Format
 from graphopt.rewriting.edit import constant, graphs, is_onnx
 
 MOST = 8
@@ -31,10 +32,10 @@ class LayerClass:
 
     name: str
     keys: tuple[str, ...]
-    formats: tuple[str, ...]
+    formats: tuple[Format, ...]
 
 
-def classes(model: ir.Model, formats: Mapping[str, Collection[str]], most: int = MOST) -> list[LayerClass]:
+def classes(model: ir.Model, formats: Mapping[str, Collection[Format]], most: int = MOST) -> list[LayerClass]:
     """The classes of nodes, as fine as `most` allows.
 
     Args:
@@ -57,8 +58,8 @@ def classes(model: ir.Model, formats: Mapping[str, Collection[str]], most: int =
 
 
 def assignment(
-    found: Collection[LayerClass], mixture: Mixture, formats: Mapping[str, Collection[str]]
-) -> dict[str, str]:
+    found: Collection[LayerClass], mixture: Mixture, formats: Mapping[str, Collection[Format]]
+) -> dict[str, Format]:
     """The format of each node: that of its class, or float where it cannot be that."""
     return {
         key: mixture[group.name] if mixture[group.name] in formats[key] else FLOAT
@@ -67,7 +68,7 @@ def assignment(
     }
 
 
-def _formats(keys: Collection[str], formats: Mapping[str, Collection[str]]) -> tuple[str, ...]:
+def _formats(keys: Collection[str], formats: Mapping[str, Collection[Format]]) -> tuple[Format, ...]:
     return tuple(dict.fromkeys((FLOAT, *(f for key in keys for f in formats[key]))))
 
 

@@ -64,6 +64,12 @@ def ratios(models: Sequence[ir.Model], target: Target, feeds: Sequence[Call], se
     return [_ratio(runs, index) for index in range(1, len(models))]
 
 
+def run_seconds(model: ir.Model, target: Target, feeds: Sequence[Call]) -> float:
+    """Roughly what one run takes on all shapes together, in seconds; raises what `ratios` raises."""
+    backend = registry.backend(target.backend)
+    return sum(backend.bench([model], target, each, threads=1, seconds=0).milliseconds[0] for each in feeds) / 1e3
+
+
 def comparer(
     build: Callable[[Mixture], ir.Model], target: Target, feeds: Sequence[Call], progress: Callable[[int], None]
 ) -> Callable[[Mixture, Sequence[Mixture]], list[Ratio]]:

@@ -20,6 +20,7 @@ from graphopt.errors import DataError, GateRefused, GraphoptError, ModelError, P
 from graphopt.pipeline.presets import expand
 from graphopt.pipeline.recipe import Recipe
 from graphopt.report.data import Report, Stats
+from graphopt.spec import to_spec
 from graphopt.target import Target
 
 TARGET = Target(name="nowhere", backend="ort", providers=("NoSuchExecutionProvider",))
@@ -283,6 +284,7 @@ def known(name: str) -> type[graphopt.Pass]:
         effect: ClassVar[graphopt.Effect] = graphopt.Effect.LOSSY if lossy else graphopt.Effect.EXACT
         needs_calibration: ClassVar[bool] = name == "quantize"
         macs: float = 1.0
+        scheme: str = "int8"
 
     Stand.name = name
     return Stand
@@ -291,6 +293,7 @@ def known(name: str) -> type[graphopt.Pass]:
 def test_presets_leave_out_what_cannot_work() -> None:
     full = expand("O3", TARGET, True, known)
     assert [p.name for p in full.passes] == ["fold", "shrink", "prune", "quantize"] and full.left_out == ()
+    assert to_spec(full.passes[3:]) == "quantize"  # nobody can time the formats of a target that is not here
     without = expand(3, TARGET, False, known)
     assert [p.name for p in without.passes] == ["fold", "shrink"]
     assert without.left_out == (
@@ -301,6 +304,19 @@ def test_presets_leave_out_what_cannot_work() -> None:
     assert [p.name for p in fp32.passes] == ["fold", "shrink"]
     assert fp32.lines()[1] == "quantize is left out: target 't' does not run int8"
     assert expand("O0", TARGET, True, known).passes == ()
+
+
+@pytest.mark.parametrize("preset", ["O2", "O3"])
+def test_presets_measure_formats_where_the_target_runs(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Here:
+        def unavailable(self, target: Target) -> str | None:
+            return None if target.name == "here" else "no such device"
+
+    monkeypatch.setattr(graphopt.registry, "backend", lambda name: Here())
+    here, elsewhere = (expand(preset, Target(name, "ort"), True, known) for name in ("here", "there"))
+    assert to_spec(here.passes[-1:]) == "quantize{scheme=auto}"
+    assert to_spec(elsewhere.passes[-1:]) == "quantize"
+    assert here.lines()[0].endswith("quantize{scheme=auto}' --max-drop 0.01 --max-latency 1")
 
 
 # --- saving, lowering, importing --------------------------------------------------------------------------------------

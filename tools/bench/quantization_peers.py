@@ -16,6 +16,9 @@ from metrics import Feeds, Subject, limited
 SAMPLES = 256
 """Calibration samples that each tool sees."""
 
+OPSET = 13
+"""Per-channel scales and NNCF need it."""
+
 NNCF_SCRIPT = """
 import sys, numpy as np, onnx, nncf
 source, data, out, kind = sys.argv[1:]
@@ -95,16 +98,27 @@ def _weights(bits: int, block: int, symmetric: bool, source: Path, out: Path) ->
 
 
 def _prepared(source: Path, out: Path) -> Path:
-    """The model after the preprocessing that onnxruntime.quantization advises; as it came where that fails."""
+    """The model as the tools want it: in opset 13, and after the preprocessing that onnxruntime.quantization advises.
+
+    What fails is left out, and said so. Shapes of the preprocessing go: stale ones make dynamic quantisation fail.
+    """
+    import onnx
+    import onnx.version_converter
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     path = out.with_name(f"{source.stem}.prepared.onnx")
-    if not path.is_file():
-        try:
-            quant_pre_process(str(source), str(path), skip_symbolic_shape=True)
-        except Exception as error:
-            print(f"{source.stem}: quant_pre_process fails ({_first_line(error)}); left out", file=sys.stderr)
-            path.write_bytes(source.read_bytes())
+    if path.is_file():
+        return path
+    model = onnx.load(source)
+    try:
+        if _opset(source) < OPSET:
+            model = onnx.version_converter.convert_version(model, OPSET)
+        quant_pre_process(model, str(path), skip_symbolic_shape=True)
+        model = onnx.load(path)
+    except Exception as error:
+        print(f"{source.stem}: not preprocessed for onnxruntime.quantization: {_first_line(error)}", file=sys.stderr)
+    del model.graph.value_info[:]
+    onnx.save(model, path)
     return path
 
 
@@ -117,10 +131,25 @@ def _nncf(python: Path, subject: Subject, kind: str, source: Path, out: Path) ->
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "calls.npz"
         np.savez(data, **{f"{i}|{k}": v for i, call in enumerate(single) for k, v in call.items()})
-        command = [str(python), "-c", NNCF_SCRIPT, str(source), str(data), str(out), kind]
+        command = [
+            str(python),
+            "-c",
+            NNCF_SCRIPT,
+            str(_prepared(source, out) if _opset(source) < OPSET else source),
+            str(data),
+            str(out),
+            kind,
+        ]
         done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no message")
+
+
+def _opset(source: Path) -> int:
+    import onnx
+
+    imports = onnx.load(source, load_external_data=False).opset_import
+    return int(next(entry.version for entry in imports if entry.domain in ("", "ai.onnx")))
 
 
 def _rows(call: Feeds) -> bool:
