@@ -16,9 +16,11 @@ from graphopt.backend import BenchResult
 from graphopt.base import Context, PassResult
 from graphopt.errors import UsageError
 from graphopt.executor import Session
+from graphopt.passes.quantize import Quantize
 from graphopt.progress import Silent
 from graphopt.quantization.auto import quantise_auto
 from graphopt.quantization.static import StaticOptions
+from graphopt.spec import parse
 from graphopt.target import Target
 
 TARGET = Target("cpu", "ort")
@@ -142,7 +144,7 @@ def test_a_class_that_integers_slow_down_stays_in_float(monkeypatch: pytest.Monk
 
 def test_a_model_that_every_format_slows_down_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = mlp()
-    before = model.graph.__str__()
+    before = str(model.graph)
     clock = Clock({"MatMul": 2, "MatMul int8": 3, "MatMulInteger": 5, "MatMulNBits": 5, "QuantizeLinear": 1})
     result = quantised(model, clock, monkeypatch)
     assert not result.changed and str(model.graph) == before
@@ -173,13 +175,14 @@ def test_gains_that_the_last_comparison_does_not_confirm_are_given_up(monkeypatc
 
 
 def test_a_choice_is_repeated_without_a_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second = cnn(), None
+    first = cnn()
     second = first.clone()
     told = quantised(first, Clock(FAST_INTEGERS), monkeypatch)
     (note,) = (n for n in told.notes if "the same again" in n)
     clock = Clock({})
-    entries = [e.strip("'") for e in note.split("assignment=(")[1].rstrip(")}").rstrip(",").split(",")]
-    result = quantised(second, clock, monkeypatch, given=entries)
+    (again,) = parse(note.partition("the same again: ")[2])
+    assert isinstance(again, Quantize) and again.scheme == "auto"
+    result = quantised(second, clock, monkeypatch, given=again.assignment)
     assert result.changed and clock.benched == 0
     assert [n.op_type for n in second.graph] == [n.op_type for n in first.graph]
 
