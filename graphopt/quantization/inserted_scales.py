@@ -11,6 +11,7 @@ larger than the others it gives integers the accuracy that these take from them.
 from __future__ import annotations
 
 from collections.abc import Collection
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,11 @@ from graphopt.target import QuantScheme
 
 GAIN_DB = 3.0
 """What the estimated error of the layers must gain at least, in decibels: the multiplication takes time."""
+
+COMMON = 0.75
+"""Share of the channels whose magnitudes count as no smaller than they are together. A channel that was small on some
+samples need not be on others, and were it enlarged to what outliers become, it would take the steps of all when it is
+not: only what stands out is made smaller."""
 
 LIMIT = 20.0
 """Bound of the base-2 logarithm of a scale."""
@@ -109,9 +115,9 @@ def _search(nodes: list[ir.Node], read: ChannelRange, scheme: QuantScheme) -> Sm
     nothing = Smoothing(None, np.zeros(channels + 1), 0.0, 0.0)
     if read.nonfinite:
         return nothing
-    numbers = np.arange(1, channels + 1)
+    cautious, numbers = _cautious(read), np.arange(1, channels + 1)
     return smoothed(
-        [SmoothedLayer(_rows(node).astype(np.float64), read, numbers) for node in nodes],
+        [SmoothedLayer(_rows(node).astype(np.float64), cautious, numbers) for node in nodes],
         channels + 1,
         Grid.of(scheme.activation, symmetric=scheme.symmetric_activation),
         Grid.of(scheme.weight, symmetric=True),
@@ -119,6 +125,16 @@ def _search(nodes: list[ir.Node], read: ChannelRange, scheme: QuantScheme) -> Sm
         limit=LIMIT,
         whole=True,
     )
+
+
+def _cautious(read: ChannelRange) -> ChannelRange:
+    """The same with no channel smaller than the quantile `COMMON` of all."""
+    least = np.quantile(read.magnitude, COMMON)
+    small, upwards = read.magnitude < least, read.high >= -read.low
+    found = copy(read)
+    found.high = np.where(small & upwards, least, read.high)
+    found.low = np.where(small & ~upwards, -least, read.low)
+    return found
 
 
 def _insert(x: ir.Value, nodes: list[ir.Node], scale: NDArray[np.float64], names: Names) -> None:
