@@ -109,6 +109,7 @@ def write_dynamic(
             recurrent.write(node)
         else:
             products.write(node)
+    products.share_tables()
     return skipped
 
 

@@ -29,6 +29,7 @@ from graphopt.quantization.matrices import from_matrices, to_matrices
 from graphopt.quantization.plan import Plan, Unit, name_of
 from graphopt.quantization.rounding import Rounded, Rounding, WeightGrid, nearest
 from graphopt.quantization.rules import Kind
+from graphopt.quantization.tied import Stored, share
 from graphopt.rewriting.edit import Names, array, drop_if_unused, new_initializer, remove_node
 from graphopt.target import QuantScheme
 
@@ -68,7 +69,8 @@ class Emitter:
             self._values.update((v.name, v) for v in node.outputs if v.name)
         self._params: dict[str, tuple[ir.Value, ir.Value]] = {}
         self._dequantised: dict[str, ir.Value] = {}
-        self._constants: dict[tuple[str, int | None, bytes], ir.Value] = {}
+        self._tables: list[Stored] = []
+        self._constants: dict[tuple[ir.Value, int | None, bytes], ir.Value] = {}
         for key, unit in self.plan.units.items():
             origin = self._values[key].producer()
             if origin is None:
@@ -79,6 +81,7 @@ class Emitter:
             elif unit.quantise_output:
                 for name in unit.carriers:
                     self._publish(name)
+        share(self.model, self._tables)
         for value in self._dequantised.values():
             # Its readers were all written on integers.
             idle = value.producer()
@@ -220,8 +223,9 @@ class Emitter:
 
     def _replace_constant(self, node: ir.Node, index: int, data: Array, params: Affine) -> ir.Value:
         old = node.inputs[index]
+        assert old is not None
         # Rounding may decide for each layer, so that a shared weight is stored once where the integers agree.
-        key = (name_of(old), params.axis, params.scale.tobytes() + sha256(data.tobytes()).digest())
+        key = (old, params.axis, params.scale.tobytes() + sha256(data.tobytes()).digest())
         if key not in self._constants:
             self._constants[key] = self._stored_constant(old, data, params, node)
         new = self._constants[key]
@@ -274,7 +278,11 @@ class Emitter:
         integers = from_matrices(node, unit.weight, found.integers + middle, weight).astype(kind)
         scale = found.scale.reshape(() if axis is None else -1)
         params = Affine(scale, np.full(scale.shape, middle, kind), axis)
-        self._replace_constant(node, unit.weight, integers, params)
+        stored = self._replace_constant(node, unit.weight, integers, params).producer()
+        if axis == middle == 0 and alpha == 1 and old is not None and stored is not None:
+            numbers, scales = stored.inputs[:2]
+            assert numbers is not None and scales is not None
+            self._tables.append(Stored(old, numbers, scales, rows=0))
         if bias is not None and bias_node is not None:
             steps, scale = quantise_bias(bias, activation.scale, params.scale)
             bias_params = Affine(scale, np.zeros(scale.shape, np.int32), None if scale.ndim == 0 else 0)

@@ -19,6 +19,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from graphopt.quantization.rounding import Rounding, WeightGrid
+from graphopt.quantization.tied import Stored, share
 from graphopt.rewriting.edit import (
     Names,
     array,
@@ -66,6 +67,17 @@ class ProductWriter:
             self._gemm(node)
         else:
             self._matmul(node)
+
+    def share_tables(self) -> None:
+        """Let look-ups read the integers of weights that are tables, too (`graphopt.quantization.tied`)."""
+        share(
+            self.model,
+            [
+                Stored(weight, found.integers, found.scale, int(transposed))
+                for (weight, transposed, factor), found in self._weights.items()
+                if factor == 1 and weight.uses()
+            ],
+        )
 
     def _matmul(self, node: ir.Node) -> None:
         x, weight = node.inputs
