@@ -107,6 +107,8 @@ class Target:
         sparse: which layers `sparsify` and `armor` take.
         quant: int8 scheme, None where int8 is not supported.
         half: half types.
+        slow_fusions: operators that its runtime fuses and that are slower than their parts; a pass that writes for the
+            target keeps these apart (`graphopt.rewriting.norm_sums`).
         artefacts: what `lower` writes besides the model.
         description: one line for `graphopt targets`.
     """
@@ -124,6 +126,7 @@ class Target:
     sparse: SparseKernels = field(default_factory=SparseKernels)
     quant: QuantScheme | None = field(default_factory=QuantScheme)
     half: HalfTypes = field(default_factory=HalfTypes)
+    slow_fusions: tuple[str, ...] = ()
     artefacts: tuple[str, ...] = ()
     description: str = ""
 
