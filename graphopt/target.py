@@ -62,6 +62,28 @@ class HalfTypes:
 
 
 @dataclass(frozen=True)
+class WeightKernels:
+    """How a target reads weights that are integers while activations are floats.
+
+    Attributes:
+        form: "MatMulNBits": products and look-ups of ONNX Runtime that compute from blocks of integers;
+            "DequantizeLinear": the runtime knows such a product by this operator; "arithmetic": it has none, and
+            weights become floats when the model is loaded.
+        block: columns that share a scale where nobody says otherwise.
+        inputs, outputs: products with fewer channels are slower from integers than in float.
+        inputs_small_block: `inputs` for blocks smaller than `block`.
+        table: a table of fewer bytes is looked up faster in float.
+    """
+
+    form: Literal["MatMulNBits", "DequantizeLinear", "arithmetic"] = "arithmetic"
+    block: int = 128
+    inputs: int = 1
+    inputs_small_block: int = 1
+    outputs: int = 1
+    table: int = 1 << 20
+
+
+@dataclass(frozen=True)
 class SparseKernels:
     """Which layers the kernels that skip 2:4 zeros take, and where they gain.
 
@@ -107,6 +129,7 @@ class Target:
         sparse: which layers `sparsify` and `armor` take.
         quant: int8 scheme, None where int8 is not supported.
         half: half types.
+        weights: how weights are read that alone are quantised.
         slow_fusions: operators that its runtime fuses and that are slower than their parts; a pass that writes for the
             target keeps these apart (`graphopt.rewriting.norm_sums`).
         artefacts: what `lower` writes besides the model.
@@ -126,6 +149,7 @@ class Target:
     sparse: SparseKernels = field(default_factory=SparseKernels)
     quant: QuantScheme | None = field(default_factory=QuantScheme)
     half: HalfTypes = field(default_factory=HalfTypes)
+    weights: WeightKernels = field(default_factory=WeightKernels)
     slow_fusions: tuple[str, ...] = ()
     artefacts: tuple[str, ...] = ()
     description: str = ""
@@ -135,7 +159,7 @@ def parse_target(name: str, table: object, source: str) -> Target:
     """Make a target from its table.
 
     Keys are the fields of `Target`; `quant` is a sub-table of `QuantScheme` or false, `sparse` one of `SparseKernels`,
-    `half` one of `HalfTypes`.
+    `half` one of `HalfTypes`, `weights` one of `WeightKernels`.
 
     Args:
         name: name of the table, which becomes the target's.
@@ -152,7 +176,7 @@ def parse_target(name: str, table: object, source: str) -> Target:
         )
     values = dict(table)
     scheme = values.pop("quant", None)
-    parts = {"sparse": SparseKernels, "half": HalfTypes}
+    parts = {"sparse": SparseKernels, "half": HalfTypes, "weights": WeightKernels}
     tables = {key: values.pop(key, {}) for key in parts}
     made: dict[str, Any] = _checked(values, Target, where, without=("name", "quant", *parts))
     for key, kind in parts.items():
