@@ -15,7 +15,6 @@ Timing decides, so that two runs may choose differently; `assignment=` repeats a
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -30,15 +29,16 @@ from graphopt.pipeline.gates import EQUAL
 from graphopt.pipeline.measure import Measures
 from graphopt.pipeline.presets import MAX_DROP
 from graphopt.quantization.apply import apply
-from graphopt.quantization.auto_report import class_rows, named, replayed, stays_in_float
+from graphopt.quantization.auto_report import class_rows, counted, replayed, stays_in_float
 from graphopt.quantization.choice import Mixture, Ratio, search
 from graphopt.quantization.classes import LayerClass, assignment, classes
 from graphopt.quantization.clock import comparer, described, ratios, run_seconds, shapes
-from graphopt.quantization.formats import FORMATS, Candidate, Format, candidates
+from graphopt.quantization.formats import BITS, FORMATS, Candidate, Format, candidates
 from graphopt.quantization.prepare import to_integer_form
 from graphopt.quantization.prepared import Prepared
 from graphopt.quantization.repair import Repair, repair
 from graphopt.quantization.replay import entries, resolve
+from graphopt.quantization.rounding_choice import rounding_for
 from graphopt.quantization.sensitive import work_of
 from graphopt.quantization.static import StaticOptions, prepare
 from graphopt.quantization.tradeoff import Price
@@ -57,6 +57,9 @@ RUNS = 200
 
 CONFIRM_SECONDS = 1.0
 """Measured time of each model in the last comparison; four times that where it is unclear."""
+
+PRODUCTS = ("MatMul", "Gemm")
+"""Operators for which runtimes have kernels that read weights as integers."""
 
 STARTS: Mapping[str, Mapping[str, Format]] = {
     "int8": {"layer": "int8", "product": "int8"},
@@ -105,7 +108,7 @@ def quantise_auto(model: ir.Model, ctx: Context, options: StaticOptions, given: 
     if work.changes(chosen):
         result.changed = True
         result.notes = [*to_integer_form(model), *result.notes]
-        prepared.rounding = options.rounding
+        prepared.rounding = rounding_for(options.rounding, prepared.model, ctx)
         _write(model, chosen, prepared, found, result)
         if not given:
             result.notes.append(replayed(entries(found.values(), chosen)))
@@ -133,8 +136,17 @@ class _Auto:
 
     @cached_property
     def formats(self) -> dict[str, tuple[Format, ...]]:
-        """What nodes may be that have a choice; tables are left alone, because looking a row up takes no time."""
-        return {key: c.formats for key, c in self.found.items() if c.kind != "table" and len(c.formats) > 1}
+        """What nodes may be that have a choice, without the formats that can save no time.
+
+        Looking up a row of a table takes none, and only matrix products compute from weights that are integers: others
+        become floats when the model is loaded.
+        """
+        found: dict[str, tuple[Format, ...]] = {}
+        for key, c in self.found.items():
+            formats = tuple(f for f in c.formats if f not in BITS or c.op_type in PRODUCTS)
+            if c.kind != "table" and len(formats) > 1:
+                found[key] = formats
+        return found
 
     @cached_property
     def groups(self) -> list[LayerClass]:
@@ -234,18 +246,22 @@ class _Auto:
         """The first mixture that is accurate enough and then faster than the input; and why those before it are not."""
         refusals = []
         for mixture, mean in found[:TRIES]:
-            done = self.repaired(self.assigned(mixture), 1 / mean)
+            mixed = self.assigned(mixture)
+            done = self.repaired(mixed, 1 / mean)
             if not self.changes(done.assignment):
-                refusals.append(f"{named(mixture)} loses more than {self._limit:g} whatever layers go back to float")
+                told = self._counted(mixed)
+                refusals.append(f"{told}: a drop of more than {self._limit:g} whatever goes back to float")
                 continue
             ratio = self._against_input(self.build(done.assignment), feeds)
             if ratio.certainly_below < 1 and ratio.mean < 1 / EQUAL and not ratio.shown_above(self._bound):
                 self.result.notes += [f"{ratio} of the time of the model before the pass, on {where}", done.told]
                 return done.assignment, refusals
-            refusals.append(
-                f"{named(mixture)}, accurate enough with {len(done.returned)} layers in float, takes {ratio}"
-            )
+            told = f"{self._counted(done.assignment)}, with {len(done.returned)} in float for accuracy"
+            refusals.append(f"{told}: {ratio}, not shown to be faster")
         return {}, refusals
+
+    def _counted(self, chosen: Mapping[str, Format]) -> str:
+        return counted(format for key, format in chosen.items() if self.found[key].kind != "between")
 
     def _against_input(self, candidate: ir.Model, feeds: Sequence[Call]) -> Ratio:
         """Time over that of the input of the pass; measured for longer where noise hides the verdict."""
@@ -298,5 +314,4 @@ def _write(
     result.skipped += done.skipped
     result.notes += done.notes
     result.details["quantised layers"] = done.rows
-    counts = Counter(format for key, format in chosen.items() if found[key].kind != "between")
-    result.notes.append("formats: " + ", ".join(f"{format} for {count} layers" for format, count in counts.items()))
+    result.notes.append(counted(format for key, format in chosen.items() if found[key].kind != "between"))

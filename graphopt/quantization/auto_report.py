@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from graphopt.quantization.choice import Mixture, Search
+from graphopt.quantization.choice import Search
 from graphopt.quantization.classes import LayerClass
 from graphopt.quantization.formats import Format
 from graphopt.quantization.sensitivity import decibel
 
 
-def named(mixture: Mixture) -> str:
-    """A mixture in words: `int8 for Conv 3x3, MatMul; float for Add`."""
-    groups: dict[Format, list[str]] = {}
-    for name, format in mixture.items():
-        groups.setdefault(format, []).append(name)
-    return "; ".join(f"{format} for {', '.join(names)}" for format, names in groups.items() if format != "float")
+def counted(formats: Iterable[Format]) -> str:
+    """How many layers have which format: `int8 for 53 layers, float for 2`."""
+    counts = Counter(formats).most_common()
+    first = f"{counts[0][0]} for {counts[0][1]} layers" if counts else "nothing"
+    return ", ".join([first, *(f"{format} for {count}" for format, count in counts[1:])])
 
 
 def stays_in_float(seen: Search, refusals: Sequence[str], where: str) -> str:

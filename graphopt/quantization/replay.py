@@ -24,15 +24,15 @@ def entries(candidates: Iterable[Candidate], assignment: Mapping[str, Format]) -
     listed = list(candidates)
     counts: dict[str, Counter[Format]] = {}
     for candidate in listed:
-        counts.setdefault(candidate.op_type, Counter())[assignment[candidate.key]] += 1
+        counts.setdefault(candidate.op_type, Counter())[assignment.get(candidate.key, "float")] += 1
     usual = {op: found.most_common(1)[0][0] for op, found in counts.items()}
     labels = Counter(candidate.label for candidate in listed)
-    others = [c for c in listed if assignment[c.key] != usual[c.op_type]]
+    others = [c for c in listed if assignment.get(c.key, "float") != usual[c.op_type]]
     lines = [f"op:{op}={format}" for op, format in usual.items() if format != "float"]
     for c in others:
         ambiguous = labels[c.label] > 1 or c.label.startswith(("op:", "out:"))
         what = f"out:{c.key}" if ambiguous else glob.escape(c.label)
-        lines.append(f"{what}={assignment[c.key]}")
+        lines.append(f"{what}={assignment.get(c.key, 'float')}")
     return tuple(lines)
 
 

@@ -158,7 +158,7 @@ def test_what_no_layer_may_lose_is_left_alone(monkeypatch: pytest.MonkeyPatch) -
         model, Clock(FAST_INTEGERS), monkeypatch, max_drop=0.0, drop=lambda m: 1e-9 if len(m.graph) > 3 else 0.0
     )
     assert not result.changed
-    assert any("loses more than 0 whatever layers go back to float" in n for n in result.notes)
+    assert any("a drop of more than 0 whatever goes back to float" in n for n in result.notes)
 
 
 def test_gains_that_the_last_comparison_does_not_confirm_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +171,7 @@ def test_gains_that_the_last_comparison_does_not_confirm_are_given_up(monkeypatc
     source = mlp()
     result = quantised(source, Fickle(FAST_INTEGERS), monkeypatch)
     assert not result.changed
-    assert any("accurate enough with 0 layers in float, takes" in n for n in result.notes)
+    assert any("with 0 in float for accuracy: " in n and "not shown to be faster" in n for n in result.notes)
 
 
 def test_a_choice_is_repeated_without_a_clock(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,10 @@ def test_few_words_where_layers_are_alike() -> None:
     assert entries(LAYERS, chosen)[-1] == "conv[[]2]=float"  # type: ignore[arg-type]
 
 
+def test_layers_that_were_not_chosen_for_are_in_float() -> None:
+    assert resolve(LAYERS, entries(LAYERS, {"a": "int8"})) == dict.fromkeys("bcdefgh", "float") | {"a": "int8"}
+
+
 def test_the_last_entry_that_fits_counts() -> None:
     found = resolve(LAYERS, ["*=int8", "conv?=int8-dynamic", "out:b=float"])
     assert found["a"] == "int8-dynamic" and found["b"] == "float" and found["f"] == "int8"
