@@ -20,6 +20,7 @@ from graphopt.quantization.auto import quantise_auto
 from graphopt.quantization.half_scheme import quantise_half
 from graphopt.quantization.schemes import quantise_uniformly
 from graphopt.quantization.static import StaticOptions, quantise_static
+from graphopt.rewriting.norm_sums import FUSED, keep_sums_apart
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,14 @@ class Quantize(Pass):
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         """Quantise `model` in place."""
+        result = self._quantised(model, ctx)
+        if result.changed and self.scheme not in ("fp16", "bf16") and FUSED in ctx.target.slow_fusions:
+            apart = keep_sums_apart(model)
+            if apart:
+                result.notes.append(f"{len(apart)} sums before layer norms written as Sum: {FUSED} would be slower")
+        return result
+
+    def _quantised(self, model: ir.Model, ctx: Context) -> PassResult:
         match self.scheme:
             case "fp16" | "bf16":
                 return quantise_half(
