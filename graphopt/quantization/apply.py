@@ -13,12 +13,14 @@ from typing import Any
 import onnx_ir as ir
 
 from graphopt.base import Skip
-from graphopt.quantization.dynamic import write_dynamic
-from graphopt.quantization.formats import Format
+from graphopt.files.opset import raise_opset
+from graphopt.quantization.dynamic import MIN_OPSET, write_dynamic
+from graphopt.quantization.formats import BITS, Format
 from graphopt.quantization.inserted_scales import insert_scales, told
 from graphopt.quantization.prepared import Prepared
 from graphopt.quantization.rules import Kind
 from graphopt.quantization.static_report import layer_rows, summary
+from graphopt.quantization.weights_only import write_weights
 
 
 @dataclass
@@ -52,18 +54,27 @@ def apply(model: ir.Model, assignment: Mapping[str, Format], prepared: Prepared)
     Raises:
         ModelError: the opset cannot be raised.
     """
-    possible = prepared.everything.units  # of the model before anything is written
     done = Applied()
+    static = _keys(assignment, "int8")
+    # Of the model as it is before anything is written.
+    possible = prepared.everything.units if static else {}
+    barred = prepared.unfit_units() if static else {}
+    for name, bits in BITS.items():
+        written = write_weights(
+            model, _keys(assignment, name), bits=bits, block=prepared.block, symmetric=prepared.symmetric,
+            rounding=prepared.rounding, kernels=prepared.weights,
+        )  # fmt: skip
+        done.skipped += written.skipped
+        done.notes += written.notes
     dynamic = _keys(assignment, "int8-dynamic")
     if dynamic and insert_scales(model, dynamic, prepared.ahead):
         done.notes.append(told(prepared.ahead.values()))
+    raised = raise_opset(model, MIN_OPSET, "DynamicQuantizeLinear") if dynamic else None
+    done.notes += [raised] if raised else []
     done.skipped += write_dynamic(model, dynamic, prepared.rounding, prepared.scheme, per_channel=prepared.per_channel)
-    static = _keys(assignment, "int8")
-    barred = prepared.unfit_units()
     done.skipped += [Skip(possible[key].label, reason) for key, reason in barred.items() if key in static]
     done.skipped += [Skip(key, "it has no int8 form on the target") for key in sorted(static - possible.keys())]
-    layers = {key for key, unit in possible.items() if unit.rule.kind is Kind.COMPUTE}
-    if (static & layers) - barred.keys():
+    if any(possible[key].rule.kind is Kind.COMPUTE for key in (static & possible.keys()) - barred.keys()):
         _write_static(model, assignment, prepared, done)
     return done
 

@@ -21,6 +21,7 @@ import onnx_ir as ir
 from graphopt.quantization.dynamic import dynamic_reason
 from graphopt.quantization.plan import IN_A_BODY, excluded, plan, refusal
 from graphopt.quantization.rules import RULES, Kind
+from graphopt.quantization.weights_only import weight_layers
 from graphopt.rewriting.edit import constant, graphs, is_onnx, label
 from graphopt.target import QuantScheme, Target
 
@@ -61,7 +62,12 @@ class Candidate:
 
 
 def candidates(
-    model: ir.Model, target: Target, exclude: tuple[str, ...] = (), *, block: int = 32
+    model: ir.Model,
+    target: Target,
+    exclude: tuple[str, ...] = (),
+    *,
+    block: int | None = None,
+    symmetric: bool | None = None,
 ) -> dict[str, Candidate]:
     """Every node whose format can be chosen, in graph order, bodies in the place of their operator.
 
@@ -69,10 +75,11 @@ def candidates(
         model: with inferred types; not changed.
         target: whose kernels count.
         exclude: globs over names of nodes that stay in float; they are listed, with that as the reason.
-        block: columns that share a scale where weights alone are quantised.
+        block: columns that share a scale where weights alone are quantised; None: what is best for their form.
+        symmetric: whether those have no zero points; None: with 8 bits they have none.
     """
-    scheme = target.quant
-    between = _between(model, scheme, exclude)
+    between = _between(model, target.quant, exclude)
+    weights = [_WeightReasons(model, target, name, block, symmetric) for name in BITS]
     found: dict[str, Candidate] = {}
     for graph in graphs(model):
         body = graph is not model.graph
@@ -81,10 +88,15 @@ def candidates(
             kind = _kind(node) or ("between" if key in between and not body else None)
             if kind is None:
                 continue
-            if kind == "between":
+            barred = excluded(node, exclude)
+            reasons: dict[Format, str] = {}
+            if barred:
+                reasons = dict.fromkeys(FORMATS[1:], barred)
+            elif kind == "between":
                 reasons = dict.fromkeys(FORMATS[2:], "it has no weight, and works on integers between int8 layers only")
             else:
-                reasons = _reasons(node, scheme, exclude, block, body=body)
+                reasons = _reasons(node, target.quant, body=body)
+                reasons |= {w.format: reason for w in weights if (reason := w.against(key, node))}
             formats = tuple(name for name in FORMATS if name not in reasons)
             found[key] = Candidate(key, label(node), node.op_type, kind, body, formats, reasons)
     return found
@@ -109,20 +121,15 @@ def _kind(node: ir.Node) -> Kinds | None:
 
 
 def _is_table(value: ir.Value | None) -> bool:
-    """Whether a constant is a matrix of floating-point numbers, whose rows a Gather may read."""
+    """Whether a constant holds floating-point numbers in rows, which a Gather may read."""
     tensor = constant(value)
-    return tensor is not None and tensor.dtype.is_floating_point() and len(tensor.shape) == 2
+    return tensor is not None and tensor.dtype.is_floating_point() and len(tensor.shape) >= 2
 
 
-def _reasons(
-    node: ir.Node, scheme: QuantScheme | None, exclude: tuple[str, ...], block: int, *, body: bool
-) -> dict[Format, str]:
-    """What stands against each format of a node, where something does."""
+def _reasons(node: ir.Node, scheme: QuantScheme | None, *, body: bool) -> dict[Format, str]:
+    """What stands against integer activations, where something does."""
     if scheme is None:
-        return dict.fromkeys(FORMATS[1:], "the target computes in floating point only")
-    barred = excluded(node, exclude)
-    if barred:
-        return dict.fromkeys(FORMATS[1:], barred)
+        return dict.fromkeys(FORMATS[1:3], "the target computes in floating point only")
     found: dict[Format, str | None] = {
         "int8": IN_A_BODY if body else _static_reason(node, scheme),
         "int8-dynamic": dynamic_reason(node, scheme.dynamic, products=True),
@@ -135,3 +142,20 @@ def _static_reason(node: ir.Node, scheme: QuantScheme) -> str | None:
     if rule is None or rule.kind is not Kind.COMPUTE:
         return f"no runtime has an int8 kernel with static scales for {node.op_type} that reads constants"
     return refusal(node, scheme)
+
+
+class _WeightReasons:
+    """What stands against storing weights of nodes in one format."""
+
+    def __init__(
+        self, model: ir.Model, target: Target, format_: WeightFormat, block: int | None, symmetric: bool | None
+    ) -> None:
+        self.format = format_
+        self._able, skipped = weight_layers(
+            model, bits=BITS[format_], block=block, symmetric=symmetric, kernels=target.weights
+        )
+        self._skipped = {skip.node: skip.reason for skip in skipped}
+
+    def against(self, key: str, node: ir.Node) -> str | None:
+        """The reason; None where nothing stands against it."""
+        return None if key in self._able else self._skipped.get(label(node), "it has no weight")

@@ -11,9 +11,10 @@ from graphopt.base import Context, PassResult, Skip
 from graphopt.errors import UsageError
 from graphopt.files.shape_inference import infer_shapes
 from graphopt.quantization.apply import apply
-from graphopt.quantization.formats import Candidate, Format, candidates
+from graphopt.quantization.formats import BITS, Candidate, Format, candidates
 from graphopt.quantization.prepared import Prepared
 from graphopt.quantization.rounding import Rounding, nearest
+from graphopt.target import QuantScheme
 
 
 def quantise_uniformly(
@@ -24,6 +25,9 @@ def quantise_uniformly(
     exclude: tuple[str, ...] = (),
     per_channel: bool | None = None,
     rounding: Rounding = nearest,
+    block: int | None = None,
+    symmetric: bool | None = None,
+    smooth: bool = True,
 ) -> PassResult:
     """Give every layer one format, in place; what cannot have it stays in float and is told with the reason.
 
@@ -37,17 +41,26 @@ def quantise_uniformly(
         exclude: globs over names of nodes that stay in float.
         per_channel: one weight scale per output channel; None: as the target wants it.
         rounding: makes weights integers.
+        block: columns that share a scale where weights alone are quantised; None: what is best for their form.
+        symmetric: whether those have no zero points; None: with 8 bits they have none.
+        smooth: scales may be put in front of layers with dynamic scales, where there is calibration data.
 
     Raises:
-        UsageError: the target computes in floating point only.
+        UsageError: activations are to be integers, and the target computes in floating point only.
     """
     scheme = ctx.target.quant
-    if scheme is None:
+    if scheme is None and wanted not in BITS:
         raise UsageError(f"target {ctx.target.name} does not execute int8", where="quantize", hint="leave the pass out")
     infer_shapes(model)
+    scheme = scheme or QuantScheme()
     channels = scheme.per_channel if per_channel is None else per_channel
-    prepared = Prepared(model, scheme, channels, exclude, rounding=rounding)
-    listed = [c for c in candidates(model, ctx.target, exclude, block=prepared.block).values() if c.kind != "between"]
+    prepared = Prepared(
+        model, scheme, channels, exclude,
+        calibration=ctx.calibration, threads=ctx.jobs, smooth=smooth,
+        rounding=rounding, weights=ctx.target.weights, block=block, symmetric=symmetric,
+    )  # fmt: skip
+    found = candidates(model, ctx.target, exclude, block=block, symmetric=symmetric)
+    listed = [c for c in found.values() if c.kind != "between"]
     chosen = {c.key: wanted for c in listed if wanted in c.formats and c.kind != "product"}
     result = PassResult(
         changed=False, skipped=[Skip(c.label, _reason(c, wanted)) for c in listed if c.key not in chosen]

@@ -75,9 +75,11 @@ def _fits(old: ir.Value, weight: Stored) -> bool:
 
 
 def _looks_up_rows(node: ir.Node, weight: Stored) -> bool:
-    if not is_onnx(node, "Gather") or node.attributes.get_int("axis", 0) or node.inputs[0] is not weight.old:
+    if not is_onnx(node, "Gather") or node.inputs[0] is not weight.old:
         return False
-    indices = node.inputs[1]
+    axis, indices = node.attributes.get_int("axis", 0), node.inputs[1]
+    if axis != 0:
+        return False
     return weight.rows == 0 or (indices is not None and indices.shape is not None)
 
 

@@ -165,10 +165,10 @@ def test_candidates_and_what_stands_against_them():
     barred = candidates(model, CPU, ("MatMul(y)",))["y"]
     assert barred.formats == ("float",) and set(barred.reasons.values()) == {"excluded by 'MatMul(y)'"}
     none = candidates(model, replace(CPU, quant=None))
-    assert all(c.formats == ("float",) for c in none.values())
+    assert not any({"int8", "int8-dynamic"} & set(c.formats) for c in none.values())
 
 
-@pytest.mark.parametrize("format", FORMATS[1:3])
+@pytest.mark.parametrize("format", ["int8", "int8-dynamic"])
 def test_sparse_weights_stay_sparse(format):
     """2:4 zeros are on every symmetric grid."""
     rng = np.random.default_rng(0)

@@ -25,8 +25,7 @@ def _shared(model, rows, scale=SCALE):
     return share(model, [Stored(graph_.initializers["table"], integers, scales, rows)])
 
 
-@pytest.mark.parametrize("rows", [0, 1])
-@pytest.mark.parametrize("indices", ["", "3", "2, 3"])
+@pytest.mark.parametrize(("rows", "indices"), [(0, ""), (0, "3"), (0, "2, 3"), (1, "3"), (1, "2, 3")])
 def test_rows_are_those_of_the_table(rows, indices):
     model = graph(f"(int64[{indices}] i) => (float y)", "y = Gather (table, i)", table=TABLE)
     assert _shared(model, rows) == ["table"]
