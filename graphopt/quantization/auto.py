@@ -185,8 +185,9 @@ class _Auto:
 
     def _usual(self, group: LayerClass, rule: Mapping[str, Format]) -> Format:
         candidate = self.found[group.keys[0]]
-        wanted = rule.get(candidate.op_type, rule.get(candidate.kind, "float"))
-        return wanted if wanted in group.formats else self.base[group.name]
+        usual = self.base[group.name]
+        wanted = rule.get(candidate.op_type, rule.get(candidate.kind, usual))
+        return wanted if wanted in group.formats else usual
 
     def untimed(self, reason: str) -> dict[str, Format]:
         """The choice for a target that cannot run here: the first usual mixture that its kernels take."""

@@ -185,9 +185,10 @@ class _Descent:
             self.result.trials += trials
             hopeless |= {(t.group, t.format) for t in trials if t.ratio.mean > HOPELESS}
             good = self._improvements(trials, base, ratios)
-            if not good:
+            better = self._confirmed(mixture, good) if good else None
+            if better is None:
                 break
-            mixture, ratios = self._together(mixture, good, base)
+            mixture, ratios = better
         return mixture, ratios
 
     def _improvements(self, trials: Sequence[Trial], base: Ratio, ratios: tuple[float, ...]) -> list[Trial]:
@@ -211,18 +212,24 @@ class _Descent:
         after = 0.0 if trial.format == FLOAT else self.noise(trial.group, trial.format)
         return after * QUIETER < self.noise(trial.group, trial.before)
 
-    def _together(
-        self, mixture: dict[str, Format], good: Sequence[Trial], base: Ratio
-    ) -> tuple[dict[str, Format], tuple[float, ...]]:
-        """All changes at once, or the best alone where together they are slower: kernels meet at layers' borders."""
-        first = {**mixture, good[0].group: good[0].format}
-        alone = good[0].ratio.over(base)
-        if len(good) == 1:
-            return first, alone
+    def _confirmed(
+        self, mixture: dict[str, Format], good: Sequence[Trial]
+    ) -> tuple[dict[str, Format], tuple[float, ...]] | None:
+        """All changes at once, or the best alone where together they are slower: kernels meet at layers' borders.
+
+        Both are timed anew, because the best of many measurements was also the luckiest. None where neither is better.
+        """
+        best = {**mixture, good[0].group: good[0].format}
         everything = {**mixture, **{t.group: t.format for t in good}}
-        both = self.compare(mixture, [self.in_float, everything, first])
-        found = [(everything, both[1].over(both[0])), (first, both[2].over(both[0]))]
-        return min(found, key=lambda pair: _score(pair[1], self.bound))
+        tried = _distinct({"all": everything, "best": best})
+        base, *timed = self.compare(mixture, [self.in_float, *tried.values()])
+        bound = 1 if any(self._faster(trial) for trial in good) else 1 + GAIN
+        found = [
+            (m, ratio.over(base))
+            for m, ratio in zip(tried.values(), timed, strict=True)
+            if ratio.certainly_below < bound
+        ]
+        return min(found, key=lambda pair: _score(pair[1], self.bound), default=None)
 
 
 def _score(ratios: Sequence[float], bound: float) -> float:

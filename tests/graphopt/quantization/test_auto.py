@@ -131,6 +131,22 @@ def test_convolutions_static_and_products_dynamic_where_that_is_fastest(monkeypa
     assert any("of the time of the model before the pass, on x [1,3,12,12]" in note for note in result.notes)
 
 
+def test_operators_between_int8_layers_follow_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = graph(
+        "(float[N, 8, 12, 12] x) => (float[N, 8, 12, 12] y)",
+        """a = Conv <pads = [1, 1, 1, 1]> (x, w1)
+        b = Conv <pads = [1, 1, 1, 1]> (a, w2)
+        s = Add (a, b)
+        y = Conv <pads = [1, 1, 1, 1]> (s, w3)""",
+        **{f"w{i}": (RNG.normal(size=(8, 8, 3, 3)) / 8).astype(np.float32) for i in (1, 2, 3)},
+    )
+    result = quantised(model, Clock(FAST_INTEGERS), monkeypatch)
+    assert scaled(model, "Conv") == [True] * 3
+    assert any("'op:Add=int8'" in note for note in result.notes)
+    add = next(node for node in model.graph if node.op_type == "Add")
+    assert {value.producer().op_type for value in add.inputs} == {"DequantizeLinear"}  # type: ignore[union-attr]
+
+
 def test_a_class_that_integers_slow_down_stays_in_float(monkeypatch: pytest.MonkeyPatch) -> None:
     class Depthwise(Clock):
         def _cost(self, node: ir.Node) -> float:

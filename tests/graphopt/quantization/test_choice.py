@@ -139,6 +139,28 @@ def test_changes_that_hinder_each_other_are_not_made_together() -> None:
     assert free == {"conv": "float", "depthwise": "int8", "product": "float"}
 
 
+def test_a_gain_that_was_luck_is_not_believed() -> None:
+    """One measurement of many shows a gain that is none; the next shows it."""
+    costs = {
+        "conv": {"float": 10.0, "int8": 3.0, "int8-dynamic": 100.0},
+        "depthwise": {"float": 2.0, "int8": 2.0, "int8-dynamic": 50.0},
+        "product": {"float": 8.0, "int8": 4.0, "int8-dynamic": 4.0},
+    }
+    honest, lucky = clock(costs), {"conv": "int8", "depthwise": "int8", "product": "int8-dynamic"}
+    luck = [0.8]
+
+    def compare(first: Mixture, others: Sequence[Mixture]) -> list[Ratio]:
+        found = list(honest(first, others))
+        for i, mixture in enumerate(others):
+            if mixture == lucky and luck:
+                value = luck.pop()
+                found[i] = Ratio((value,), (value,), (value,))
+        return found
+
+    assert search(FORMATS, BASE, STARTS, compare, even, bound=BOUND).found[0][0] == dict.fromkeys(FORMATS, "int8")
+    assert not luck
+
+
 def test_the_same_times_give_the_same_choice() -> None:
     costs = {
         "conv": {"float": 10, "int8": 3, "int8-dynamic": 100},
