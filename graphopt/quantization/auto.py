@@ -30,7 +30,7 @@ from graphopt.pipeline.measure import Measures
 from graphopt.pipeline.presets import MAX_DROP
 from graphopt.quantization.apply import apply
 from graphopt.quantization.auto_report import class_rows, counted, replayed, stays_in_float
-from graphopt.quantization.choice import Mixture, Ratio, search
+from graphopt.quantization.choice import Mixture, Ratio, Search, search
 from graphopt.quantization.classes import LayerClass, assignment, classes
 from graphopt.quantization.clock import comparer, described, ratios, run_seconds, shapes
 from graphopt.quantization.formats import BITS, FORMATS, Candidate, Format, candidates
@@ -57,6 +57,9 @@ RUNS = 200
 
 CONFIRM_SECONDS = 1.0
 """Measured time of each model in the last comparison; four times that where it is unclear."""
+
+LEAST_SAVED = 1e-3
+"""Share of the time that a class is taken to save at least, where noise hides what it does."""
 
 PRODUCTS = ("MatMul", "Gemm")
 """Operators for which runtimes have kernels that read weights as integers."""
@@ -199,7 +202,7 @@ class _Auto:
         chosen: dict[str, Format] = {
             key: next((f for f in order if f in formats), "float") for key, formats in self.formats.items()
         }
-        done = self.repaired(chosen, Price().speedup)
+        done = self.repaired(chosen, Price().speedup, work_of(self.prepared))
         self.result.notes.append(done.told)
         return done.assignment
 
@@ -220,7 +223,7 @@ class _Auto:
         )  # fmt: skip
         if seen.stopped:
             self.result.notes.append(f"the search was stopped after {seconds:.0f} s; a better mixture may exist")
-        chosen, refusals = self._confirmed(seen.found, feeds, where)
+        chosen, refusals = self._confirmed(seen, feeds, where)
         if not self.changes(chosen):
             self.result.notes.append(stays_in_float(seen, refusals, where))
         for group in self.groups:
@@ -241,14 +244,12 @@ class _Auto:
         """The largest ratio of times on each shape: no slower, unless the user allows more."""
         return max(EQUAL, self.ctx.max_latency or 0.0)
 
-    def _confirmed(
-        self, found: Sequence[tuple[Mixture, float]], feeds: Sequence[Call], where: str
-    ) -> tuple[dict[str, Format], list[str]]:
+    def _confirmed(self, seen: Search, feeds: Sequence[Call], where: str) -> tuple[dict[str, Format], list[str]]:
         """The first mixture that is accurate enough and then faster than the input; and why those before it are not."""
         refusals = []
-        for mixture, mean in found[:TRIES]:
+        for mixture, mean in seen.found[:TRIES]:
             mixed = self.assigned(mixture)
-            done = self.repaired(mixed, 1 / mean)
+            done = self.repaired(mixed, 1 / mean, self._time_saved(mixture, seen))
             if not self.changes(done.assignment):
                 told = self._counted(mixed)
                 refusals.append(f"{told}: a drop of more than {self._limit:g} whatever goes back to float")
@@ -276,12 +277,29 @@ class _Auto:
     def _limit(self) -> float:
         return MAX_DROP if self.ctx.max_drop is None else self.ctx.max_drop
 
-    def repaired(self, chosen: Mapping[str, Format], speedup: float) -> Repair:
+    def _time_saved(self, mixture: Mixture, seen: Search) -> dict[str, float]:
+        """What each layer saves of the model's time: what its class was seen to save, by the work of its layers.
+
+        Where the search ended before all classes were seen in float, it is the work alone.
+        """
+        work = work_of(self.prepared)
+        slower = {
+            t.group: t.ratio.mean - 1 for t in seen.trials if t.format == "float" and t.before == mixture[t.group]
+        }
+        groups = [group for group in self.groups if mixture[group.name] != "float"]
+        if not all(group.name in slower for group in groups):
+            return work
+        saved: dict[str, float] = {}
+        for group in groups:
+            shares = {key: work.get(key, 0.0) or 1.0 for key in group.keys}
+            total = max(slower[group.name], LEAST_SAVED)
+            saved |= {key: total * share / sum(shares.values()) for key, share in shares.items()}
+        return saved
+
+    def repaired(self, chosen: Mapping[str, Format], speedup: float, work: Mapping[str, float]) -> Repair:
         """A mixture brought within the allowed drop."""
-        return repair(
-            chosen, self.build, self.prepared.reference, work_of(self.prepared), speedup, self.drop, self._limit,
-            self.ctx.progress,
-        )  # fmt: skip
+        reference, progress = self.prepared.reference, self.ctx.progress
+        return repair(chosen, self.build, reference, work, speedup, self.drop, self._limit, progress)
 
 
 def _possible(found: Mapping[str, Candidate], prepared: Prepared) -> dict[str, Candidate]:
