@@ -15,6 +15,8 @@ import onnx_ir as ir
 
 from graphopt.base import Context, PassResult, Skip
 from graphopt.errors import DataError, UsageError
+from graphopt.pipeline.clone import private_clone
+from graphopt.quantization.bias_correction import correct_if_better
 from graphopt.quantization.conditioning import condition
 from graphopt.quantization.outputs import affordable
 from graphopt.quantization.plan import Plan, plan
@@ -22,7 +24,7 @@ from graphopt.quantization.prepare import to_integer_form
 from graphopt.quantization.prepared import SAMPLES, Prepared
 from graphopt.quantization.range_choice import RangeChoice, choose_rule, measure_ranges
 from graphopt.quantization.ranging import doubts
-from graphopt.quantization.rounding import Rounding, nearest
+from graphopt.quantization.rounding_choice import RoundingChoice, rounding_for
 from graphopt.quantization.sensitive import sensitivity
 from graphopt.quantization.sensitivity import decibel
 from graphopt.quantization.static_report import layer_rows, summary
@@ -40,7 +42,8 @@ class StaticOptions:
     sparse_outputs: Literal["auto", "all", "none"] = "auto"
     exclude: tuple[str, ...] = ()
     samples: int = 512
-    rounding: Rounding = nearest
+    rounding: RoundingChoice = "auto"
+    correct_bias: bool = False
     prepare: Literal["auto", "none"] = "none"
 
 
@@ -120,8 +123,14 @@ class _Work:
             chosen = self._by_sensitivity(chosen, result)
         if self._asks_for_outputs:
             chosen = self._with_outputs(chosen, result)
-        prepared.rounding = self.options.rounding
+        prepared.rounding = rounding_for(self.options.rounding, prepared.model, self.ctx)
+        reference = prepared.reference if self.options.correct_bias else None  # of the model while it is in float
+        before = private_clone(prepared.model)
         emitter = prepared.write(prepared.model, chosen)
+        if reference is not None and self.ctx.calibration is not None:
+            result.notes += correct_if_better(
+                before, prepared.model, self.ctx.calibration, reference.noise, self.ctx.jobs
+            )
         result.skipped.extend(chosen.skipped)
         result.skipped.extend(Skip(first.units[key].label, reason) for key, reason in self.in_float.items())
         rows = layer_rows(first, chosen, prepared.activations, emitter.weight_sqnr, self.noise, self.recovered)
