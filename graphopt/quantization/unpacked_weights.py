@@ -25,8 +25,8 @@ from graphopt.quantization.rounding import Rounded, Rounding, WeightGrid
 from graphopt.quantization.weight_readers import Array, Reader, Weight
 from graphopt.rewriting.edit import Names, drop_if_unused, is_onnx, new_initializer
 
-NODE_BYTES = 90
-"""About what a node takes in a file, its names included."""
+NODE_BYTES, NAMES_PER_NODE = 60, 4
+"""About what a node and its constant take in a file, and how often the name of the weight stands in them."""
 
 OPSET_MIN = 10
 """Mod is there from here on."""
@@ -107,7 +107,11 @@ def stored_bytes(weight: Weight, *, bits: int, block: int | None, symmetric: boo
     own = even_block(reader, shape, block) or columns
     scales = groups * rows * (columns // own) * (4 if symmetric else 5)
     nodes: int = 3 + (4 if bits == 4 else 0) + (0 if symmetric else 2)
-    return int(-(-weight.tensor.size * bits // 8)) + int(scales) + nodes * NODE_BYTES
+    return (
+        int(-(-weight.tensor.size * bits // 8))
+        + int(scales)
+        + nodes * (NODE_BYTES + NAMES_PER_NODE * len(weight.value.name or ""))
+    )
 
 
 def unpack_when_loaded(

@@ -26,8 +26,11 @@ from graphopt.quantization.embeddings import look_up_rows, rows_reason
 from graphopt.quantization.rounding import Rounding
 from graphopt.quantization.unpacked_weights import OPSET_MIN, stored_bytes, unpack_when_loaded
 from graphopt.quantization.weight_readers import Weight, key_of, weights_of
-from graphopt.rewriting.edit import Names, label
+from graphopt.rewriting.edit import Names, is_onnx, label
 from graphopt.target import WeightKernels
+
+WORTH = 0.8
+"""Weights of 4 bits that take more than this share of the bytes of 8 bits, scales and nodes included, get 8 bits."""
 
 BLOCK = 32
 """Columns that share a scale where no kernel sets the pace: an eighth more bytes than without blocks at 8 bits."""
@@ -118,6 +121,7 @@ def write_weights(
         _raise_opset(model, done, bits, block)
     names = Names(model)
     reasons: Counter[str] = Counter()
+    wider = 0
     weights, skipped = weights_of(model)
     wanted = [weight for weight in weights if set(weight.keys) & set(keys)]
     for weight in wanted:
@@ -137,23 +141,34 @@ def write_weights(
         elif form.name == "rows":
             look_up_rows(weight, names, rounding=rounding)
         else:
-            unpack_when_loaded(weight, names, bits=bits, block=form.block, symmetric=even, rounding=rounding)
+            unpack_when_loaded(
+                weight, names, bits=form.bits, block=form.block, symmetric=form.symmetric, rounding=rounding
+            )
             reasons[form.why] += len(weight.readers)
+            wider += len(weight.readers) if form.bits > bits else 0
         for key in weight.keys:
             done.forms.setdefault(key, form.name)
     done.skipped += [skip for skip in skipped if skip.node in _labels(model, keys)]
     done.notes += _notes(done, reasons, bits)
+    if wider:
+        done.notes.append(
+            f"{wider} of these have 8 bits: small tables, of whose rows no sum averages the errors, and weights that 4"
+            f" bits would not make {1 - WORTH:.0%} smaller, scales and nodes included (block= asks for 4 bits all the same)"
+        )
     return done
 
 
 @dataclass
 class _Form:
-    """How a weight is stored: name, columns that share a scale, why not otherwise, or why not at all."""
+    """How a weight is stored: in which form, grid and about how many bytes; why in no other form, or why not at all."""
 
     name: str
     block: int | None
+    bits: int
+    symmetric: bool
     why: str = ""
     refusal: str = ""
+    stored: int = 0
 
 
 def _is_symmetric(symmetric: bool | None, bits: int) -> bool:
@@ -166,25 +181,34 @@ def _form(weight: Weight, kernels: WeightKernels, bits: int, block: int | None, 
         power = kernel_block(columns, block or kernels.block)
         why = kernel_reason(weight, kernels, bits, power)
         if why is None:
-            return _Form("kernel", power)
+            return _Form("kernel", power, bits, symmetric)
     elif kernels.form == "DequantizeLinear":
         wide = (block or kernels.block) if bits == 4 else block
         why = dequantise_reason(weight, bits, wide)
-        return _Form("dequantised", wide, refusal=why or "")
+        return _Form("dequantised", wide, bits, True, refusal=why or "")
     else:
         why = "the target has no kernel that computes from blocks of integers"
     if rows_reason(weight, bits, block, kernels.table) is None:
-        return _Form("rows", None)
+        return _Form("rows", None, bits, True)
+    form = _unpacked(weight, why, bits, block, symmetric, opset)
+    if bits == 4 and block is None:
+        eight = _unpacked(weight, why, 8, None, True, opset)
+        lookup = all(is_onnx(reader.node, "Gather") for reader in weight.readers)
+        if not eight.refusal and (lookup or form.refusal or form.stored > WORTH * eight.stored):
+            return eight
+    return form
+
+
+def _unpacked(weight: Weight, why: str, bits: int, block: int | None, symmetric: bool, opset: int) -> _Form:
     own = block or (BLOCK if bits == 4 or weight.readers[0].node.op_type in ("MatMul", "Gemm") else None)
-    form = _Form("unpacked", own, why)
+    form = _Form("unpacked", own, bits, symmetric, why)
+    form.stored = stored_bytes(weight, bits=bits, block=own, symmetric=symmetric)
     if opset < OPSET_MIN:
         form.refusal = f"opset {opset} cannot take bytes apart, {OPSET_MIN} can: export the model with a newer one"
     elif bits == 4 and weight.tensor.size % 2:
         form.refusal = "it has an odd number of elements, and two share a byte"
-    else:
-        stored = stored_bytes(weight, bits=bits, block=own, symmetric=symmetric)
-        if stored >= weight.tensor.nbytes:
-            form.refusal = f"too small: {weight.tensor.nbytes} bytes, and integers with their scales take {stored}"
+    elif form.stored >= weight.tensor.nbytes:
+        form.refusal = f"too small: {weight.tensor.nbytes} bytes, and integers with their scales take {form.stored}"
     return form
 
 

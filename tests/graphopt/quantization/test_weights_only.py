@@ -358,3 +358,23 @@ def test_other_bits_are_refused() -> None:
     model, _ = product("MatMul", 64)
     with pytest.raises(ValueError, match="3 bits: weights have 4 or 8"):
         write_weights(model, ["y"], bits=3, rounding=nearest, kernels=KERNELS)
+
+
+def test_small_tables_and_small_weights_keep_8_bits() -> None:
+    body = "e = Gather (t, i)  y = MatMul (e, w)"
+    model = graph("(int64[2,5] i) => (float[2,5,64] y)", body, t=(40, 64), w=(64, 64))
+    found, done = written(model, ARITHMETIC, bits=4)
+    stored = {name: v.const_value for name, v in found.graph.initializers.items() if v.const_value is not None}
+    assert stored["t_quantized"].dtype == ir.DataType.INT8 and stored["t_quantized"].size == 40 * 64
+    assert stored["w_quantized"].dtype == ir.DataType.UINT8 and stored["w_quantized"].size == 64 * 64 // 2
+    assert any(note.startswith("1 of these have 8 bits") for note in done.notes)
+    asked, _ = written(model, ARITHMETIC, bits=4, block=32)
+    assert asked.graph.initializers["t_quantized"].dtype == ir.DataType.UINT8
+    tiny = graph("(float[1,8,9] x) => (float[1,8,7] y)", "y = Conv (x, w)", w=(8, 8, 3))
+    assert ops(written(tiny, ARITHMETIC, bits=4)[0]) == ["Cast", "Mul", "Conv"]
+
+
+def test_an_older_opset_is_told() -> None:
+    model = graph("(float[3,64] x) => (float[3,64] y)", "y = MatMul (x, w)", w=(64, 64), opset=9)
+    assert "opset 9 cannot take bytes apart" in weight_layers(model, bits=8, kernels=ARITHMETIC)[1][0].reason
+    assert list(weight_layers(model, bits=8, kernels=KERNELS)[0]) == ["y"]
