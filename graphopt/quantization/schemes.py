@@ -9,11 +9,14 @@ import onnx_ir as ir
 
 from graphopt.base import Context, PassResult, Skip
 from graphopt.errors import UsageError
+from graphopt.files.opset import opset_of, raise_opset
 from graphopt.files.shape_inference import infer_shapes
+from graphopt.pipeline.clone import private_clone
 from graphopt.quantization.apply import apply
 from graphopt.quantization.formats import BITS, Candidate, Format, candidates
 from graphopt.quantization.prepared import Prepared
 from graphopt.quantization.rounding import Rounding, nearest
+from graphopt.quantization.unpacked_weights import OPSET_MIN
 from graphopt.target import QuantScheme
 
 
@@ -52,6 +55,16 @@ def quantise_uniformly(
     if scheme is None and wanted not in BITS:
         raise UsageError(f"target {ctx.target.name} does not execute int8", where="quantize", hint="leave the pass out")
     infer_shapes(model)
+    found = candidates(model, ctx.target, exclude, block=block, symmetric=symmetric)
+    raised = None
+    if wanted in BITS and opset_of(model) < OPSET_MIN:
+        newer = private_clone(model)
+        raise_opset(newer, OPSET_MIN, wanted)
+        infer_shapes(newer)
+        more = candidates(newer, ctx.target, exclude, block=block, symmetric=symmetric)
+        if any(wanted in c.formats for c in more.values()):
+            raised, found = raise_opset(model, OPSET_MIN, wanted), more
+            infer_shapes(model)
     scheme = scheme or QuantScheme()
     channels = scheme.per_channel if per_channel is None else per_channel
     prepared = Prepared(
@@ -59,7 +72,6 @@ def quantise_uniformly(
         calibration=ctx.calibration, threads=ctx.jobs, smooth=smooth,
         rounding=rounding, weights=ctx.target.weights, block=block, symmetric=symmetric,
     )  # fmt: skip
-    found = candidates(model, ctx.target, exclude, block=block, symmetric=symmetric)
     listed = [c for c in found.values() if c.kind != "between"]
     chosen = {c.key: wanted for c in listed if wanted in c.formats and c.kind != "product"}
     result = PassResult(
@@ -70,12 +82,12 @@ def quantise_uniformly(
         return result
     done = apply(model, chosen, prepared)
     refused = {skip.node for skip in done.skipped}
-    result.changed = len(refused) < len(chosen)
+    result.changed = len(refused) < len(chosen) or raised is not None
     result.skipped += done.skipped
     written = [c for c in listed if c.key in chosen and c.label not in refused]
     result.details["quantised layers"] = [_row(c, wanted) for c in written]
     counted = ", ".join(f"{count} {op}" for op, count in sorted(Counter(c.op_type for c in written).items()))
-    result.notes += [f"{wanted}: {counted}", *done.notes]
+    result.notes += [f"{wanted}: {counted}", *([raised] if raised else []), *done.notes]
     return result
 
 
