@@ -21,7 +21,7 @@ from graphopt.numerics.moments import Moments
 from graphopt.parallel import Workers
 from graphopt.pruning.beside import Beside
 from graphopt.quantization.rounding import Floats, Rounded, WeightGrid, nearest
-from graphopt.quantization.second_order import Answers, damping_of, metric_of, notes
+from graphopt.quantization.second_order import NO_LAYER, Answers, damping_of, metric_of, notes
 from graphopt.quantization.solved_rounding import Method, Metric, solved, unmeasured
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class FrontToBack:
         """See `graphopt.quantization.rounding.Rounding`."""
         name = self._answers.name(key, weight, grid, least_scale)
         if name not in self._answers.found:
-            self._without.setdefault(key, "it is no layer with inputs that can be streamed")
+            self._without.setdefault(key, NO_LAYER)
             self._answers.found[name] = unmeasured(key, weight, grid, least_scale)
         return self._answers.found[name]
 

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 MOST_DAMPING = 1.0
 
+NO_LAYER = "no layer with inputs that can be streamed"
+"""Why a weight is rounded without moments."""
+
 
 class SecondOrder:
     """A `graphopt.quantization.rounding.Rounding` with moments.
@@ -93,7 +96,10 @@ class SecondOrder:
         groups, _, columns = weight.shape
         layer = self._layers.get(key)
         if layer is None or (layer.groups, layer.width) != (groups, columns):
-            self._without[key] = "its inputs cannot be streamed"
+            self._without[key] = NO_LAYER
+            return [None] * groups
+        if not np.allclose(weight, layer.weight(), rtol=1e-3, atol=1e-6 * float(np.max(np.abs(weight), initial=0.0))):
+            self._without[key] = "its weight is not the one it had when the data was streamed"
             return [None] * groups
         if _reads(layer) not in self._held:
             self._measure(_reads(layer))
