@@ -31,7 +31,8 @@ def measure_ranges(
     """Measure histograms on the calibration data, and set the scales, and which rule made them, of `prepared`.
 
     Where several rules are in question, that one is taken with which the model quantised as a whole is closest to the
-    float model, on a few samples. With `search` the combination of the best range for every tensor competes too.
+    float model, on a few samples. With `search` single tensors then get the range that their readers prefer, where the
+    outputs come closer by it.
 
     Args:
         prepared: gets its `histograms`, `activations` and `rule`.
@@ -52,13 +53,47 @@ def measure_ranges(
     )
     rules = COMPARED[choice]
     scales: dict[str, dict[str, Affine]] = {rule: affines(seen, rule, grid, percentile=percentile) for rule in rules}
+    prepared.compared = scales
+    choose_rule(prepared, prepared.unfit_units())
     if choice == "search":
         trials = {
             name: candidates(seen[name], [found[name] for found in scales.values()], grid) for name in scales[rules[0]]
         }
-        scales["search"] = searched(model, measured, trials, calibration, threads=prepared.threads, progress=progress)
-    prepared.compared = scales
-    choose_rule(prepared, prepared.unfit_units())
+        wanted = searched(model, measured, trials, calibration, threads=prepared.threads, progress=progress)
+        best = {name: scales[prepared.rule][name] for name in trials}
+        prepared.compared = {**scales, "search": _adopted(prepared, best, wanted, progress)}
+        choose_rule(prepared, prepared.unfit_units())
+
+
+def _adopted(
+    prepared: Prepared, best: dict[str, Affine], wanted: Mapping[str, Affine], progress: Progress
+) -> dict[str, Affine]:
+    """`best`, with the ranges `wanted` in place of its own for the tensors where that brings the outputs closer.
+
+    All are tried together, then halves of what did not help, down to single tensors: at most two runs a tensor.
+    """
+    in_float = prepared.unfit_units()
+
+    def noise(scales: Mapping[str, Affine]) -> float:
+        prepared.activations = dict(scales)
+        return prepared.reference.noise(prepared.variant(prepared.planned(in_float, prepared.outputs)))
+
+    least = noise(best)
+    pending = [[name for name in best if wanted[name] != best[name]]]
+    step = 0
+    while pending:
+        names = pending.pop()
+        if not names:
+            continue
+        step += 1
+        progress.step("range search on the model", step)
+        trial = {**best, **{name: wanted[name] for name in names}}
+        found = noise(trial)
+        if found < least:
+            best, least = trial, found
+        elif len(names) > 1:
+            pending += [names[len(names) // 2 :], names[: len(names) // 2]]
+    return best
 
 
 def choose_rule(prepared: Prepared, in_float: Collection[str]) -> None:
