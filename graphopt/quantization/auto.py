@@ -42,6 +42,7 @@ from graphopt.quantization.rounding_choice import rounding_for
 from graphopt.quantization.sensitive import work_of
 from graphopt.quantization.static import StaticOptions, prepare
 from graphopt.quantization.tradeoff import Price
+from graphopt.rewriting.norm_sums import FUSED, keep_sums_apart
 
 if TYPE_CHECKING:
     from graphopt.data.feeds import Call
@@ -95,7 +96,8 @@ def quantise_auto(model: ir.Model, ctx: Context, options: StaticOptions, given: 
         reason = f"target {ctx.target.name} computes in floating point only: the model stays in float"
         return PassResult(changed=False, notes=[reason])
     copy = private_clone(model)
-    prepared, _ = prepare(copy, ctx, scheme, options)
+    prepared, doubts = prepare(copy, ctx, scheme, options)
+    prepared.smooth = options.prepare == "auto"
     found = _possible(candidates(copy, ctx.target, options.exclude), prepared)
     result = PassResult(changed=False)
     work = _Auto(model, ctx, prepared, found, result)
@@ -110,7 +112,8 @@ def quantise_auto(model: ir.Model, ctx: Context, options: StaticOptions, given: 
     _explain(found.values(), chosen, result)
     if work.changes(chosen):
         result.changed = True
-        result.notes = [*to_integer_form(model), *result.notes]
+        to_integer_form(model)
+        result.notes = [*doubts, *result.notes]
         prepared.rounding = rounding_for(options.rounding, prepared.model, ctx)
         _write(model, chosen, prepared, found, result)
         if not given:
@@ -176,6 +179,8 @@ class _Auto:
         """The model of an assignment."""
         copy = private_clone(self.prepared.model)
         apply(copy, chosen, self.prepared)
+        if self.changes(chosen) and FUSED in self.ctx.target.slow_fusions:
+            keep_sums_apart(copy)  # as the pass leaves every quantised model
         return copy
 
     def assigned(self, mixture: Mixture) -> dict[str, Format]:
