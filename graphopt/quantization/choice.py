@@ -150,7 +150,7 @@ def search(
         scored.append(best.run(in_float, (1.0,) * len(scored[0][1])))
     scored += [(mixtures[name], result.starts[name].values) for name in order]
     scored.sort(key=lambda pair: _score(pair[1], bound))
-    faster = {i: m for i, (m, ratios) in enumerate(scored) if _score(ratios, bound) < 1 and changes(m)}
+    faster = {i: m for i, (m, ratios) in enumerate(scored) if _score(ratios, bound) < 1 - GAIN and changes(m)}
     result.found = [(mixture, _score(scored[i][1], bound)) for i, mixture in _distinct(faster).items()]
     return result
 
