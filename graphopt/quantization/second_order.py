@@ -19,6 +19,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from graphopt.numerics.least_squares import ENOUGH
 from graphopt.numerics.metric import DAMPING, damped
@@ -98,18 +99,20 @@ class SecondOrder:
         if layer is None or (layer.groups, layer.width) != (groups, columns):
             self._without[key] = NO_LAYER
             return [None] * groups
-        if not np.allclose(weight, layer.weight(), rtol=1e-3, atol=1e-6 * float(np.max(np.abs(weight), initial=0.0))):
+        factors = column_factors(layer.weight(), weight)
+        if factors is None:
             self._without[key] = "its weight is not the one it had when the data was streamed"
             return [None] * groups
         if _reads(layer) not in self._held:
             self._measure(_reads(layer))
         found: list[Metric | None] = []
         reason = ""
-        for moments in self._held[_reads(layer)]:
+        for moments, factor in zip(self._held[_reads(layer)], factors, strict=True):
             metric = metric_of(moments, centred=self._centred and layer.has_bias)
             if isinstance(metric, str):
                 reason = metric
-            found.append(None if isinstance(metric, str) else metric)
+            # (W S)(S^-1 x): where columns were multiplied, what they meet was divided (`inserted_scales`).
+            found.append(None if isinstance(metric, str) else metric / np.outer(factor, factor))
         if all(metric is None for metric in found):
             self._without[key] = reason
         return found
@@ -120,6 +123,16 @@ class SecondOrder:
         with Workers(self._jobs) as workers:
             found = input_moments(self._model, portion, self._calibration, self._samples, workers)
         self._held = {_reads(layer): moments for layer, moments in zip(portion, found, strict=True)}
+
+
+def column_factors(own: Floats, weight: Floats) -> NDArray[np.float64] | None:
+    """What the columns of a weight were multiplied by, (groups, columns); None where it changed otherwise."""
+    largest = np.abs(own).argmax(axis=1)[:, None]
+    before, after = (np.take_along_axis(np.asarray(w, np.float64), largest, axis=1)[:, 0] for w in (own, weight))
+    factors = np.divide(after, before, out=np.ones_like(before), where=before != 0)
+    slack = 1e-6 * float(np.max(np.abs(weight), initial=0.0))
+    same = np.allclose(weight, own * factors[:, None], rtol=1e-3, atol=slack)
+    return factors if same and bool((factors > 0).all()) else None
 
 
 class Answers:

@@ -12,10 +12,12 @@ from text_graph import graph
 from graphopt.calibration import Calibration, load
 from graphopt.executor import Session
 from graphopt.numerics.metric import error
+from graphopt.parallel import Workers
 from graphopt.quantization.front_to_back import FrontToBack, Requests
 from graphopt.quantization.rounding import WeightGrid, nearest
-from graphopt.quantization.second_order import SecondOrder
+from graphopt.quantization.second_order import SecondOrder, metric_of
 from graphopt.quantization.solved_rounding import solved
+from graphopt.rewriting.layer_moments import input_moments
 from graphopt.rewriting.layers import layers_of
 
 RNG = np.random.default_rng(0)
@@ -171,3 +173,23 @@ def test_few_observations_are_trusted_less() -> None:
     some, held = load({"x": x[:3]}, model), load({"x": x[100:164]}, model)
     ours = output_error(model, held, SecondOrder(model, some), COARSE)
     assert ours < 1.1 * output_error(model, held, nearest, COARSE)
+
+
+def test_columns_that_were_multiplied_have_their_moments_divided() -> None:
+    model, calibration = products()
+    key, layer = next(iter(layers_of(model)[0].items()))
+    weight, grid = layer.weight(), WeightGrid(bits=4)
+    factors = 2.0 ** (np.arange(weight.shape[2]) % 5)
+    with Workers(1) as workers:
+        metric = metric_of(input_moments(model, [layer], calibration, None, workers)[0][0], centred=False)
+
+    def lost(found: np.ndarray) -> float:
+        """What the layer's outputs lose: its inputs are divided by the factors."""
+        return error(weight[0], found[0] / factors, metric)
+
+    rounding = SecondOrder(model, calibration, "gptq")
+    scaled = rounding(key, weight * factors, grid)
+    assert not rounding.notes
+    assert lost(scaled.dequantised()) < 0.8 * lost(nearest(key, weight * factors, grid).dequantised())
+    rounding(key, weight * factors + np.eye(*weight.shape[1:]), grid)
+    assert rounding.notes
