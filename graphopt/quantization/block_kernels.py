@@ -64,7 +64,9 @@ def kernel_reason(weight: Weight, kernels: WeightKernels, bits: int, block: int)
         rows = shape[0] if weight.readers[0].rows_first else shape[1]
         least = kernels.inputs if block >= kernels.block else kernels.inputs_small_block
         if columns < least or rows < kernels.outputs:
-            return f"{columns} to {rows} channels: the kernels gain from {least} to {kernels.outputs} on"
+            return (
+                f"products of less than {least} to {kernels.outputs} channels are faster in float than from such blocks"
+            )
         if lookups and columns % block:
             return f"rows of {columns} are no whole blocks of {block}, which a look-up and a product could share"
     elif weight.tensor.nbytes < kernels.table:

@@ -153,7 +153,7 @@ def write_weights(
     if wider:
         done.notes.append(
             f"{wider} of these have 8 bits: small tables, of whose rows no sum averages the errors, and weights that 4"
-            f" bits would not make {1 - WORTH:.0%} smaller, scales and nodes included (block= asks for 4 bits all the same)"
+            f" bits would not make {1 - WORTH:.0%} smaller, scales and nodes included (block= asks for 4 bits anyway)"
         )
     return done
 
