@@ -46,7 +46,8 @@ class Quantize(Pass):
 
     scheme=int8-dynamic: MatMul, Gemm and LSTM with integer weights, and activations whose scales are found as they
     arrive; no data is needed, and bodies of branches and loops are quantised too. Convolutions stay in float, because
-    their dynamic kernel is many times slower than the one in float.
+    their dynamic kernel is many times slower than the one in float. With data, a tensor of which a few channels are much
+    larger than the others is multiplied by powers of two first, and the weights that read it by their inverses.
 
     scheme=int8-weights, int4-weights: weights as integers, activations in float; no data is needed. Where the target
     has kernels that compute from blocks of integers and gain by it, they do; other weights become floats when the model
@@ -98,7 +99,9 @@ class Quantize(Pass):
         None, "for int8-weights and int4-weights: no zero points; default: none with 8 bits, some with 4"
     )
     prepare: Literal["auto", "none"] = option(
-        "auto", "for int8: auto equalises or smooths before where the outputs then are more accurate, by measurement"
+        "auto",
+        "for int8: auto equalises or smooths before where the outputs then are more accurate, by measurement; for "
+        "int8-dynamic, if there is data: it multiplies what layers read where that shrinks outliers",
     )
     rounding: Literal["auto", "nearest", "gptq", "descent"] = option(
         "auto",
@@ -152,7 +155,7 @@ class Quantize(Pass):
         def write(copy: ir.Model, rounding: Rounding) -> PassResult:
             return quantise_uniformly(
                 copy, ctx, scheme, rounding=rounding, exclude=self.exclude, per_channel=self.per_channel,
-                block=self.block, symmetric=self.symmetric,
+                block=self.block, symmetric=self.symmetric, smooth=self.prepare == "auto",
             )  # fmt: skip
 
         if scheme == "int8-dynamic":
