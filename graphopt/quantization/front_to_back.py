@@ -21,7 +21,7 @@ from graphopt.numerics.moments import Moments
 from graphopt.parallel import Workers
 from graphopt.pruning.beside import Beside
 from graphopt.quantization.rounding import Floats, Rounded, WeightGrid, nearest
-from graphopt.quantization.second_order import NO_LAYER, Answers, damping_of, metric_of, notes
+from graphopt.quantization.second_order import NO_LAYER, Answers, Question, damping_of, metric_of, notes
 from graphopt.quantization.solved_rounding import Method, Metric, solved, unmeasured
 
 if TYPE_CHECKING:
@@ -34,10 +34,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Request:
-    """What a writer asked: the arguments of `Rounding`."""
+    """What a writer asked, without the weight, which the model holds already."""
 
-    weight: Floats
-    grid: WeightGrid
+    question: Question
     least_scale: Floats | float
 
 
@@ -53,7 +52,7 @@ class Requests:
 
     def __call__(self, key: str, weight: Floats, grid: WeightGrid, least_scale: Floats | float = 0.0) -> Rounded:
         """See `graphopt.quantization.rounding.Rounding`."""
-        self.found[key] = Request(weight, grid, least_scale)
+        self.found[key] = Request(Question.of(key, weight, grid, least_scale), least_scale)
         return nearest(key, weight, grid, least_scale)
 
 
@@ -97,11 +96,11 @@ class FrontToBack:
 
     def __call__(self, key: str, weight: Floats, grid: WeightGrid, least_scale: Floats | float = 0.0) -> Rounded:
         """See `graphopt.quantization.rounding.Rounding`."""
-        name = self._answers.name(key, weight, grid, least_scale)
-        if name not in self._answers.found:
+        question = Question.of(key, weight, grid, least_scale)
+        if question not in self._answers:
             self._without.setdefault(key, NO_LAYER)
-            self._answers.found[name] = unmeasured(key, weight, grid, least_scale)
-        return self._answers.found[name]
+            self._answers[question] = unmeasured(key, weight, grid, least_scale)
+        return self._answers[question]
 
     def _go(self, beside: Beside) -> None:
         stages = self._stages(beside)
@@ -118,7 +117,7 @@ class FrontToBack:
         found: dict[object, list[str]] = {}
         for key, request in self._requests.items():
             layer = beside.layers.get(key)
-            if layer is not None and request.weight.shape[::2] == (layer.groups, layer.width):
+            if layer is not None and request.question.shape[::2] == (layer.groups, layer.width):
                 found.setdefault((layer.source, layer.window, layer.stuffing), []).append(key)
         return sorted(found.values(), key=lambda keys: min(map(beside.place, keys)))
 
@@ -128,7 +127,8 @@ class FrontToBack:
         bias = np.array(layer.bias()).reshape(layer.groups, -1)
         metrics: list[Metric | None] = []
         reason = ""
-        wanted = np.array(request.weight, np.float64)
+        weight, grid = layer.weight(), request.question.grid
+        wanted = np.array(weight)
         for g, (moments, goal) in enumerate(zip(inputs, goals, strict=True)):
             metric = metric_of(moments, centred=centred)
             if isinstance(metric, str):
@@ -139,13 +139,13 @@ class FrontToBack:
             if wanted[g].all():
                 wanted[g] = _fitted(moments, goal, wanted[g], bias[g], centred=centred)
         if not np.isfinite(wanted).all():
-            wanted = np.array(request.weight, np.float64)
+            wanted = weight
         if all(metric is None for metric in metrics):
             self._without[key] = reason
-            rounded = unmeasured(key, wanted, request.grid, request.least_scale)
+            rounded = unmeasured(key, wanted, grid, request.least_scale)
         else:
-            rounded = solved(wanted, request.grid, metrics, self._method, request.least_scale)
-        self._answers.found[self._answers.name(key, request.weight, request.grid, request.least_scale)] = rounded
+            rounded = solved(wanted, grid, metrics, self._method, request.least_scale)
+        self._answers[request.question] = rounded
         values = rounded.dequantised().astype(np.float64)
         if centred:
             for g, (moments, goal) in enumerate(zip(inputs, goals, strict=True)):

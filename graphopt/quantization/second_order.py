@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -82,16 +83,16 @@ class SecondOrder:
 
     def __call__(self, key: str, weight: Floats, grid: WeightGrid, least_scale: Floats | float = 0.0) -> Rounded:
         """See `graphopt.quantization.rounding.Rounding`."""
-        name = self._answers.name(key, weight, grid, least_scale)
-        if name not in self._answers.found:
+        question = Question.of(key, weight, grid, least_scale)
+        if question not in self._answers:
             metrics = self._metrics(key, weight)
             known = any(metric is not None for metric in metrics)
-            self._answers.found[name] = (
+            self._answers[question] = (
                 solved(weight, grid, metrics, self._method, least_scale)
                 if known
                 else unmeasured(key, weight, grid, least_scale)
             )
-        return self._answers.found[name]
+        return self._answers[question]
 
     def _metrics(self, key: str, weight: Floats) -> list[Metric | None]:
         groups, _, columns = weight.shape
@@ -136,17 +137,44 @@ def column_factors(own: Floats, weight: Floats) -> NDArray[np.float64] | None:
 
 
 class Answers:
-    """What was found already, by key, grid and the very bytes of the weight."""
+    """What was found already, by key, grid and the very bytes of the weight; integers in one byte each."""
 
     def __init__(self) -> None:
-        self.found: dict[tuple[Any, ...], Rounded] = {}
+        self._found: dict[Question, Rounded] = {}
 
-    @staticmethod
-    def name(key: str, weight: Floats, grid: WeightGrid, least: Floats | float) -> tuple[Any, ...]:
-        """What tells questions apart."""
-        digest = hashlib.blake2b(np.ascontiguousarray(weight).tobytes(), digest_size=16)
+    def __contains__(self, question: Question) -> bool:
+        return question in self._found
+
+    def __getitem__(self, question: Question) -> Rounded:
+        found = self._found[question]
+        return replace(found, integers=found.integers.astype(np.int32))
+
+    def __setitem__(self, question: Question, answer: Rounded) -> None:
+        small: Any = answer.integers.astype(np.int8 if question.grid.symmetric else np.uint8)
+        self._found[question] = replace(answer, integers=small)
+
+
+@dataclass(frozen=True)
+class Question:
+    """What tells questions apart.
+
+    Attributes:
+        key, grid: as `graphopt.quantization.rounding.Rounding` gets them.
+        shape: of the weight.
+        digest: of the weight and the least scales.
+    """
+
+    key: str
+    grid: WeightGrid
+    shape: tuple[int, ...]
+    digest: bytes
+
+    @classmethod
+    def of(cls, key: str, weight: Floats, grid: WeightGrid, least: Floats | float) -> Question:
+        """The question that a `Rounding` is asked."""
+        digest = hashlib.blake2b(np.ascontiguousarray(weight, np.float32).tobytes(), digest_size=16)
         digest.update(np.asarray(least, np.float64).tobytes())
-        return key, grid, weight.shape, digest.digest()
+        return cls(key, grid, weight.shape, digest.digest())
 
 
 def metric_of(moments: Moments, *, centred: bool) -> Metric | str:
