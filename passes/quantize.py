@@ -5,7 +5,7 @@
     b^ = round(b / (s s_o)) s s_o               biases: int32, in units of the accumulator
 
 The work is done by graphopt/quantization/: `static.py` for int8, `schemes.py` for what gives every layer one format,
-`half_scheme.py` for fp16 and bf16.
+`half_scheme.py` for fp16 and bf16, `mixed.py` for budgets.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ from typing import ClassVar, Literal
 import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult, option
+from graphopt.errors import UsageError
 from graphopt.quantization.auto import quantise_auto
 from graphopt.quantization.formats import Format
 from graphopt.quantization.half_scheme import quantise_half
+from graphopt.quantization.mixed import INTEGERS, Wanted, quantise_within
 from graphopt.quantization.rounding import Rounding
 from graphopt.quantization.rounding_choice import rounding_for, rounding_front_to_back
 from graphopt.quantization.schemes import quantise_uniformly
 from graphopt.quantization.static import StaticOptions, quantise_static
+from graphopt.quantization.without_data import quantise_without_data
 from graphopt.rewriting.norm_sums import FUSED, keep_sums_apart
 
 
@@ -62,11 +65,20 @@ class Quantize(Pass):
     accuracy than time go back to float. What is not shown to be faster than float is not done, and the measured ratios
     are the reason. Timing decides, so that two runs may differ; the report tells what `assignment` repeats a choice.
 
+    size=, latency=, drop=: budgets, with any scheme of integers; each layer then is in float or in that format (with
+    scheme=auto: in any), so that bytes and time stay within what is given and the noise at the outputs is least, or,
+    with drop=, the time is least at which the measured drop stays within it. What formats cost each layer is measured;
+    the choice is optimal for the sums of that, and corrected by what the whole model then measures.
+
+    data=none: int8 without calibration data. Ranges follow from what normalisations say of their outputs and, elsewhere,
+    from moments carried through the layers as if elements were independent; a warning says so.
+
     Does not fire: on operators without a kernel of the format on the target, on anything quantised already; for int8
     also on weights or biases that are not constant, in branch and loop bodies, on tensors that hold inf or masks. The
     opset is raised where the format needs it. Preserves: inputs, outputs, names of nodes; a weight `w` becomes
     `w_quantized`, `w_scale`, `w_zero_point`.
-    Source: Jacob et al. 2018 (arXiv:1712.05877); Banner et al. 2019 (arXiv:1810.05723) for `ranges=mse`.
+    Source: Jacob et al. 2018 (arXiv:1712.05877); Banner et al. 2019 (arXiv:1810.05723) for `ranges=mse`;
+    Migacz 2017 for `ranges=entropy`; Nagel et al. 2019 (arXiv:1906.04721) for `data=none`.
     """
 
     name: ClassVar[str] = "quantize"
@@ -81,6 +93,13 @@ class Quantize(Pass):
         "range of an activation: its extremes, their average over the batches, its percentiles, least squared error or "
         "least divergence on its histogram; auto: minmax or mse, whichever disturbs the outputs less; search: for each "
         "tensor what disturbs the layers that read it least, if that beats every single rule",
+    )
+    data: Literal["calibration", "none"] = option(
+        "calibration",
+        "for int8: none estimates ranges from normalisations and weights; no data is needed, accuracy is less sure",
+    )
+    input_range: tuple[float, ...] = option(
+        (), "for data=none: the lowest and highest value of the inputs; default: normal with mean 0 and deviation 1"
     )
     percentile: float = option(99.99, "for ranges=percentile: the share of values inside the range", low=50, high=100)
     per_channel: bool | None = option(None, "one weight scale per output channel; default: as the target wants it")
@@ -102,6 +121,18 @@ class Quantize(Pass):
         "auto",
         "for int8: auto equalises or smooths before where the outputs then are more accurate, by measurement; for "
         "int8-dynamic, if there is data: it multiplies what layers read where that shrinks outliers",
+    )
+    size: float | None = option(
+        None,
+        "budget: bytes of all weights over those before the pass; formats are chosen layer by layer",
+        low=0,
+        high=1,
+    )
+    latency: float | None = option(
+        None, "budget: time over that before the pass, measured on the target; the same", low=0
+    )
+    drop: float | None = option(
+        None, "budget: loss of accuracy by --eval, else 1 - fidelity on the calibration data; the same", low=0
     )
     rounding: Literal["auto", "nearest", "gptq", "descent"] = option(
         "auto",
@@ -127,7 +158,28 @@ class Quantize(Pass):
             UsageError: a number outside its range.
         """
         super().__post_init__()
-        object.__setattr__(self, "needs_calibration", self.scheme in ("auto", "int8"))
+        if self._wanted and self.scheme in ("fp16", "bf16"):
+            raise UsageError(
+                "budgets choose between float and integers",
+                where="quantize.size" if self.size is not None else "quantize",
+                hint="leave size, latency and drop out, or take scheme=auto",
+            )
+        if self.data == "none" and (self.scheme != "int8" or self._wanted):
+            raise UsageError(
+                "only int8 without a budget does without data",
+                where="quantize.data",
+                hint="take scheme=int8 and no budget, or give calibration data",
+            )
+        if self.input_range and (len(self.input_range) != 2 or not self.input_range[0] < self.input_range[1]):
+            raise UsageError(
+                f"not a range: {self.input_range}", where="quantize.input_range", hint="write input_range=(0,1)"
+            )
+        needs = self.data == "calibration" and (self.scheme in ("auto", "int8") or bool(self._wanted))
+        object.__setattr__(self, "needs_calibration", needs)
+
+    @property
+    def _wanted(self) -> Wanted:
+        return Wanted(self.size, self.latency, self.drop)
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         """Quantise `model` in place."""
@@ -139,6 +191,11 @@ class Quantize(Pass):
         return result
 
     def _quantised(self, model: ir.Model, ctx: Context) -> PassResult:
+        if self._wanted:
+            allowed = tuple(f for f in INTEGERS if self.scheme in ("auto", f))
+            return quantise_within(
+                model, ctx, self._static_options(), allowed, self._wanted, block=self.block, symmetric=self.symmetric
+            )
         match self.scheme:
             case "fp16" | "bf16":
                 return quantise_half(
@@ -148,6 +205,8 @@ class Quantize(Pass):
                 return self._uniformly(model, ctx, self.scheme)
             case "auto":
                 return quantise_auto(model, ctx, self._static_options(), self.assignment)
+            case "int8" if self.data == "none":
+                return quantise_without_data(model, ctx, self._static_options(), self.input_range)
             case "int8":
                 return quantise_static(model, ctx, self._static_options())
 

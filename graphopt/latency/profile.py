@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,12 @@ from numpy.typing import NDArray
 from graphopt.executor import Session
 from graphopt.pipeline.clone import private_clone
 
-RUNS = 7
-WARM_UP = 2
+RUNS = (3, 9)
+"""Fewest and most runs whose median counts, after one more."""
+
+SECONDS = 1.0
+"""Time for them."""
+
 POSITION = re.compile(r"at(\d+)@")
 
 
@@ -46,14 +51,13 @@ class Profile:
         return sum(self.nodes.values()) + self.elsewhere
 
 
-def profile(model: ir.Model, feeds: Mapping[str, NDArray[Any]], *, threads: int = 1, runs: int = RUNS) -> Profile:
+def profile(model: ir.Model, feeds: Mapping[str, NDArray[Any]], *, threads: int = 1) -> Profile:
     """Run a model on the CPU with the runtime's optimisations, and time its kernels.
 
     Args:
         model: is not changed.
         feeds: one call.
         threads: of one operator.
-        runs: whose median counts, after `WARM_UP` more.
 
     Raises:
         ModelError: the runtime refuses the model.
@@ -66,11 +70,16 @@ def profile(model: ir.Model, feeds: Mapping[str, NDArray[Any]], *, threads: int 
         for index, value in enumerate(node.outputs):
             if value.name:
                 value.name = f"at{position}@{index}"
-    with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
-        with Session(copy, optimize=True, threads=threads, profile=Path(folder) / "times") as session:
-            for _ in range(WARM_UP + runs):
-                session.run(feeds)
-            events = json.loads(Path(session.session.end_profiling()).read_text(encoding="utf-8"))
+    with (
+        tempfile.TemporaryDirectory(prefix="graphopt-") as folder,
+        Session(copy, optimize=True, threads=threads, profile=Path(folder) / "times") as session,
+    ):
+        begin = time.perf_counter()
+        session.run(feeds)
+        runs = min(max(RUNS[0], round(SECONDS / (time.perf_counter() - begin))), RUNS[1])
+        for _ in range(runs):
+            session.run(feeds)
+        events = json.loads(Path(session.session.end_profiling()).read_text(encoding="utf-8"))
     times: dict[str, list[float]] = {}
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
@@ -78,8 +87,8 @@ def profile(model: ir.Model, feeds: Mapping[str, NDArray[Any]], *, threads: int 
     nodes: dict[str, float] = {}
     elsewhere = 0.0
     for name, durations in times.items():
-        calls = max(1, len(durations) // (WARM_UP + runs))
-        seconds = float(np.median(durations[WARM_UP * calls :])) * calls
+        calls = max(1, len(durations) // (1 + runs))
+        seconds = float(np.median(durations[calls:])) * calls
         found = POSITION.search(name)
         if found is None:
             elsewhere += seconds

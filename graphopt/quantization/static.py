@@ -17,7 +17,9 @@ from graphopt.base import Context, PassResult, Skip
 from graphopt.errors import DataError, UsageError
 from graphopt.pipeline.clone import private_clone
 from graphopt.quantization.bias_correction import correct_if_better
+from graphopt.quantization.clock import shapes
 from graphopt.quantization.conditioning import condition
+from graphopt.quantization.layer_times import layer_times, runs_on_this_cpu
 from graphopt.quantization.outputs import affordable
 from graphopt.quantization.plan import Plan, plan
 from graphopt.quantization.prepare import to_integer_form
@@ -27,7 +29,8 @@ from graphopt.quantization.ranging import doubts
 from graphopt.quantization.rounding_choice import RoundingChoice, rounding_for
 from graphopt.quantization.sensitive import sensitivity
 from graphopt.quantization.sensitivity import decibel
-from graphopt.quantization.static_report import layer_rows, summary
+from graphopt.quantization.static_report import add_costs, layer_rows, summary
+from graphopt.quantization.weight_sizes import bytes_of
 from graphopt.target import QuantScheme
 
 
@@ -45,6 +48,7 @@ class StaticOptions:
     rounding: RoundingChoice = "auto"
     correct_bias: bool = False
     prepare: Literal["auto", "none"] = "none"
+    timed: bool = True
 
 
 QUICK_SAMPLES = 64
@@ -70,7 +74,7 @@ def quantise_static(model: ir.Model, ctx: Context, options: StaticOptions) -> Pa
         result.notes.append("nothing to quantise")
         return result
     if options.prepare == "auto":
-        quick = replace(options, ranges="minmax", sensitive="none", samples=QUICK_SAMPLES, prepare="none")
+        quick = replace(options, ranges="minmax", sensitive="none", samples=QUICK_SAMPLES, prepare="none", timed=False)
         result.notes += condition(model, ctx, lambda copy: quantise_static(copy, ctx, quick))
     prepared, notes = prepare(model, ctx, scheme, options)
     result.notes += notes
@@ -126,6 +130,7 @@ class _Work:
         prepared.rounding = rounding_for(self.options.rounding, prepared.model, self.ctx)
         reference = prepared.reference if self.options.correct_bias else None  # of the model while it is in float
         before = private_clone(prepared.model)
+        sizes = bytes_of(prepared, dict.fromkeys(first.units, ("float", "int8")))
         emitter = prepared.write(prepared.model, chosen)
         if reference is not None and self.ctx.calibration is not None:
             result.notes += correct_if_better(
@@ -134,8 +139,16 @@ class _Work:
         result.skipped.extend(chosen.skipped)
         result.skipped.extend(Skip(first.units[key].label, reason) for key, reason in self.in_float.items())
         rows = layer_rows(first, chosen, prepared.activations, emitter.weight_sqnr, self.noise, self.recovered)
+        add_costs(rows, first.units, (self._times(before), self._times(prepared.model)), sizes)
         result.details["quantised layers"] = rows
         result.notes.append(summary(chosen, prepared.scheme, prepared.rule, per_channel=prepared.per_channel))
+
+    def _times(self, model: ir.Model) -> dict[str, float]:
+        """Seconds of units inside a model; of none where the target cannot run here."""
+        if not self.options.timed or not runs_on_this_cpu(self.ctx.target) or self.ctx.calibration is None:
+            return {}
+        names = {key: unit.label for key, unit in self.prepared.everything.units.items()}
+        return layer_times(model, names, shapes(self.ctx.calibration)[-1], threads=self.ctx.jobs)[0]
 
     @property
     def _asks_for_outputs(self) -> bool:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 import onnx_ir as ir
 
 from graphopt.numerics.histogram import Histogram
 from graphopt.numerics.rounding import Affine
+from graphopt.quantization.formats import Format
 from graphopt.quantization.plan import Plan, Unit, name_of
 from graphopt.quantization.rules import Kind
 from graphopt.quantization.sensitivity import decibel
@@ -50,6 +51,29 @@ def layer_rows(
     return rows
 
 
+def add_costs(
+    rows: list[dict[str, Any]],
+    keys: Iterable[str],
+    times: tuple[Mapping[str, float], Mapping[str, float]],
+    sizes: Mapping[str, Mapping[Format, float]],
+) -> None:
+    """Say in each row what the layer takes and weighs, as it is and in float.
+
+    Args:
+        rows: of `layer_rows`.
+        keys: of the units, in the same order.
+        times: seconds in the model before and after, by key; empty where nothing was timed.
+        sizes: bytes of weights, by key and format.
+    """
+    before, after = times
+    for key, row in zip(keys, rows, strict=True):
+        format: Format = "int8" if row["type"] == "int8" else "float"
+        row["time us"] = _exponent(1e6 * after[key]) if key in after else None
+        row["time us in float"] = _exponent(1e6 * before[key]) if key in before else None
+        row["bytes"] = round(sizes[key][format]) if key in sizes else None
+        row["bytes in float"] = round(sizes[key]["float"]) if key in sizes else None
+
+
 def summary(chosen: Plan, scheme: QuantScheme, rule: str, *, per_channel: bool) -> str:
     """How much works on integers, and on which."""
     compute = sum(u.rule.kind is Kind.COMPUTE for u in chosen.units.values())
@@ -71,18 +95,23 @@ def multiply_accumulates(model: ir.Model, possible: Plan, histograms: Mapping[st
         return histograms[possible.roots[tensor]].total
 
     return {
-        key: _work(nodes[key], unit, seen) if unit.rule.kind is Kind.COMPUTE else 0.0
+        key: _work(nodes[key], unit, seen, possible.roots) if unit.rule.kind is Kind.COMPUTE else 0.0
         for key, unit in possible.units.items()
     }
 
 
-def _work(node: ir.Node, unit: Unit, seen: Callable[[str], float]) -> float:
+def _work(node: ir.Node, unit: Unit, seen: Callable[[str], float], recorded: Container[str]) -> float:
     read = seen(name_of(node.inputs[unit.data[0]]))
     weight = array(node.inputs[unit.weight]) if unit.weight is not None else None
     if weight is None:
         second = node.inputs[1].shape if node.inputs[1] is not None else None
         columns = second[-1] if second else 1
         return read * (columns if isinstance(columns, int) else 1)
+    if unit.op_type == "Conv" and unit.carriers[0] not in recorded:
+        # Its result is float on this target and was not looked at: as if padding kept the size.
+        strides = math.prod(node.attributes.get_ints("strides", ()) or ())
+        channels = weight.shape[1] * (node.attributes.get_int("group", 1) or 1)
+        return read * float(weight.size) / (strides * channels)
     if unit.op_type == "Conv":
         return seen(unit.carriers[0]) * float(weight.size / weight.shape[0])
     contracted = -2 if unit.op_type == "MatMul" else 0
@@ -96,4 +125,4 @@ def _rounded(value: float | None) -> float | None:
 
 
 def _exponent(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else float(f"{value:.2g}")
+    return None if value is None or not math.isfinite(value) else float(f"{value:.3g}")
