@@ -33,6 +33,9 @@ QUIETER = 4.0
 ROUNDS = 4
 """Rounds of the descent at most; each tries all classes."""
 
+AT_ONCE = 5
+"""Changes that are timed beside each other; between such parts the time is looked at."""
+
 HOPELESS = 1.1
 """A change that made the model slower than this is not tried again in later rounds."""
 
@@ -80,12 +83,14 @@ class Trial:
         group: the class.
         before, format: the format that it had, and that it was given.
         ratio: time of the whole model over that before the change.
+        of_float: the same over that of the model in float, shape by shape.
     """
 
     group: str
     before: Format
     format: Format
     ratio: Ratio
+    of_float: tuple[float, ...]
 
 
 @dataclass
@@ -177,25 +182,31 @@ class _Descent:
             ]
             if not moves:
                 break
-            if self.expired():
-                self.result.stopped = True
-                break
-            base, *timed = self.compare(mixture, [self.in_float, *({**mixture, group: to} for group, to in moves)])
-            trials = [Trial(g, mixture[g], to, ratio) for (g, to), ratio in zip(moves, timed, strict=True)]
+            trials: list[Trial] = []
+            for start in range(0, len(moves), AT_ONCE):
+                if self.expired():
+                    self.result.stopped = True
+                    break
+                trials += self._timed(mixture, moves[start : start + AT_ONCE])
             self.result.trials += trials
             hopeless |= {(t.group, t.format) for t in trials if t.ratio.mean > HOPELESS}
-            good = self._improvements(trials, base, ratios)
+            good = self._improvements(trials, ratios)
             better = self._confirmed(mixture, good) if good else None
             if better is None:
                 break
             mixture, ratios = better
         return mixture, ratios
 
-    def _improvements(self, trials: Sequence[Trial], base: Ratio, ratios: tuple[float, ...]) -> list[Trial]:
+    def _timed(self, mixture: dict[str, Format], moves: Sequence[tuple[str, Format]]) -> list[Trial]:
+        changed = [{**mixture, group: to} for group, to in moves]
+        base, *timed = self.compare(mixture, [self.in_float, *changed])
+        return [Trial(g, mixture[g], to, r, r.over(base)) for (g, to), r in zip(moves, timed, strict=True)]
+
+    def _improvements(self, trials: Sequence[Trial], ratios: tuple[float, ...]) -> list[Trial]:
         """The best change of each class that is shown to be faster, or as fast and quieter; the fastest first."""
         good: dict[str, Trial] = {}
         for trial in sorted(trials, key=lambda t: t.ratio.mean):
-            worst = max(trial.ratio.over(base))
+            worst = max(trial.of_float)
             # On the way from a mixture that is too slow for some shape, a step need not be fast enough yet.
             if worst > self.bound and worst > max(ratios):
                 continue

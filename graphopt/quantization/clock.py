@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from graphopt import registry
+from graphopt.model import weight_bytes
 from graphopt.quantization.choice import Mixture, Ratio
 
 if TYPE_CHECKING:
@@ -23,7 +24,10 @@ APART = 1.5
 """Samples whose inputs differ by less than this factor in size are timed as one shape."""
 
 TOGETHER = 6
-"""Models held in memory at once, beside the one they are compared with."""
+"""Models timed at once, beside the one they are compared with."""
+
+MEMORY = 1 << 31
+"""Bytes of weights that these hold together; of larger models fewer are timed at once, down to one."""
 
 SECONDS = 0.1
 """Measured time of each model; the rounds at least that `graphopt.timing` demands, whatever they take."""
@@ -86,9 +90,10 @@ def comparer(
     def compare(first: Mixture, others: Sequence[Mixture]) -> list[Ratio]:
         nonlocal timed
         reference = build(first)
+        together = max(1, min(TOGETHER, MEMORY // max(1, weight_bytes(reference)) - 1))
         found: list[Ratio] = []
-        for start in range(0, len(others), TOGETHER):
-            part = others[start : start + TOGETHER]
+        for start in range(0, len(others), together):
+            part = others[start : start + together]
             found += ratios([reference, *map(build, part)], target, feeds, SECONDS)
             timed += len(part)
             progress(timed)

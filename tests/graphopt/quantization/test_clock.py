@@ -11,6 +11,7 @@ from text_graph import graph
 
 from graphopt import calibration, registry
 from graphopt.backend import BenchResult
+from graphopt.quantization import clock
 from graphopt.quantization.clock import TOGETHER, comparer, described, shapes
 from graphopt.target import Target
 
@@ -50,6 +51,7 @@ class FakeBackend:
 def test_many_mixtures_are_timed_in_parts_beside_the_same_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     backend, told = FakeBackend(), []
     monkeypatch.setattr(registry, "backend", lambda name: backend)
+    monkeypatch.setattr(clock, "weight_bytes", lambda model: 1 << 20)
     times = {"float": 2.0, "int8": 1.0}
     compare = comparer(
         lambda mixture: times[mixture["a"]],  # type: ignore[arg-type,return-value]
@@ -63,3 +65,12 @@ def test_many_mixtures_are_timed_in_parts_beside_the_same_reference(monkeypatch:
     # 1.57 IQR / sqrt(rounds) on either side
     assert found[0].highs[0] == pytest.approx(0.5 + 1.57 * 0.04 / 10)
     assert found[0].lows[0] == pytest.approx(0.5 - 1.57 * 0.04 / 10)
+
+
+def test_of_large_models_fewer_are_held_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = FakeBackend()
+    monkeypatch.setattr(registry, "backend", lambda name: backend)
+    monkeypatch.setattr(clock, "weight_bytes", lambda model: clock.MEMORY // 3)
+    compare = comparer(lambda mixture: 1.0, Target("board", "fake"), shapes(data([4])), lambda count: None)  # type: ignore[arg-type,return-value]
+    assert len(compare({}, [{}] * 5)) == 5
+    assert [count for count, _ in backend.calls] == [3, 3, 2]
