@@ -49,8 +49,8 @@ class Quantize(Pass):
 
     scheme=int8-dynamic: MatMul, Gemm and LSTM with integer weights, and activations whose scales are found as they
     arrive; no data is needed, and bodies of branches and loops are quantised too. Convolutions stay in float, because
-    their dynamic kernel is many times slower than the one in float. With data, a tensor of which a few channels are much
-    larger than the others is multiplied by powers of two first, and the weights that read it by their inverses.
+    their dynamic kernel is many times slower than the one in float. With data, a tensor with a few channels much larger
+    than the others is multiplied by powers of two first, and the weights that read it by their inverses.
 
     scheme=int8-weights, int4-weights: weights as integers, activations in float; no data is needed. Where the target
     has kernels that compute from blocks of integers and gain by it, they do; other weights become floats when the model
