@@ -63,12 +63,11 @@ def dequantise(weight: Weight, names: Names, *, bits: int, block: int | None, ro
     producer = old.producer()
     graph = old.graph if producer is None else producer.graph
     assert isinstance(graph, ir.Graph)
-    scale = rounded.scale[0]
     if block is None:
-        attributes, scale = {"axis": axis}, scale[:, 0]
+        attributes, scale = {"axis": axis}, rounded.scale.reshape(-1)
     else:
         attributes = {"axis": 1 - axis, "block_size": block}
-        scale = scale if reader.rows_first else scale.T
+        scale = rounded.scale[0] if reader.rows_first else rounded.scale[0].T
     kind = ir.DataType.INT4 if bits == 4 else ir.DataType.INT8
     integers = reader.restored(rounded.integers, like)
     inputs = [

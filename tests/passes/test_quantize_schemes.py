@@ -154,6 +154,20 @@ def test_fp16_golden():
     ]
 
 
+@pytest.mark.parametrize("group", [1, 2, 8])
+def test_weights_of_grouped_convolutions_have_a_scale_for_every_channel(group):
+    model = graph(
+        "(float[N, 8, 6, 6] x) => (float[N, 16, 4, 4] y)",
+        f"y = Conv <group = {group}> (x, w)",
+        w=(16, 8 // group, 3, 3),
+    )
+    before = model.clone()
+    context = Context(target("jetson-orin"), None, None, 0, 1, Silent(), pass_class)
+    assert Quantize(scheme="int8-weights").run(model, context).changed
+    assert _ops(model) == {"DequantizeLinear": 1, "Conv": 1}
+    assert _decibel(before, model) > LEAST_DB["int8-weights"]
+
+
 # -- data --------------------------------------------------------------------------------------------------------------
 
 
