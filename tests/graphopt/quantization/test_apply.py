@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
 
 import attention_graphs
 import numpy as np
@@ -27,16 +26,17 @@ from graphopt.quantization.prepared import Prepared
 from graphopt.quantization.sensitivity import decibel
 from graphopt.quantization.static import StaticOptions, prepare
 from graphopt.registry import pass_class, target
+from graphopt.target import Target
 from graphopt.verify import random_feeds
 
 CPU = target("cpu")
 
 
-def _prepared(model: ir.Model, data: Any = None) -> Prepared:
-    assert CPU.quant is not None
-    data = random_feeds(model, 0, samples=8) if data is None else data
-    ctx = Context(CPU, calibration.load(data, model), None, 0, 1, Silent(), pass_class)
-    return prepare(model, ctx, CPU.quant, StaticOptions(ranges="minmax"))[0]
+def _prepared(model: ir.Model, device: Target = CPU) -> Prepared:
+    assert device.quant is not None
+    data = calibration.load(random_feeds(model, 0, samples=8), model)
+    ctx = Context(device, data, None, 0, 1, Silent(), pass_class)
+    return prepare(model, ctx, device.quant, StaticOptions(ranges="minmax"))[0]
 
 
 def _applied(prepared: Prepared, assignment: dict[str, Format]) -> ir.Model:
@@ -69,16 +69,16 @@ def test_random_assignments_of_random_graphs(seed):
     blocks = [attention_graphs.separate, attention_graphs.fused, attention_graphs.grouped]
     model = blocks[seed // 3 % 3]() if seed % 3 == 0 else random_graph(seed)
     infer_shapes(model)
-    prepared = _prepared(model)
-    before = _bytes(model)
-    found = candidates(model, CPU)
     choose = random.Random(seed)
+    device = target(choose.choice(["cpu", "cpu", "cpu-arm64", "jetson-orin"]))
+    prepared = _prepared(model, device)
+    before = _bytes(model)
+    found = candidates(model, device)
     chosen = {key: choose.choice(c.formats) for key, c in found.items() if choose.random() < 0.8}
     written = _applied(prepared, chosen)
     assert _bytes(written) == _bytes(_applied(prepared, chosen))
     assert _bytes(prepared.model) == before
-    bits = 4 if "int4-weights" in chosen.values() else 8
-    assert decibel(prepared.reference.noise(written)) > (5 if bits == 4 else 15)
+    assert decibel(prepared.reference.noise(written)) > (3 if "int4-weights" in chosen.values() else 8)
 
 
 CHAIN = """
