@@ -70,7 +70,7 @@ class Quantize(Pass):
     with drop=, the time is least at which the measured drop stays within it. What formats cost each layer is measured;
     the choice is optimal for the sums of that, and corrected by what the whole model then measures.
 
-    data=none: int8 without calibration data. Ranges follow from what normalisations say of their outputs and, elsewhere,
+    data=none: int8 without calibration data. Ranges follow from what normalisations say of their outputs and elsewhere
     from moments carried through the layers as if elements were independent; a warning says so.
 
     Does not fire: on operators without a kernel of the format on the target, on anything quantised already; for int8
