@@ -308,7 +308,7 @@ class Emitter:
 
     def _axis(self, node: ir.Node, unit: Unit, weight: Array) -> int | None:
         """The axis of per-channel scales; None where the kernel takes one scale only."""
-        if not self.per_channel:
+        if not self.per_channel or (self.scheme.per_channel_ops and node.op_type not in self.scheme.per_channel_ops):
             return None
         if node.op_type == "MatMul" and (unit.weight != 1 or weight.ndim != 2):
             return None

@@ -16,6 +16,7 @@ from fnmatch import fnmatchcase
 import onnx_ir as ir
 
 from graphopt.base import Skip
+from graphopt.quantization.fused_sums import fused_operands
 from graphopt.quantization.recognised import quantised_already
 from graphopt.quantization.rules import ABSORBED, CPU_OPS, RULES, Kind, Rule
 from graphopt.rewriting.edit import array, constant, is_onnx, label, sole_use
@@ -110,8 +111,10 @@ def plan(
     """
     skipped: list[Skip] = []
     units = _candidates(model, scheme, exclude, in_float, known, skipped)
+    if scheme.fused_sums:
+        _fuse_sums(model.graph, units)
     _shrink_to_islands(model.graph, units)
-    _decide_outputs(model.graph, units, outputs)
+    _decide_outputs(model.graph, units, outputs, scheme.float_outputs)
     return Plan(units, _roots(model.graph, units), skipped)
 
 
@@ -198,6 +201,9 @@ def _parameters(node: ir.Node, rule: Rule) -> str | None:
         if index is not None and index < len(node.inputs) and node.inputs[index] is not None:
             tensor = constant(node.inputs[index])
             if tensor is None:
+                value = node.inputs[index]
+                if value is not None and value.is_graph_input() and value.is_initializer():
+                    return f"its {what} can be overridden by the caller (fold makes it a constant)"
                 return f"its {what} is not a constant"
             if tensor.dtype != ir.DataType.FLOAT:
                 return f"its {what} is {tensor.dtype.name.lower()}, not float32"
@@ -318,6 +324,13 @@ def _readers(values: dict[str, ir.Value], unit: Unit, units: dict[str, Unit]) ->
                 yield reader
 
 
+def _fuse_sums(graph: ir.Graph, units: dict[str, Unit]) -> None:
+    """Let each sum take the result of one layer as it is."""
+    sums = {key: unit.data for key, unit in units.items() if unit.op_type == "Add"}
+    for key, fused in fused_operands(graph, sums).items():
+        units[key] = replace(units[key], data=tuple(index for index in units[key].data if index != fused))
+
+
 def _shrink_to_islands(graph: ir.Graph, units: dict[str, Unit]) -> None:
     """Take away connecting units that no integer tensor enters or that no integer kernel reads, to the fixpoint."""
     values = _values(graph)
@@ -345,11 +358,15 @@ def _shrink_to_islands(graph: ir.Graph, units: dict[str, Unit]) -> None:
             del units[key]
 
 
-def _decide_outputs(graph: ir.Graph, units: dict[str, Unit], wanted: Collection[str] | None) -> None:
-    """A matrix product whose output no integer kernel reads gives float, unless it is wanted: one rounding fewer."""
+def _decide_outputs(graph: ir.Graph, units: dict[str, Unit], wanted: Collection[str] | None, floats: bool) -> None:
+    """A layer whose output no integer kernel reads gives float, unless it is wanted: one rounding fewer.
+
+    Matrix products can do so everywhere, others where the target's kernels do (`floats`).
+    """
     values = _values(graph)
     for key, unit in units.items():
-        if unit.rule.needs_output or any(True for _ in _readers(values, unit, units)):
+        bound = unit.rule.needs_output and not (floats and unit.rule.kind is Kind.COMPUTE)
+        if bound or any(True for _ in _readers(values, unit, units)):
             continue
         if not (_sparse_inside(values, unit) if wanted is None else key in wanted):
             units[key] = replace(unit, quantise_output=False)

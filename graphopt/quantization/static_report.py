@@ -109,9 +109,9 @@ def _work(node: ir.Node, unit: Unit, seen: Callable[[str], float], recorded: Con
         return read * (columns if isinstance(columns, int) else 1)
     if unit.op_type == "Conv" and unit.carriers[0] not in recorded:
         # Its result is float on this target and was not looked at: as if padding kept the size.
-        strides = math.prod(node.attributes.get_ints("strides", ()) or ())
+        strides = math.prod(int(stride) for stride in node.attributes.get_ints("strides", ()) or ())
         channels = weight.shape[1] * (node.attributes.get_int("group", 1) or 1)
-        return read * float(weight.size) / (strides * channels)
+        return read * float(weight.size / (strides * channels))
     if unit.op_type == "Conv":
         return seen(unit.carriers[0]) * float(weight.size / weight.shape[0])
     contracted = -2 if unit.op_type == "MatMul" else 0
