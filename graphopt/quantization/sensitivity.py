@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -143,74 +142,3 @@ def by_halves(
                 del found[worst]
                 groups = [worst[: len(worst) // 2], worst[len(worst) // 2 :]]
     return {key: effect / len(group) for group, effect in found.items() for key in group}
-
-
-@dataclass(frozen=True)
-class Rule:
-    """When parts of a rewrite are left out because of the noise they make; see `culprits`.
-
-    Attributes:
-        accurate: noise-to-signal power up to which nothing is left out (1e-3 is 30 dB).
-        gain: by what factor leaving parts out must lower the noise.
-        poor: noise-to-signal power above which getting below it is worth it even without that gain (1e-2 is 20 dB).
-        share: the fraction of the work that may be left out.
-    """
-
-    accurate: float = 1e-3
-    gain: float = 10.0
-    poor: float = 1e-2
-    share: float = 0.25
-
-
-def culprits(
-    noise: Mapping[Key, float],
-    work: Mapping[Key, float],
-    total: float,
-    without: Callable[[Sequence[Key]], float],
-    rule: Rule,
-) -> list[Key]:
-    """The fewest parts, worst first, that must be left out to make the rest accurate; none where that does not pay.
-
-    Candidates are the parts in order of the noise they make alone, as long as their work fits into `rule.share`. The
-    shortest run of them is sought (by bisection; noise falls as parts are left out) that lowers the noise by
-    `rule.gain`; where none does and the noise is above `rule.poor`, the shortest that brings it below. Otherwise the
-    noise is spread over many parts, and leaving some out would cost speed for little. A run that was found goes on as
-    long as the next candidate makes more noise than all parts after it together.
-
-    Args:
-        noise: of each part alone.
-        work: of each part, in any unit.
-        total: noise of all parts together.
-        without: measures the noise of all parts but those given.
-        rule: the thresholds.
-    """
-    if total <= rule.accurate:
-        return []
-    budget = rule.share * sum(work.values())
-    order: list[Key] = []
-    for key in sorted(noise, key=lambda key: -noise[key]):
-        if noise[key] > 0 and work[key] <= budget:
-            budget -= work[key]
-            order.append(key)
-    measured: dict[int, float] = {0: total}
-
-    def noise_without(count: int) -> float:
-        if count not in measured:
-            measured[count] = without(order[:count])
-        return measured[count]
-
-    for target in (total / rule.gain, rule.poor):
-        if target < total and order and noise_without(len(order)) <= target:
-            low, high = 0, len(order)
-            while high - low > 1:
-                middle = (low + high) // 2
-                low, high = (low, middle) if noise_without(middle) <= target else (middle, high)
-            while high < len(order) and noise[order[high]] > _rest(noise, order[: high + 1]):
-                high += 1
-            return order[:high]
-    return []
-
-
-def _rest(noise: Mapping[Key, float], left_out: Sequence[Key]) -> float:
-    gone = set(left_out)
-    return sum(power for key, power in noise.items() if key not in gone)
