@@ -22,7 +22,7 @@ from graphopt.quantization.formats import Format
 from graphopt.quantization.half_scheme import quantise_half
 from graphopt.quantization.mixed import INTEGERS, Wanted, quantise_within
 from graphopt.quantization.rounding import Rounding
-from graphopt.quantization.rounding_choice import rounding_for, rounding_front_to_back
+from graphopt.quantization.rounding_choice import notes_of, rounding_for, rounding_front_to_back
 from graphopt.quantization.schemes import quantise_uniformly
 from graphopt.quantization.static import StaticOptions, quantise_static
 from graphopt.quantization.without_data import quantise_without_data
@@ -221,7 +221,7 @@ class Quantize(Pass):
             return write(model, rounding_for(self.rounding, model, ctx))
         chosen = rounding_front_to_back(self.rounding, model, ctx, write)
         result = write(model, chosen)
-        result.notes += getattr(chosen, "notes", [])
+        result.notes += notes_of(chosen)
         return result
 
     def _static_options(self) -> StaticOptions:

@@ -74,11 +74,21 @@ def rounding_front_to_back(choice: RoundingChoice, model: ir.Model, ctx: Context
     return FrontToBack(model, ctx.calibration, asked, method, samples=SAMPLES, jobs=ctx.jobs)
 
 
+def notes_of(rounding: Rounding) -> list[str]:
+    """What a rounding has to say once everything is rounded, for the report."""
+    return list(getattr(rounding, "notes", ()))
+
+
 class _Coarse:
     """A rounding for coarse grids; on the others the nearest is as good."""
 
     def __init__(self, rounding: Rounding) -> None:
         self._rounding = rounding
+
+    @property
+    def notes(self) -> list[str]:
+        """Those of the rounding of coarse grids."""
+        return notes_of(self._rounding)
 
     def __call__(self, key: str, weight: Floats, grid: WeightGrid, least_scale: Floats | float = 0.0) -> Rounded:
         chosen = nearest if grid.bits >= 8 and grid.block is None else self._rounding

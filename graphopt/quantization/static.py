@@ -26,7 +26,7 @@ from graphopt.quantization.prepare import to_integer_form
 from graphopt.quantization.prepared import SAMPLES, Prepared
 from graphopt.quantization.range_choice import RangeChoice, choose_rule, measure_ranges
 from graphopt.quantization.ranging import doubts
-from graphopt.quantization.rounding_choice import RoundingChoice, rounding_for
+from graphopt.quantization.rounding_choice import RoundingChoice, notes_of, rounding_for
 from graphopt.quantization.sensitive import sensitivity
 from graphopt.quantization.sensitivity import decibel
 from graphopt.quantization.static_report import add_costs, layer_rows, summary
@@ -132,6 +132,7 @@ class _Work:
         before = private_clone(prepared.model)
         sizes = bytes_of(prepared, dict.fromkeys(first.units, ("float", "int8")))
         emitter = prepared.write(prepared.model, chosen)
+        result.notes += notes_of(prepared.rounding)
         if reference is not None and self.ctx.calibration is not None:
             result.notes += correct_if_better(
                 before, prepared.model, self.ctx.calibration, reference.noise, self.ctx.jobs
