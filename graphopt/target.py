@@ -27,7 +27,8 @@ class QuantScheme:
         per_channel_ops: operators whose weights may have one scale per channel; (): all.
         static_shapes: it takes models without free dimensions only.
         ops: operator types that the target executes in int8.
-        dynamic: operator types that it executes in int8 with scales found as the activations arrive.
+        dynamic: operator types that it executes in int8 with scales found as the activations arrive; MatMul and Gemm
+            are written in standard ONNX, LSTM as an operator of ONNX Runtime.
     """
 
     activation: Literal["uint8", "int8"] = "uint8"
@@ -41,7 +42,7 @@ class QuantScheme:
     per_channel_ops: tuple[str, ...] = ()
     static_shapes: bool = False
     ops: tuple[str, ...] = ()
-    dynamic: tuple[str, ...] = ("MatMul", "Gemm", "LSTM")
+    dynamic: tuple[str, ...] = ("MatMul", "Gemm")
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,9 @@ from graphopt.target import QuantScheme
 MIN_OPSET = 11
 """DynamicQuantizeLinear is there from here on."""
 
+ONNX_RUNTIME = QuantScheme(dynamic=("MatMul", "Gemm", "LSTM"))
+"""What counts where no target is given."""
+
 PRODUCTS = ("MatMul", "Gemm")
 RECURRENT = ("LSTM", "GRU", "RNN")
 CONVOLUTIONS = ("Conv", "ConvTranspose")
@@ -46,14 +49,14 @@ def dynamic_layers(
     Args:
         model: with inferred types where possible; not changed.
         exclude: globs over node names; matching nodes stay in float.
-        scheme: of the target, whose operators count; None: that of ONNX Runtime on x86.
+        scheme: of the target, whose operators count; None: `ONNX_RUNTIME`.
         products: also MatMul of two activations, which quantises both. Measured on attention in a transformer of width
             384, this is slower than float: the products are short and both operands have to be quantised each time.
 
     Returns:
         the label of each node by its key, the name of its first output, and what was not taken, with the reason.
     """
-    ops = (scheme or QuantScheme()).dynamic
+    ops = (scheme or ONNX_RUNTIME).dynamic
     found: dict[str, str] = {}
     skipped: list[Skip] = []
     for graph in graphs(model):
@@ -83,7 +86,7 @@ def write_dynamic(
         model: the model.
         keys: of nodes that `dynamic_layers` found in it, or in a model that it is a clone of.
         rounding: decides how each weight is rounded.
-        scheme: of the target; None: that of ONNX Runtime on x86.
+        scheme: of the target; None: `ONNX_RUNTIME`.
         per_channel: one weight scale per output channel; None: as the scheme has it.
 
     Returns:
@@ -92,7 +95,7 @@ def write_dynamic(
     Raises:
         ModelError: the opset cannot be raised.
     """
-    scheme = scheme or QuantScheme()
+    scheme = scheme or ONNX_RUNTIME
     if not keys:
         return []
     raise_opset(model, MIN_OPSET, "DynamicQuantizeLinear")

@@ -114,8 +114,8 @@ def told(found: Iterable[Ahead]) -> str:
     """A sentence for the report."""
     gains = sorted(ahead.gain for ahead in found)
     return (
-        f"{len(gains)} tensors are multiplied by powers of two before they become integers, so that weights take their "
-        f"outliers: {gains[0]:.1f} to {gains[-1]:.1f} dB less noise at the layers (prepare=none leaves that out)"
+        f"inputs multiplied by powers of two, so that weights take their outliers: {len(gains)}; their layers lose "
+        f"{gains[0]:.1f} to {gains[-1]:.1f} dB less (prepare=none leaves that out)"
     )
 
 
