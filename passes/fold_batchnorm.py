@@ -27,9 +27,10 @@ from graphopt.rewriting.edit import (
     float64,
     freeze_note,
     freeze_overridable,
-    graphs,
     is_onnx,
     label,
+    scopes,
+    settle_functions,
     sole_use,
 )
 from graphopt.rewriting.linear import LINEAR_OPS, Linear, linear_view
@@ -56,16 +57,15 @@ class FoldBatchNorm(Pass):
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         """Fold every BatchNormalization of `model` that can be folded exactly."""
         result = PassResult(changed=False)
-        norms = [n for graph in graphs(model) for n in graph if is_onnx(n, "BatchNormalization")]
+        norms = [(n, opset) for graph, opset in scopes(model) for n in graph if is_onnx(n, "BatchNormalization")]
         if not norms:
             return result
         if not self.keep_overridable and (frozen := freeze_overridable(model)):
             result.changed = True
             result.notes.append(freeze_note(frozen))
         names = Names(model)
-        opset = model.graph.opset_imports.get("", 1)
         counts = {"the linear operator before it": 0, "those after it": 0}
-        for node in norms:
+        for node, opset in norms:
             reason = self._fold(node, opset, names, counts)
             if reason:
                 result.skipped.append(Skip(label(node), reason))
@@ -73,6 +73,8 @@ class FoldBatchNorm(Pass):
             if count:
                 result.notes.append(f"{count} BatchNormalization folded into {where}")
                 result.changed = True
+        if any(counts.values()):
+            settle_functions(model)
         if any(counts.values()) and (note := allow_private_initializers(model)):
             result.notes.append(note)
         return result

@@ -27,9 +27,10 @@ from graphopt.rewriting.edit import (
     float64,
     freeze_note,
     freeze_overridable,
-    graphs,
     is_onnx,
     label,
+    scopes,
+    settle_functions,
     sole_use,
 )
 from graphopt.rewriting.linear import LINEAR_OPS, Linear, linear_view
@@ -59,9 +60,8 @@ class FoldConvAffine(Pass):
             result.changed = True
             result.notes.append(freeze_note(frozen))
         names = Names(model)
-        opset = model.graph.opset_imports.get("", 1)
         count = 0
-        for graph in graphs(model):
+        for graph, opset in scopes(model):
             for node in tuple(graph):
                 if node.graph is not graph or not is_onnx(node, "Mul", "Div", "Add", "Sub"):
                     continue
@@ -71,6 +71,7 @@ class FoldConvAffine(Pass):
                 elif outcome is not None:
                     result.skipped.append(Skip(label(node), outcome))
         if count:
+            settle_functions(model)
             result.changed = True
             result.notes.append(f"{count} Mul/Div/Add/Sub by constants folded into linear operators")
             if note := allow_private_initializers(model):

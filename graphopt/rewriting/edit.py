@@ -32,6 +32,39 @@ def graphs(model: ir.Model) -> Iterator[ir.Graph]:
     yield from model.graph.subgraphs()
 
 
+def scopes(model: ir.Model) -> Iterator[tuple[ir.Graph, int]]:
+    """Every graph with the standard opset it is written in: those of `graphs`, then model-local functions' and theirs.
+
+    A rule that makes initializers in a function calls `settle_functions` afterwards.
+    """
+    for graph in graphs(model):
+        yield graph, model.graph.opset_imports.get("", 1)
+    for function in model.functions.values():
+        opset = function.opset_imports.get("", model.graph.opset_imports.get("", 1))
+        yield function.graph, opset
+        for graph in function.graph.subgraphs():
+            yield graph, opset
+
+
+def settle_functions(model: ir.Model) -> None:
+    """Make Constant nodes of the initializers that rules left in model-local functions, which can hold none."""
+    for function in model.functions.values():
+        graph = function.graph
+        for name, value in tuple(graph.initializers.items()):
+            tensor = value.const_value
+            if tensor is None:
+                raise ModelError("an initializer has no value", where=f"{function.name}: {name}")
+            new = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=value.shape)
+            node = ir.Node("", "Constant", [], [ir.AttrTensor("value", tensor)], outputs=[new])
+            first = next(iter(graph), None)
+            if first is None:
+                graph.append(node)
+            else:
+                graph.insert_before(first, node)
+            value.replace_all_uses_with(new)
+            graph.initializers.pop(name)
+
+
 def bodies(node: ir.Node) -> Iterator[ir.Graph]:
     """The If/Loop/Scan bodies that `node` holds directly."""
     for attribute in node.attributes.values():
@@ -149,7 +182,7 @@ class Names:
 
     def __init__(self, model: ir.Model) -> None:
         self._taken: set[str] = set()
-        for graph in graphs(model):
+        for graph, _ in scopes(model):
             self._taken.update(v.name for v in (*graph.inputs, *graph.initializers.values()) if v.name)
             for node in graph:
                 self._taken.update(v.name for v in node.outputs if v.name)

@@ -227,6 +227,8 @@ def linear_view(node: ir.Node, *, opset: int) -> Linear | str:
         return f"{node.op_type} is not a linear operator"
     if opset < 7:
         return f"opset {opset} is too old (7 or newer)"
+    if any(attribute.is_ref() for attribute in node.attributes.values()):
+        return "an attribute of it is given by the caller of the function"
     if len(node.inputs) < 2 or node.inputs[0] is None or node.inputs[1] is None:
         return "an input is missing"
     weight = node.inputs[1]

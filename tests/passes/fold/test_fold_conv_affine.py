@@ -126,3 +126,18 @@ def test_float64_rounds_once() -> None:
     w = model.graph.initializers["w"].const_value
     assert w is not None
     np.testing.assert_allclose(w.numpy().ravel(), np.float32([2.1, 4.2]), rtol=3e-7)
+
+
+def test_in_a_model_local_function_whose_weights_are_constant_nodes() -> None:
+    model = parse("""<ir_version: 10, opset_import: ["" : 17, "l": 1]>
+    g (float[N,2] x) => (float[N,2] y) { y = l.f(x) }
+    <domain: "l", opset_import: ["": 17]> f (a) => (b) { w = Constant <value = float[2,2] {1.0,2.0,3.0,4.0}> ()
+      c = Constant <value = float[2] {1.0,2.0}> () t = Gemm(a, w)
+      k = Constant <value = float {2.0}> () u = Mul(t, k) b = Add(u, c) }""")
+    feeds = random_feeds(model)
+    reference = run(model, feeds)
+    assert FOLD.run(model, context()).changed
+    (function,) = model.functions.values()
+    assert sorted(node.op_type for node in function) == ["Constant", "Constant", "Gemm"]
+    assert not function.graph.initializers
+    assert_close(run(model, feeds), reference)
