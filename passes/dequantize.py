@@ -3,7 +3,7 @@
     (q - z) s        weights: exactly the numbers that the integers stand for
     x                activations: without the rounding in between, or (activations=keep) with it
 
-Operators are written in float one by one (`graphopt.quantization.integer_operators`, `integer_chains`), then the pairs
+Operators are written in float one by one (`graphopt.quantization.back.operators`, `integer_chains`), then the pairs
 around activations go (`integer_tensors`).
 """
 
@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult, option
-from graphopt.quantization.recognised import holds_quantised
+from graphopt.quantization.back.recognised import holds_quantised
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Dequantize(Pass):
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         """Dequantise `model` in place."""
         from graphopt.files.shape_inference import infer_shapes
-        from graphopt.quantization.dequantising import dequantise
+        from graphopt.quantization.back.dequantise import dequantise
         from graphopt.rewriting.edit import freeze_overridable
         from graphopt.rewriting.prepare import inline_functions
 

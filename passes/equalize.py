@@ -4,7 +4,7 @@
 
 With r1_i and r2_i the largest magnitudes in row i of W1 and column i of W2, s_i = sqrt(r1_i / r2_i) makes them equal.
 A scale may stand on any number of layers that write a channel and that read it: those of a residual stream, of a
-concatenation, of heads (`graphopt.quantization.scale_groups`). With powers of two every product and every sum keeps its
+concatenation, of heads (`quantization.scales.groups`). With powers of two every product and every sum keeps its
 mantissa, so that the outputs are equal bit for bit; ranges are then up to sqrt(2) off.
 """
 
@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from graphopt.base import Context, Effect, Pass, PassResult, Skip, option
 from graphopt.numerics.equalization import Magnitudes, equalised
-from graphopt.quantization.scale_groups import ScaleGroups, scale_groups
-from graphopt.quantization.scale_walk import ScaledOperand
-from graphopt.quantization.scaling import apply_scales, log_limit
+from graphopt.quantization.scales.groups import ScaleGroups, scale_groups
+from graphopt.quantization.scales.scaling import apply_scales, log_limit
+from graphopt.quantization.scales.walk import ScaledOperand
 from graphopt.rewriting.edit import Names, float64, label
 from graphopt.rewriting.prepare import prepare
 

@@ -17,15 +17,15 @@ import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult, option
 from graphopt.errors import UsageError
-from graphopt.quantization.auto import quantise_auto
 from graphopt.quantization.formats import Format
-from graphopt.quantization.half_scheme import quantise_half
-from graphopt.quantization.mixed import INTEGERS, Wanted, quantise_within
-from graphopt.quantization.rounding import Rounding
-from graphopt.quantization.rounding_choice import notes_of, rounding_for, rounding_front_to_back
+from graphopt.quantization.half.scheme import quantise_half
+from graphopt.quantization.ranges.without_data import quantise_without_data
+from graphopt.quantization.rounding.choice import notes_of, rounding_for, rounding_front_to_back
+from graphopt.quantization.rounding.interface import Rounding
 from graphopt.quantization.schemes import quantise_uniformly
-from graphopt.quantization.static import StaticOptions, quantise_static
-from graphopt.quantization.without_data import quantise_without_data
+from graphopt.quantization.search.auto import quantise_auto
+from graphopt.quantization.search.mixed import INTEGERS, Wanted, quantise_within
+from graphopt.quantization.static.scheme import StaticOptions, quantise_static
 from graphopt.rewriting.norm_sums import FUSED, keep_sums_apart
 
 

@@ -2,7 +2,7 @@
 
     x W = (x / s) (s W),    s_j = max|x_j|^alpha / max|W_j|^(1 - alpha)
 
-What writes x, the scale and shift of a norm or a layer, is divided by s (`graphopt.quantization.scale_groups`), so that
+What writes x, the scale and shift of a norm or a layer, is divided by s (`quantization.scales.groups`), so that
 the graph stays as it is. For each group of channels alpha is the one of 0.3, 0.4, ..., 0.8 with which integers lose
 least at the outputs of the layers that read it (`graphopt.numerics.smoothing`); none where that is no less than before.
 """
@@ -17,15 +17,15 @@ import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult, Skip, option
 from graphopt.errors import DataError, UsageError
-from graphopt.quantization.scale_groups import ScaleGroups, scale_groups
-from graphopt.quantization.scale_rules import LAYERS
-from graphopt.quantization.scaling import apply_scales, log_limit
+from graphopt.quantization.scales.groups import ScaleGroups, scale_groups
+from graphopt.quantization.scales.rules import LAYERS
+from graphopt.quantization.scales.scaling import apply_scales, log_limit
 from graphopt.rewriting.edit import Names, is_onnx, label
 from graphopt.rewriting.prepare import prepare
 
 if TYPE_CHECKING:
     from graphopt.numerics.smoothing import ChannelRange, Smoothing
-    from graphopt.quantization.scaled_readers import Reader
+    from graphopt.quantization.scales.readers import Reader
     from graphopt.target import QuantScheme
 
 
@@ -58,7 +58,7 @@ class Smooth(Pass):
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         """Smooth the main graph in place."""
         from graphopt.files.shape_inference import infer_shapes
-        from graphopt.quantization.scaled_readers import channel_ranges
+        from graphopt.quantization.scales.readers import channel_ranges
 
         scheme = ctx.target.quant
         if scheme is None:
@@ -117,7 +117,7 @@ class Smooth(Pass):
 
 def _smoothable(found: ScaleGroups, per_channel: bool) -> tuple[dict[int, list[Reader]], list[Skip]]:
     """The layers that read each group that can be smoothed, by its number; and why others cannot."""
-    from graphopt.quantization.scaled_readers import readers_of
+    from graphopt.quantization.scales.readers import readers_of
 
     groups: dict[int, list[Reader]] = {}
     skipped = []

@@ -31,8 +31,8 @@ from graphopt.diagnosis.running import Size, probe, sources, stream
 from graphopt.diagnosis.sums import Both, Error, measured
 from graphopt.errors import DataError
 from graphopt.pipeline.clone import private_clone
-from graphopt.quantization.recognised import QUANTISED_OPS
-from graphopt.quantization.rules import ABSORBED, RULES, Kind
+from graphopt.quantization.back.recognised import QUANTISED_OPS
+from graphopt.quantization.static.rules import ABSORBED, RULES, Kind
 from graphopt.rewriting.edit import bodies, is_onnx, label
 
 SCHEMA = 1

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from graphopt.quantization.rules import ABSORBED
+from graphopt.quantization.static.rules import ABSORBED
 from graphopt.rewriting.edit import FOLDED_FROM, is_onnx, label, sole_use
 from graphopt.slicing import reads_of
 

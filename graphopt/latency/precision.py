@@ -7,9 +7,9 @@ import onnx_ir as ir
 from graphopt.errors import UsageError
 from graphopt.numerics.rounding import Grid, affine
 from graphopt.pipeline.clone import private_clone
-from graphopt.quantization.emit import Emitter
-from graphopt.quantization.plan import plan
-from graphopt.quantization.prepare import to_integer_form
+from graphopt.quantization.static.emit import Emitter
+from graphopt.quantization.static.plan import plan
+from graphopt.quantization.static.prepare import to_integer_form
 from graphopt.target import Target
 
 RANGE = 8.0

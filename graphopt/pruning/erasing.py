@@ -33,7 +33,7 @@ from graphopt.pruning.branches import Branch, Erased, erase, find_branches, in_g
 from graphopt.pruning.families import Candidates
 from graphopt.pruning.selection import Erasures, Term
 from graphopt.pruning.work import full_counts, readers_of
-from graphopt.quantization.sensitivity import Reference
+from graphopt.quantization.search.sensitivity import Reference
 from graphopt.rewriting.layers import layers_of
 
 Floats = npt.NDArray[np.float64]

@@ -69,7 +69,7 @@ class Setting:
 
 def by_reconstruction(setting: Setting, families: Sequence[Candidates]) -> tuple[list[Family], list[str]]:
     """Rank by the error left after compensation, scaled by what it does to the outputs; and notes for the report."""
-    from graphopt.quantization.sensitivity import Reference
+    from graphopt.quantization.search.sensitivity import Reference
 
     reference = Reference(setting.model, setting.calibration, samples=PROBES, threads=setting.threads, optimize=True)
     found: dict[int, Family] = {}

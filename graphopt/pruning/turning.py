@@ -75,7 +75,7 @@ def turn_heads(
     Returns:
         What was turned, and sentences for the report.
     """
-    from graphopt.quantization.sensitivity import Reference
+    from graphopt.quantization.search.sensitivity import Reference
 
     feeds = next(iter(calibration.batches(batch_size=1, limit=1)))
     heads = find_heads(model, layers, feeds)

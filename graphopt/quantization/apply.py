@@ -14,13 +14,13 @@ import onnx_ir as ir
 
 from graphopt.base import Skip
 from graphopt.files.opset import raise_opset
-from graphopt.quantization.dynamic import MIN_OPSET, write_dynamic
+from graphopt.quantization.dynamic.scheme import MIN_OPSET, write_dynamic
 from graphopt.quantization.formats import BITS, Format
-from graphopt.quantization.inserted_scales import insert_scales, told
 from graphopt.quantization.prepared import Prepared
-from graphopt.quantization.rules import Kind
-from graphopt.quantization.static_report import layer_rows, summary
-from graphopt.quantization.weights_only import write_weights
+from graphopt.quantization.scales.inserted import insert_scales, told
+from graphopt.quantization.static.report import layer_rows, summary
+from graphopt.quantization.static.rules import Kind
+from graphopt.quantization.weights.scheme import write_weights
 
 
 @dataclass

@@ -3,7 +3,7 @@
     float           as it is
     int8            weights and activations, scales from calibration (`plan`, `emit`)
     int8-dynamic    weights and activations, scales found as the activations arrive (`dynamic`)
-    int8-weights    weights alone, in blocks (`weights_only`)
+    int8-weights    weights alone, in blocks (`weights`)
     int4-weights    the same with 4 bits
 
 Which operators a target's kernels take in a format is data of the target (`graphopt.target.QuantScheme`); what stands
@@ -18,10 +18,10 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from graphopt.quantization.dynamic import dynamic_reason
-from graphopt.quantization.plan import IN_A_BODY, excluded, plan, refusal
-from graphopt.quantization.rules import RULES, Kind
-from graphopt.quantization.weights_only import weight_layers
+from graphopt.quantization.dynamic.scheme import dynamic_reason
+from graphopt.quantization.static.plan import IN_A_BODY, excluded, plan, refusal
+from graphopt.quantization.static.rules import RULES, Kind
+from graphopt.quantization.weights.scheme import weight_layers
 from graphopt.rewriting.edit import constant, graphs, is_onnx, label
 from graphopt.target import QuantScheme, Target
 

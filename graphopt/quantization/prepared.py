@@ -13,13 +13,13 @@ from graphopt.errors import DataError
 from graphopt.numerics.histogram import Histogram
 from graphopt.numerics.rounding import Affine, Grid
 from graphopt.pipeline.clone import private_clone
-from graphopt.quantization.dynamic import dynamic_layers
-from graphopt.quantization.emit import Emitter
-from graphopt.quantization.inserted_scales import Ahead, find_scales
-from graphopt.quantization.plan import Plan, name_of, plan
-from graphopt.quantization.ranging import unfit
-from graphopt.quantization.rounding import Rounding, nearest
-from graphopt.quantization.sensitivity import Reference
+from graphopt.quantization.dynamic.scheme import dynamic_layers
+from graphopt.quantization.ranges.ranging import unfit
+from graphopt.quantization.rounding.interface import Rounding, nearest
+from graphopt.quantization.scales.inserted import Ahead, find_scales
+from graphopt.quantization.search.sensitivity import Reference
+from graphopt.quantization.static.emit import Emitter
+from graphopt.quantization.static.plan import Plan, name_of, plan
 from graphopt.target import QuantScheme, WeightKernels
 
 SAMPLES = 16
@@ -31,7 +31,7 @@ class Prepared:
     """What variants of one model have in common.
 
     Attributes:
-        model: in float, in the form that has integer kernels (`graphopt.quantization.prepare`); variants are clones.
+        model: in float, in the form that has integer kernels (`static.prepare`); variants are clones.
         scheme: number types of the target.
         per_channel: one weight scale per output channel.
         exclude: globs over names of nodes that stay in float.

@@ -15,8 +15,8 @@ from graphopt.pipeline.clone import private_clone
 from graphopt.quantization.apply import apply
 from graphopt.quantization.formats import BITS, Candidate, Format, candidates
 from graphopt.quantization.prepared import Prepared
-from graphopt.quantization.rounding import Rounding, nearest
-from graphopt.quantization.unpacked_weights import OPSET_MIN
+from graphopt.quantization.rounding.interface import Rounding, nearest
+from graphopt.quantization.weights.unpacked import OPSET_MIN
 from graphopt.target import QuantScheme
 
 

@@ -17,7 +17,7 @@ from graphopt import model as files
 from graphopt.base import PassResult
 from graphopt.passes.dequantize import Dequantize
 from graphopt.passes.fold_constants import FoldConstants
-from graphopt.quantization.recognised import holds_quantised
+from graphopt.quantization.back.recognised import holds_quantised
 from graphopt.registry import pass_class
 
 RNG = np.random.default_rng(0)

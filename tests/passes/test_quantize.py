@@ -19,7 +19,7 @@ from graphopt.errors import DataError, UsageError
 from graphopt.executor import Session
 from graphopt.passes.quantize import Quantize
 from graphopt.progress import Silent
-from graphopt.quantization.rules import CPU_OPS, RULES, Kind
+from graphopt.quantization.static.rules import CPU_OPS, RULES, Kind
 from graphopt.registry import pass_class
 from graphopt.target import QuantScheme, Target
 

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from text_graph import graph
 
 import graphopt
-from graphopt.quantization.dynamic import dynamic_layers
+from graphopt.quantization.dynamic.scheme import dynamic_layers
 from graphopt.registry import target
 
 RNG = np.random.default_rng(0)

@@ -10,7 +10,7 @@ from graphopt.base import Context
 from graphopt.executor import Session
 from graphopt.passes.quantize import Quantize
 from graphopt.progress import Silent
-from graphopt.quantization.rules import RULES, Kind
+from graphopt.quantization.static.rules import RULES, Kind
 from graphopt.registry import target
 
 NAME = "dnsmos_sig_bak_ovr"

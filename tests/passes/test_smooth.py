@@ -51,7 +51,7 @@ def noise(model: ir.Model) -> float:
     """Of the model in int8, in dB below the signal."""
     exact = run(model, {"x": X})[0]
     ctx = dataclasses.replace(context(), calibration=calibration.load({"x": X}, model))
-    Quantize(sensitive="none").run(model, ctx)
+    Quantize(sensitive="none", prepare="none").run(model, ctx)
     return float(10 * np.log10(np.square(exact).sum() / np.square(run(model, {"x": X})[0] - exact).sum()))
 
 

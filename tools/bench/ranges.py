@@ -21,11 +21,11 @@ import graphopt
 from graphopt import calibration
 from graphopt.numerics.rounding import Affine
 from graphopt.progress import Silent
-from graphopt.quantization.prepare import to_integer_form
 from graphopt.quantization.prepared import SAMPLES, Prepared
-from graphopt.quantization.range_choice import SINGLE, measure_ranges
-from graphopt.quantization.ranging import affines, histograms
-from graphopt.quantization.sensitivity import Reference, decibel
+from graphopt.quantization.ranges.choice import SINGLE, measure_ranges
+from graphopt.quantization.ranges.ranging import affines, histograms
+from graphopt.quantization.search.sensitivity import Reference, decibel
+from graphopt.quantization.static.prepare import to_integer_form
 from graphopt.registry import target
 
 Feeds = list[dict[str, np.ndarray]]

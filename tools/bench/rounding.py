@@ -21,9 +21,9 @@ import numpy as np
 from graphopt.calibration import Calibration
 from graphopt.calibration import load as load_data
 from graphopt.model import load, save
-from graphopt.quantization.front_to_back import FrontToBack, Requests
-from graphopt.quantization.rounding import Rounding, WeightGrid, nearest
-from graphopt.quantization.second_order import SecondOrder
+from graphopt.quantization.rounding.front_to_back import FrontToBack, Requests
+from graphopt.quantization.rounding.interface import Rounding, WeightGrid, nearest
+from graphopt.quantization.rounding.second_order import SecondOrder
 from graphopt.rewriting.layers import layers_of
 
 GRIDS = {

@@ -10,7 +10,7 @@ from graphopt import calibration
 from graphopt.diagnosis.integers import SCALED_BY, add_floats
 from graphopt.diagnosis.layers import layer_errors
 from graphopt.executor import Session
-from graphopt.quantization.recognised import QUANTISED_OPS
+from graphopt.quantization.back.recognised import QUANTISED_OPS
 
 RNG = np.random.default_rng(0)
 

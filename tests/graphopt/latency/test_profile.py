@@ -11,7 +11,7 @@ from graphopt.base import Context
 from graphopt.latency.profile import profile
 from graphopt.passes.quantize import Quantize
 from graphopt.progress import Silent
-from graphopt.quantization.layer_times import layer_times
+from graphopt.quantization.search.layer_times import layer_times
 from graphopt.registry import target
 
 

@@ -23,8 +23,8 @@ from graphopt.progress import Silent
 from graphopt.quantization.apply import apply
 from graphopt.quantization.formats import FORMATS, Format, candidates
 from graphopt.quantization.prepared import Prepared
-from graphopt.quantization.sensitivity import decibel
-from graphopt.quantization.static import StaticOptions, prepare
+from graphopt.quantization.search.sensitivity import decibel
+from graphopt.quantization.static.scheme import StaticOptions, prepare
 from graphopt.registry import pass_class, target
 from graphopt.target import Target
 from graphopt.verify import random_feeds

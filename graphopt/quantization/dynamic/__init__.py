@@ -1,0 +1,1 @@
+"""Integers whose scales are found as the data arrives: products and LSTMs."""

@@ -1,0 +1,1 @@
+"""Ranges of activations: from calibration data, from what reads them, from the model alone."""

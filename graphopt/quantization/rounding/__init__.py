@@ -1,0 +1,1 @@
+"""How weights become integers: the interface, rounding to nearest, second-order rounding, corrected biases."""

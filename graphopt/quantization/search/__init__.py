@@ -1,0 +1,1 @@
+"""Which layer gets which number format: times, noise, budgets, and the search over them."""
