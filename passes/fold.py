@@ -20,6 +20,7 @@ MEMBERS = (
     "remove-identities",
     "fold-batchnorm",
     "fold-conv-affine",
+    "merge-linear",
     "fold-wrappers",
     "merge-common-subexpressions",
     "dedupe-initializers",

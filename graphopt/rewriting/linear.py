@@ -76,6 +76,46 @@ class Linear:
         """The axis of a tensor of this rank, x or y, along which channels run."""
         return rank - 1 if is_onnx(self.node, "MatMul") else 1
 
+    @property
+    def weight_size(self) -> int:
+        """Numbers in the weight."""
+        return math.prod(_weight_shape(self.node))
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """Spatial sizes of a convolution's kernel; () for Gemm and MatMul."""
+        return _weight_shape(self.node)[2:]
+
+    def matrices(self) -> Float64:
+        """W in float64, (groups, outputs per group, inputs per group, kernel positions); Gemm's alpha is in it."""
+        return self._weight() * self.factor
+
+    def bias(self) -> Float64:
+        """b in float64, (outputs,); Gemm's beta is in it, and it is zero where there is none."""
+        return self._bias()
+
+    def replace(self, weight: Float64, bias: Float64, names: Names, origin: Iterable[str]) -> str | None:
+        """Make the node compute another map with the same kernel; groups and channel counts may differ.
+
+        Args:
+            weight: as `matrices` returns it.
+            bias: (outputs,).
+            names: of the model, for a new bias.
+            origin: provenance.
+
+        Returns:
+            None where it was done, otherwise the reason why it cannot be, and then nothing changed.
+        """
+        reason = _misfit(weight, bias, self._dtype)
+        if reason:
+            return reason
+        if is_onnx(self.node, "Conv", "ConvTranspose"):
+            self.node.attributes["group"] = ir.AttrInt64("group", weight.shape[0])
+            if weight.shape[0] == 1:
+                self.node.attributes.pop("group")
+        self.node.attributes.pop("alpha", None)
+        return self._store(weight, bias, names, origin)
+
     def shift_blocked(self) -> str | None:
         """Why a constant added to x is not a constant added to y; None where it is."""
         node = self.node
@@ -150,11 +190,11 @@ class Linear:
         return is_onnx(self.node, "Gemm") and self.node.attributes.get_int("transB", 0) != 0
 
     def _stored(self, weight: Float64) -> Float64:
-        shape = _weight_shape(self.node)
+        groups, outputs, inputs, _ = weight.shape
         if self.node.op_type == "Conv":
-            return weight.reshape(shape)
+            return weight.reshape(groups * outputs, inputs, *self.kernel)
         if self.node.op_type == "ConvTranspose":
-            return weight.swapaxes(1, 2).reshape(shape)
+            return weight.swapaxes(1, 2).reshape(groups * inputs, outputs, *self.kernel)
         return weight[0, :, :, 0] if self._transposed else weight[0, :, :, 0].T
 
     def _bias(self) -> Float64:
@@ -213,12 +253,13 @@ class Linear:
             self.node.replace_input_with(self.bias_index, value)
 
 
-def linear_view(node: ir.Node, *, opset: int) -> Linear | str:
+def linear_view(node: ir.Node, *, opset: int, shared: bool = False) -> Linear | str:
     """View `node` as a linear map with a weight of its own.
 
     Args:
         node: any node.
         opset: version of the standard operator set that the model imports.
+        shared: the view is only read, so that the weight may have other readers.
 
     Returns:
         The view, or the reason why there is none.
@@ -238,7 +279,7 @@ def linear_view(node: ir.Node, *, opset: int) -> Linear | str:
         return "its weight " + ("can be overridden by the caller" if overridable else "is not constant")
     if not tensor.dtype.is_floating_point() or tensor.dtype.bitwidth < 16:
         return f"its weight has dtype {tensor.dtype.name}"
-    if not sole_use(weight):
+    if not shared and not sole_use(weight):
         return "its weight is shared or given out, and would have to be duplicated"
     shape = _weight_shape(node)
     if math.prod(shape) == 0:
