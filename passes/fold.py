@@ -18,6 +18,8 @@ from graphopt.rewriting.edit import Size, size
 MEMBERS = (
     "fold-constants",
     "remove-identities",
+    "merge-slices",
+    "cancel-concats",
     "fold-batchnorm",
     "fold-conv-affine",
     "merge-linear",

@@ -359,7 +359,9 @@ def node_bytes(node: ir.Node) -> int:
     """About how many bytes `node` takes in a file, tensors in its attributes included and bodies not."""
     total = 8 + len(node.name or "") + len(node.op_type) + len(node.domain)
     total += sum(2 + len(v.name or "") for v in node.inputs if v is not None)
-    total += sum(2 + len(v.name or "") for v in node.outputs)
+    # An output stands there twice: once more with its shape.
+    total += sum(2 + len(v.name or "") + 16 + len(v.name or "") for v in node.outputs)
+    total += sum(4 + len(key) + len(text) for key, text in node.metadata_props.items() if key != FOLDED_FROM)
     for attribute in node.attributes.values():
         total += 6 + len(attribute.name)
         if attribute.is_ref():
