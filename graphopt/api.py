@@ -16,6 +16,7 @@ from graphopt import registry
 from graphopt.backend import compresses
 from graphopt.base import Context, Pass
 from graphopt.errors import UsageError
+from graphopt.given import called, opened
 from graphopt.manager import PassManager, stats
 from graphopt.pipeline import verdict
 from graphopt.pipeline.gates import DropGate, LatencyGate, Regressions
@@ -142,6 +143,7 @@ def optimize(
     max_drop: float | str | None = None,
     max_latency: float | str | None = None,
     dim: Mapping[str, int] | None = None,
+    input_shape: Mapping[str, Sequence[int]] | None = None,
     seed: int | None = None,
     jobs: int = 1,
     verify_each: Level = "numeric",
@@ -174,6 +176,7 @@ def optimize(
         max_latency: gate on the latency ratio to the input model; None: off, except for presets. Refuses what is slower
             beyond the noise measured; for a bound of 1, up to 1.02 counts as equal.
         dim: fixed sizes of symbolic input dimensions.
+        input_shape: fixed shapes of inputs, by name; dimensions of other inputs that have the same names follow.
         seed: of every random choice; default 0.
         jobs: threads that passes may use.
         verify_each: "numeric", "structure" or "off".
@@ -194,20 +197,16 @@ def optimize(
         GateRefused: every result broke a gate; its attribute `report` tells more. The input model stands.
         GraphoptError: see `graphopt.errors`.
     """
-    from graphopt.model import fix_dims, load
-
     start = time.perf_counter()
-    plan = make_plan(passes, preset, recipe, target, calib, evaluate, metric, max_drop, max_latency, dim, seed)
+    plan = make_plan(
+        passes, preset, recipe, target, calib, evaluate, metric, max_drop, max_latency, dim, input_shape, seed
+    )
     if jobs < 1:
         raise UsageError(f"{jobs} is less than 1", where="jobs", hint="give the number of threads")
     for line in plan.notes:
         (say or _ignore)(line)
-    loaded, name = (load(model), str(model)) if isinstance(model, (str, os.PathLike)) else (model, "model")
-    if plan.dim:
-        from graphopt.pipeline.clone import private_clone
-
-        loaded = private_clone(loaded)
-        fix_dims(loaded, plan.dim)
+    name = called(model, "model")
+    loaded = opened(model, plan.dim, plan.input_shape)
     ctx = _context(loaded, plan, jobs, progress)
     measures = Measures(loaded, ctx, seconds=bench_seconds)
     gates = _gates(plan, measures, bench)
@@ -238,7 +237,7 @@ def optimize(
         preset=plan.preset,
         calibration=ctx.calibration.name if ctx.calibration is not None else None,
         evaluation=ctx.evaluation.name if ctx.evaluation is not None else None,
-        notes=list(plan.notes),
+        notes=[*plan.notes, *plan.fixed_sizes()],
         versions=versions(),
         command=command,
         dry_run=dry_run,

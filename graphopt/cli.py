@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from graphopt.cli_sizes import size_options
 from graphopt.shell import Shell, State
 
 F = Callable[..., Any]
@@ -32,16 +33,6 @@ def cli() -> None:
     """
 
 
-def _dims(ctx: click.Context, option: click.Parameter, given: Sequence[str]) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for text in given:
-        name, sign, size = text.rpartition("=")
-        if not (sign and name and size.isascii() and size.isdigit() and int(size) > 0):
-            raise click.BadParameter(f"{text!r} is not NAME=SIZE with a positive size, such as batch=1")
-        found[name] = int(size)
-    return found
-
-
 def _debug(ctx: click.Context, option: click.Parameter, on: bool) -> None:
     if on:
         ctx.ensure_object(State).debug = True
@@ -55,9 +46,6 @@ def common(command: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables, errors too.")(command)
 
 
-dim_option = click.option(
-    "--dim", multiple=True, metavar="NAME=SIZE", callback=_dims, help="Fix a symbolic input dimension; repeatable."
-)
 target_option = click.option("--target", metavar="NAME", help="Device and runtime; see `graphopt targets`.")
 seed_option = click.option("--seed", type=int, help="Of every random choice.  [default: 0]")
 threads_option = click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Of a session.")
@@ -96,7 +84,7 @@ force_option = click.option("--force", is_flag=True, help="Write into a folder t
     help="Undo a pass that makes it slower than R times the input model, beyond the noise measured; "
     "for R = 1, up to 1.02 counts as equal.",
 )
-@dim_option
+@size_options
 @seed_option
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Threads that passes may use.")
 @click.option("--report", "page", type=click.Path(), metavar="FILE.html", help="Write the report as a page.")
@@ -205,13 +193,13 @@ def _show(report: Any, page: str | None, as_json: bool) -> None:
 @click.option(
     "--target", metavar="NAME", help="Also which layers its kernels that skip 2:4 zeros may run, and why not."
 )
-@dim_option
+@size_options
 @common
-def inspect(model: str, units: bool, target: str | None, dim: dict[str, int], as_json: bool) -> None:
+def inspect(model: str, units: bool, target: str | None, as_json: bool, **sizes: Any) -> None:
     """Count MODEL, and tell what of it can be pruned, and for what cannot: why."""
     from graphopt.inspection import inspect as find
 
-    found = find(model, dim=dim, target=target)
+    found = find(model, target=target, **sizes)
     if as_json:
         _json(found.to_dict(units=units))
         return
@@ -228,7 +216,7 @@ def inspect(model: str, units: bool, target: str | None, dim: dict[str, int], as
     "--tolerance", type=float, metavar="X", help="Relative difference allowed; without: rounding of the dtype."
 )
 @click.option("--layers", is_flag=True, help="Also which layers of B make the error, and what to leave in float.")
-@dim_option
+@size_options
 @seed_option
 @common
 @click.pass_context
@@ -269,7 +257,7 @@ def compare(
 @click.option("--seconds", type=click.FloatRange(0.1), default=2.0, show_default=True, help="Time to measure for.")
 @click.option("--table", "layers", is_flag=True, help="Measure single layers instead, at the widths of pruning.")
 @threads_option
-@dim_option
+@size_options
 @common
 def bench(models: Sequence[str], target: str | None, layers: bool, as_json: bool, **options: Any) -> None:
     """Measure MODELS in turn; ratios are to the first, below 1 is faster.
@@ -294,7 +282,7 @@ def bench(models: Sequence[str], target: str | None, layers: bool, as_json: bool
 def _bench_layers(models: Sequence[str], target: str, as_json: bool, options: dict[str, Any]) -> None:
     from graphopt.jobs import latency_table
 
-    taken = {name: options[name] for name in ("calib", "threads", "dim")}
+    taken = {name: options[name] for name in ("calib", "threads", "dim", "input_shape")}
     found = [latency_table(model, target, **taken) for model in models]
     if as_json:
         _json(found[-1].table.to_dict())
@@ -310,7 +298,7 @@ def _bench_layers(models: Sequence[str], target: str, as_json: bool, options: di
 @click.option("--target", required=True, metavar="NAME", help="Device and runtime; see `graphopt targets`.")
 @click.option("-o", "--output", "out", required=True, type=click.Path(), metavar="OUT", help="Folder for the bundle.")
 @click.option("--calib", metavar="DATA", help="One real input for the time in the manifest; without: random.")
-@dim_option
+@size_options
 @compress_option
 @force_option
 @common

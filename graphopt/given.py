@@ -17,20 +17,25 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
 
-def opened(model: ir.Model | str | os.PathLike[str], dim: Mapping[str, int] | None) -> ir.Model:
-    """The model itself; a copy of its own where symbolic input dimensions are fixed.
+def opened(
+    model: ir.Model | str | os.PathLike[str],
+    dim: Mapping[str, int] | None,
+    input_shape: Mapping[str, Sequence[int]] | None = None,
+) -> ir.Model:
+    """The model itself; a copy of its own where open input dimensions are fixed.
 
     Raises:
-        ModelError, UsageError: it is invalid, or has no such dimension.
+        ModelError, UsageError: it is invalid, or has no such dimension or input.
     """
-    from graphopt.model import fix_dims, load
+    from graphopt.files.input_sizes import fix_sizes
+    from graphopt.model import load
 
     loaded = load(model) if isinstance(model, (str, os.PathLike)) else model
-    if dim:
+    if dim or input_shape:
         from graphopt.pipeline.clone import private_clone
 
         loaded = private_clone(loaded)
-        fix_dims(loaded, dim)
+        fix_sizes(loaded, dim or {}, input_shape or {})
     return loaded
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +80,7 @@ def inspect(
     model: ir.Model | str | os.PathLike[str],
     *,
     dim: Mapping[str, int] | None = None,
+    input_shape: Mapping[str, Sequence[int]] | None = None,
     target: Target | str | None = None,
 ) -> Inspection:
     """Count a model and find out what can be pruned, and for what cannot: why.
@@ -87,6 +88,7 @@ def inspect(
     Args:
         model: an ONNX file or a loaded model; not changed.
         dim: fixed sizes of symbolic input dimensions.
+        input_shape: fixed shapes of inputs, by name.
         target: also which layers its kernels that skip zeros may execute, and which not: why.
 
     Raises:
@@ -104,7 +106,7 @@ def inspect(
 
     chosen = None if target is None else as_target(target)
     given = opened(model, None)
-    loaded = opened(given, dim)
+    loaded = opened(given, dim, input_shape)
     readable = private_clone(loaded)
     prepare(readable)
     coupling = analyse(readable)

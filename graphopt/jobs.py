@@ -34,6 +34,7 @@ def compare(
     seed: int = 0,
     samples: int = 4,
     dim: Mapping[str, int] | None = None,
+    input_shape: Mapping[str, Sequence[int]] | None = None,
 ) -> Comparison:
     """Run two models on the same data and measure how far their outputs are apart.
 
@@ -44,6 +45,7 @@ def compare(
         seed: of the random inputs.
         samples: how many random inputs.
         dim: fixed sizes of symbolic input dimensions, in both.
+        input_shape: fixed shapes of inputs by name, in both.
 
     Raises:
         VerificationError: the second model lacks an output, or one has another shape or type.
@@ -51,7 +53,7 @@ def compare(
     """
     from graphopt import calibration, verify
 
-    first, second = opened(a, dim), opened(b, dim)
+    first, second = opened(a, dim, input_shape), opened(b, dim, input_shape)
     check_same_inputs([first, second], [called(a, "A"), called(b, "B")])
     if calib is None:
         feeds = verify.random_feeds(first, seed, samples=samples)
@@ -67,11 +69,12 @@ def compare_layers(
     seed: int = 0,
     samples: int = 4,
     dim: Mapping[str, int] | None = None,
+    input_shape: Mapping[str, Sequence[int]] | None = None,
 ) -> LayerErrors:
     """Find out which layers of a model make its error against the model it was made of, and what to leave in float.
 
     Args:
-        a, b, calib, seed, samples, dim: as in `compare`.
+        a, b, calib, seed, samples, dim, input_shape: as in `compare`.
 
     Raises:
         VerificationError: the second model fails where the first one runs.
@@ -80,7 +83,7 @@ def compare_layers(
     from graphopt import calibration, verify
     from graphopt.diagnosis.layers import layer_errors
 
-    first, second = opened(a, dim), opened(b, dim)
+    first, second = opened(a, dim, input_shape), opened(b, dim, input_shape)
     check_same_inputs([first, second], [called(a, "A"), called(b, "B")])
     given = verify.random_feeds(first, seed, samples=samples) if calib is None else calib
     found = layer_errors(first, second, calibration.load(given, first, seed=seed))
@@ -98,6 +101,7 @@ def bench(
     seconds: float = 2.0,
     batch: int = 1,
     dim: Mapping[str, int] | None = None,
+    input_shape: Mapping[str, Sequence[int]] | None = None,
 ) -> BenchResult:
     """Measure models in turn on a target; ratios are to the first.
 
@@ -109,6 +113,7 @@ def bench(
         seconds: time to spend on measured rounds.
         batch: samples of real inputs per run, where the model leaves that open.
         dim: fixed sizes of symbolic input dimensions.
+        input_shape: fixed shapes of inputs, by name.
 
     Raises:
         MissingBackendError: the target cannot run here.
@@ -118,7 +123,7 @@ def bench(
     if not models:
         raise UsageError("no model was given", hint="give one or more ONNX files")
     chosen = as_target(target)
-    loaded = [opened(model, dim) for model in models]
+    loaded = [opened(model, dim, input_shape) for model in models]
     check_same_inputs(loaded, [called(model, f"model {number}") for number, model in enumerate(models, 1)])
     feeds = None if calib is None else one_batch(calib, loaded[0], batch)
     return registry.backend(chosen.backend).bench(loaded, chosen, feeds, threads=threads, seconds=seconds)
@@ -131,6 +136,7 @@ def latency_table(
     calib: Any = None,
     threads: int = 1,
     dim: Mapping[str, int] | None = None,
+    input_shape: Mapping[str, Sequence[int]] | None = None,
 ) -> Measured:
     """Measure the layers of a model at all widths that pruning can give them, and keep the times for this machine.
 
@@ -140,6 +146,7 @@ def latency_table(
         calib: data whose first sample gives the sizes that the model leaves open; None: each of them is 1.
         threads: threads of one session.
         dim: fixed sizes of symbolic input dimensions.
+        input_shape: fixed shapes of inputs, by name.
 
     Raises:
         MissingBackendError: the target cannot run here.
@@ -148,7 +155,7 @@ def latency_table(
     from graphopt.latency.report import measured
     from graphopt.verify import random_feeds
 
-    loaded = opened(model, dim)
+    loaded = opened(model, dim, input_shape)
     feeds = random_feeds(loaded, 0, samples=1)[0] if calib is None else one_batch(calib, loaded, 1)
     return measured(loaded, as_target(target), feeds, threads)
 
@@ -160,6 +167,7 @@ def lower(
     *,
     calib: Any = None,
     dim: Mapping[str, int] | None = None,
+    input_shape: Mapping[str, Sequence[int]] | None = None,
     compress: bool = False,
 ) -> list[Path]:
     """Write the deployable bundle of a target.
@@ -170,6 +178,7 @@ def lower(
         folder: gets the bundle.
         calib: data to take one real input from, for the time in the manifest; None: random inputs.
         dim: fixed sizes of symbolic input dimensions.
+        input_shape: fixed shapes of inputs, by name.
         compress: store weights with many zeros as values and positions (`graphopt.save`).
 
     Raises:
@@ -181,7 +190,7 @@ def lower(
     backend = registry.backend(chosen.backend)
     if compress and not compresses(backend):
         raise UsageError(f"backend {chosen.backend!r} writes no compressed bundles", where="compress", hint="leave it")
-    loaded = opened(model, dim)
+    loaded = opened(model, dim, input_shape)
     feeds = None if calib is None else one_batch(calib, loaded, 1)
     more: dict[str, Any] = {"compress": True} if compress else {}
     return backend.lower(loaded, chosen, Path(folder), feeds=feeds, **more)

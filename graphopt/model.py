@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from graphopt.errors import ModelError, UsageError
-from graphopt.files import archive, checks, compression, writer
+from graphopt.files import archive, checks, compression, input_sizes, writer
 from graphopt.files import shape_inference as shapes
 from graphopt.files.external_data import DataFiles
 from graphopt.files.proto_checks import check_proto
@@ -169,12 +169,12 @@ def infer_shapes(model: ir.Model) -> None:
 
 
 def fix_dims(model: ir.Model, sizes: Mapping[str, int]) -> None:
-    """Give named input dimensions a fixed size, in place; see `graphopt.files.shape_inference.fix_dims`.
+    """Give named input dimensions a fixed size, in place.
 
     Raises:
         UsageError: a name that no input has, or a size below 1.
     """
-    shapes.fix_dims(model, sizes)
+    input_sizes.fix_sizes(model, sizes, {})
 
 
 def weight_bytes(model: ir.Model) -> int:

@@ -6,12 +6,12 @@ shapes depend on (Reshape targets, Slice bounds, ...) are far smaller and take p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from graphopt.errors import ModelError, UsageError
+from graphopt.errors import ModelError
 from graphopt.files.body_shapes import BodyInputs, repeat_constants
 from graphopt.files.contrib_shapes import stand_in
 from graphopt.files.integers import dimensions
@@ -254,40 +254,3 @@ def _copy_infos(graph: ir.Graph, infos: Iterable[onnx.ValueInfoProto], names: _N
         shape = ir.serde.deserialize_type_proto_for_shape(info.type)
         if shape is not None:
             value.shape = names.cleaned(shape)
-
-
-def dimension_names(model: ir.Model) -> list[str]:
-    """The named dimensions of the graph inputs, in order of appearance."""
-    names: dict[str, None] = {}
-    for value in model.graph.inputs:
-        for dim in value.shape or ():
-            if isinstance(dim, ir.SymbolicDim) and dim.value:
-                names[dim.value] = None
-    return list(names)
-
-
-def fix_dims(model: ir.Model, sizes: Mapping[str, int]) -> None:
-    """Give named dimensions of the inputs a fixed size, everywhere, and infer all shapes again. In place.
-
-    Args:
-        model: the model to specialise.
-        sizes: size by dimension name, each at least 1.
-
-    Raises:
-        UsageError: a name that no input has, or a size below 1.
-    """
-    present = dimension_names(model)
-    for name, size in sizes.items():
-        if name not in present:
-            raise UsageError(
-                f"the model has no input dimension of this name; it has {', '.join(present) or 'none that is named'}",
-                where=f"dimension {name}",
-            )
-        if size < 1:
-            raise UsageError(f"size {size} is not a positive number", where=f"dimension {name}")
-    for value in [*model.graph.inputs, *model.graph.outputs]:
-        if value.shape is not None:
-            value.shape = ir.Shape(
-                [sizes.get(dim.value or "", dim) if isinstance(dim, ir.SymbolicDim) else dim for dim in value.shape]
-            )
-    infer_shapes(model)

@@ -32,8 +32,15 @@ class Plan:
     max_latency: float | None
     seed: int
     dim: Mapping[str, int]
+    input_shape: Mapping[str, Sequence[int]]
     preset: str | None = None
     notes: tuple[str, ...] = ()
+
+    def fixed_sizes(self) -> tuple[str, ...]:
+        """A line for the report where dimensions of the inputs are fixed."""
+        sizes = [f"{name}={size}" for name, size in self.dim.items()]
+        shapes = [f"{name}:{','.join(map(str, shape))}" for name, shape in self.input_shape.items()]
+        return (f"sizes of the inputs are fixed: {' '.join([*sizes, *shapes])}",) if sizes or shapes else ()
 
     def recipe(self) -> Recipe:
         """What to save to get the same run again; data that is not a path or a name has no place in a file."""
@@ -51,6 +58,7 @@ class Plan:
             max_latency=self.max_latency,
             seed=self.seed,
             dim=tuple(self.dim.items()),
+            input_shape=tuple((name, tuple(shape)) for name, shape in self.input_shape.items()),
         )
 
 
@@ -65,6 +73,7 @@ def make_plan(
     max_drop: float | str | None,
     max_latency: float | str | None,
     dim: Mapping[str, int] | None,
+    input_shape: Mapping[str, Sequence[int]] | None,
     seed: int | None,
 ) -> Plan:
     """Bring the arguments of `graphopt.optimize`, which documents them, together with what a recipe or preset says.
@@ -89,6 +98,7 @@ def make_plan(
         ),
         seed=seed if seed is not None else said.seed if said.seed is not None else 0,
         dim=dim if dim is not None else dict(said.dim),
+        input_shape=input_shape if input_shape is not None else dict(said.input_shape),
     )
     if plan.seed < 0:
         raise UsageError(f"{plan.seed} is negative", where="seed", hint="give a whole number from 0 on")

@@ -19,7 +19,7 @@ that a recipe means the same when a later version changes a default.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ class Recipe:
         max_drop, max_latency: bounds of the gates; inf switches a gate off in words.
         seed: of every random choice.
         dim: fixed sizes of symbolic dimensions, by name.
+        input_shape: fixed shapes of inputs, by name.
     """
 
     passes: tuple[Pass, ...]
@@ -56,6 +57,7 @@ class Recipe:
     max_latency: float | None = None
     seed: int | None = None
     dim: tuple[tuple[str, int], ...] = ()
+    input_shape: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     def to_toml(self) -> str:
         """The recipe as TOML. Inverse of `parse_recipe`.
@@ -68,10 +70,12 @@ class Recipe:
         lines = [f"schema = {SCHEMA}", f"graphopt = {quote(version())}"]
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name not in ("passes", "dim") and value is not None:
+            if f.name not in ("passes", "dim", "input_shape") and value is not None:
                 lines.append(f"{f.name} = {_toml(value)}")
         if self.dim:
             lines += ["", "[dim]", *(f"{quote(name)} = {size}" for name, size in self.dim)]
+        if self.input_shape:
+            lines += ["", "[input_shape]", *(f"{quote(name)} = {list(shape)}" for name, shape in self.input_shape)]
         if not self.passes:
             lines.insert(2, "passes = []")
         for p in self.passes:
@@ -167,11 +171,14 @@ def _read_settings(data: dict[str, Any], source: str) -> dict[str, Any]:
         if key == "dim":
             settings[key] = _read_dims(value, source)
             continue
+        if key == "input_shape":
+            settings[key] = _read_shapes(value, source)
+            continue
         if key not in kinds:
             raise UsageError(
                 f"unknown key {key!r}",
                 where=source,
-                hint=suggest(key, [*kinds, "dim", "passes"], "graphopt optimize --help"),
+                hint=suggest(key, [*kinds, "dim", "input_shape", "passes"], "graphopt optimize --help"),
             )
         if not isinstance(value, kinds[key]) or isinstance(value, bool):
             raise UsageError(
@@ -184,11 +191,25 @@ def _read_settings(data: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def _read_dims(value: Any, source: str) -> tuple[tuple[str, int], ...]:
-    if not isinstance(value, Mapping) or not all(type(v) is int and v > 0 for v in value.values()):
+    if not isinstance(value, Mapping) or not _sizes(value.values()):
         raise UsageError(
             "is not a table of positive integers", where=f"{source}, key 'dim'", hint="write [dim] and batch = 1"
         )
     return tuple(value.items())
+
+
+def _read_shapes(value: Any, source: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    if not isinstance(value, Mapping) or not all(isinstance(v, list) and _sizes(v) for v in value.values()):
+        raise UsageError(
+            "is not a table of lists of positive integers",
+            where=f"{source}, key 'input_shape'",
+            hint="write [input_shape] and x = [1, 3, 224, 224]",
+        )
+    return tuple((name, tuple(shape)) for name, shape in value.items())
+
+
+def _sizes(values: Iterable[Any]) -> bool:
+    return all(type(v) is int and v > 0 for v in values)
 
 
 def _read_pass(table: Any, where: str, resolve: Resolve) -> Pass:

@@ -181,6 +181,15 @@ def test_fixed_dimensions_leave_the_given_model_alone() -> None:
         optimize([DropIdentity()], model, dim={"M": 4})
 
 
+def test_fixed_shapes_are_recorded() -> None:
+    result = optimize([DropIdentity()], input_shape={"x": [3, 4]})
+    assert list(result.model.graph.inputs[0].shape or ()) == [3, 4]
+    assert result.recipe.input_shape == (("x", (3, 4)),)
+    assert "sizes of the inputs are fixed: x:3,4" in result.report.notes
+    again = optimize(None, recipe=result.recipe)
+    assert list(again.model.graph.inputs[0].shape or ()) == [3, 4]
+
+
 def test_opset_beyond_the_target_is_told() -> None:
     report = optimize([NewOpset()], target=replace(TARGET, opset_max=20, ir_max=10)).report
     assert "opset 21 is newer than target 'nowhere' reads (at most 20)" in report.warnings

@@ -244,6 +244,7 @@ def test_a_recipe_keeps_everything(tmp_path: Any) -> None:
         max_latency=0.5,
         seed=0,
         dim=(("batch size", 1), ("time", 7)),
+        input_shape=(("x:0", (1, 3, 224, 224)), ("ids", (1, 7))),
     )
     write_recipe(recipe, tmp_path / "r.toml")
     assert read_recipe(tmp_path / "r.toml", resolve) == recipe

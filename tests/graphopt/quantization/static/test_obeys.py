@@ -112,7 +112,8 @@ def test_what_is_quantised_for_a_target_obeys_its_rules(name: str, target: str) 
 @pytest.mark.data
 @pytest.mark.parametrize("target", ["cpu", "cpu-arm64", "jetson-orin", "android-qnn"])
 def test_resnet20(target: str, data_dir: Path) -> None:
-    from graphopt.files.shape_inference import dimension_names, fix_dims
+    from graphopt.files.input_sizes import dimension_names
+    from graphopt.model import fix_dims
 
     made = model.load(data_dir / "models" / "resnet20_cifar10.onnx")
     if scheme(target).static_shapes:
