@@ -26,6 +26,7 @@ from graphopt.rewriting.cuts import (
     lengths_along,
     made_by,
     rank_of,
+    remove_unread,
     set_inputs,
     sizes,
     slice_inputs,
@@ -99,8 +100,6 @@ def _flatten(node: ir.Node, result: PassResult) -> int:
     if nested:
         set_inputs(node, inputs)
         mark_origin(node, [label(inner) for inner in nested])
-        for inner in nested:
-            remove_node(inner)
     return len(nested)
 
 
@@ -184,8 +183,7 @@ def _join(node: ir.Node, opset: int, editor: Editor, result: PassResult) -> int:
         set_inputs(node, inputs)
         mark_origin(node, [label(maker) for maker in makers])
     for maker in makers:
-        if maker.graph is not None and not any(o.uses() or o.is_graph_output() for o in maker.outputs):
-            remove_node(maker)
+        remove_unread(maker.outputs[0])
     return joined
 
 
@@ -248,8 +246,7 @@ def _unsplit(node: ir.Node, result: PassResult) -> int:
     for output, value in pairs:
         replace_value(output, value)
     remove_node(node)
-    if not inner.outputs[0].uses() and not inner.outputs[0].is_graph_output():
-        remove_node(inner)
+    remove_unread(inner.outputs[0])
     return 1
 
 
@@ -275,8 +272,7 @@ def _into_operand(node: ir.Node, editor: Editor, result: PassResult) -> int:
         cuts = {k: c for k, c in {**(cuts_of(node) or {}), axis: cut}.items() if not (whole and k == axis)}
         set_inputs(node, slice_inputs(cuts, operand, node, editor, str(node.outputs[0].name)))
         mark_origin(node, [label(inner)])
-    if not inner.outputs[0].uses() and not inner.outputs[0].is_graph_output():
-        remove_node(inner)
+    remove_unread(inner.outputs[0])
     return 1
 
 

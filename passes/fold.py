@@ -18,11 +18,13 @@ from graphopt.rewriting.edit import Size, size
 MEMBERS = (
     "fold-constants",
     "remove-identities",
+    "merge-reshapes",
     "merge-slices",
     "cancel-concats",
     "fold-batchnorm",
     "fold-conv-affine",
     "merge-linear",
+    "merge-branches",
     "fold-wrappers",
     "merge-common-subexpressions",
     "dedupe-initializers",

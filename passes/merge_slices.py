@@ -14,8 +14,8 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult, Skip
-from graphopt.rewriting.cuts import Cut, chained, cuts_of, made_by, set_inputs, sizes, slice_inputs
-from graphopt.rewriting.edit import is_onnx, label, mark_origin, remove_node, sole_use
+from graphopt.rewriting.cuts import Cut, chained, cuts_of, made_by, remove_unread, set_inputs, sizes, slice_inputs
+from graphopt.rewriting.edit import is_onnx, label, mark_origin, sole_use
 from graphopt.rewriting.editor import Editor
 
 _FIRST_WITH_OPERANDS = 10
@@ -84,4 +84,4 @@ def _write(node: ir.Node, inner: ir.Node, cuts: dict[int, Cut], opset: int, edit
         node.attributes["starts"] = ir.AttrInt64s("starts", [cuts[axis][0] for axis in axes])
         node.attributes["ends"] = ir.AttrInt64s("ends", [cuts[axis][1] for axis in axes])
     mark_origin(node, [label(inner)])
-    remove_node(inner)
+    remove_unread(inner.outputs[0])

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
-from graphopt.rewriting.edit import array, drop_if_unused, is_onnx
+from graphopt.rewriting.edit import array, bodies, drop_if_unused, is_onnx
 from graphopt.rewriting.editor import Editor
 
 TO_THE_END = 2**31 - 1
@@ -76,7 +76,7 @@ def _plain(cut: Cut, length: int | str | None) -> Cut:
 
 
 def _disputed(cut: Cut, length: int) -> bool:
-    """Whether the standard and runtimes disagree on what a cut takes: backwards from before the front, or to the end."""
+    """Whether standard and runtimes disagree on what a cut takes: backwards from before the front, or to the end."""
     start, end, step = cut
     return step < 0 and (start < -length or end >= TO_THE_END)
 
@@ -105,13 +105,29 @@ def chained(inner: Cut, outer: Cut, length: int | str | None) -> Cut | None:
 
 
 def set_inputs(node: ir.Node, inputs: Sequence[ir.Value | None]) -> None:
-    """Let `node` read these; constants that nobody reads any more go."""
+    """Let `node` read these; what nobody reads any more goes."""
     old = tuple(node.inputs)
     node.resize_inputs(len(inputs))
     for index, value in enumerate(inputs):
         node.replace_input_with(index, value)
     for value in old:
-        drop_if_unused(value)
+        remove_unread(value)
+
+
+def remove_unread(value: ir.Value | None) -> None:
+    """Remove a constant that nobody reads, or the node that makes a value nobody reads and what only it read."""
+    pending = [value]
+    while pending:
+        found = pending.pop()
+        node = found.producer() if found is not None else None
+        if node is None or is_onnx(node, "Constant"):
+            drop_if_unused(found)
+        elif node.graph is not None and not any(o.uses() or o.is_graph_output() for o in node.outputs):
+            inputs = tuple(node.inputs)
+            if any(True for _ in bodies(node)):
+                continue  # what bodies capture is for remove-dead-code to find
+            node.graph.remove(node, safe=True)
+            pending.extend(inputs)
 
 
 def slice_inputs(
