@@ -61,24 +61,29 @@ class Fold(Pass):
         chosen = ("merge-factors", *MEMBERS) if self.merge_factors else MEMBERS
         members = [self._member(name, ctx) for name in chosen]
         rows = []
-        # One backup serves until a member changes the model: a clone costs O(nodes), and most members find nothing.
-        backup: ir.Model | None = None
+        # A member whose work is undone is rare, a clone of a large graph slow: one is made, and the members before that
+        # one run again on it. They are deterministic.
+        original = model.clone()
+        applied: list[Pass] = []
+        settled: dict[str, int] = {}
         before = size(model)
         for round_number in range(1, self.rounds + 1):
             changed = False
             for member in members:
-                if member.name in undone:
+                # Nothing has changed since it last found nothing.
+                if member.name in undone or settled.get(member.name) == len(applied):
                     continue
-                backup = backup or model.clone()
                 outcome = member.run(model, ctx)
                 skipped[member.name] = outcome.skipped
                 if not outcome.changed:
+                    settled[member.name] = len(applied)
                     continue
                 after = size(model)
                 excess = self._excess(member, before, after)
                 if excess:
-                    _restore(model, backup)
-                    backup = None
+                    _restore(model, original.clone())
+                    for earlier in applied:
+                        earlier.run(model, ctx)
                     undone.add(member.name)
                     result.notes.append(f"{member.name} undone: it made the model larger ({excess})")
                     continue
@@ -92,7 +97,8 @@ class Fold(Pass):
                         "bytes": after.bytes - before.bytes,
                     }
                 )
-                before, backup = after, None
+                applied.append(member)
+                before = after
             if not changed:
                 break
         else:
