@@ -13,18 +13,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult, Skip, option
 from graphopt.errors import ModelError
+from graphopt.rewriting.affine import inference_affine
 from graphopt.rewriting.edit import (
     Float64,
     Names,
     allow_private_initializers,
     bypass,
     cannot_replace,
-    float64,
     freeze_note,
     freeze_overridable,
     is_onnx,
@@ -94,40 +93,6 @@ class FoldBatchNorm(Pass):
             counts["those after it"] += 1
             return None
         return f"before it: {after}; after it: {before}"
-
-
-def inference_affine(node: ir.Node, opset: int) -> tuple[Float64, Float64] | str:
-    """Scale and shift per channel that a BatchNormalization applies, in float64, or why it has none."""
-    if opset < 7:
-        return f"opset {opset} is too old (7 or newer)"
-    if node.attributes.get_int("training_mode", 0):
-        return "training_mode=1: it normalises by the statistics of the batch"
-    extra = [v for v in node.outputs[1:] if v.name]
-    if extra and opset < 14:
-        return "it gives out a second result, which before opset 14 means training mode"
-    if any(v.uses() or v.is_graph_output() for v in extra):
-        return "its running statistics are in use"
-    if opset < 9 and not node.attributes.get_int("spatial", 1):
-        return "spatial=0: its statistics are per pixel"
-    if len(node.inputs) < 5:
-        return "an input is missing"
-    parameters = []
-    for role, value in zip(("scale", "bias", "mean", "variance"), node.inputs[1:5], strict=True):
-        data = float64(value)
-        if data is None or value is None:
-            overridable = value is not None and value.is_graph_input() and value.is_initializer()
-            why = "can be overridden by the caller" if overridable else "is not a floating-point constant"
-            return f"its {role} {why}"
-        if data.ndim != 1:
-            return f"its {role} has shape {data.shape}, not one number per channel"
-        parameters.append(data)
-    gamma, beta, mean, variance = parameters
-    with np.errstate(all="ignore"):
-        scale = gamma / np.sqrt(variance + node.attributes.get_float("epsilon", 1e-5))
-        shift = beta - scale * mean
-    if not (np.isfinite(scale).all() and np.isfinite(shift).all()):
-        return "its parameters give a scale or shift that is not finite"
-    return scale, shift
 
 
 def _channels_on_axis_1(linear: Linear, value: ir.Value) -> str | None:

@@ -12,11 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult, Skip, option
 from graphopt.rewriting.activations import fused_pattern
+from graphopt.rewriting.affine import arithmetic_affine, per_channel
 from graphopt.rewriting.edit import (
     Float64,
     Names,
@@ -97,7 +97,7 @@ def _fold(node: ir.Node, opset: int, names: Names) -> str | None:
     pattern = fused_pattern(node)
     if pattern is not None:
         return f"part of a {pattern} that runtimes fuse"
-    affine = _affine(node, factor, constant_first=which == 0)
+    affine = arithmetic_affine(node, factor, constant_first=which == 0)
     if isinstance(affine, str):
         return affine
     reasons = []
@@ -128,40 +128,6 @@ def _linear_before(source: ir.Value) -> ir.Node | None:
     return None if is_onnx(producer, "MatMul") and all(constant(v) is None for v in producer.inputs) else producer
 
 
-def _affine(node: ir.Node, k: Float64, *, constant_first: bool) -> tuple[Float64, Float64] | str:
-    """Scale and shift of `node`, each in the shape of its constant; or why there is none."""
-    one, zero = np.ones_like(k), np.zeros_like(k)
-    match node.op_type, constant_first:
-        case "Mul", _:
-            scale, shift = k, zero
-        case "Add", _:
-            scale, shift = one, k
-        case "Sub", False:
-            scale, shift = one, -k
-        case "Sub", True:
-            scale, shift = -one, k
-        case "Div", False:
-            if not k.all():
-                return "it divides by zero"
-            scale, shift = 1.0 / k, zero
-        case _:
-            return "a constant divided by a tensor is not affine"
-    if not (np.isfinite(scale).all() and np.isfinite(shift).all()):
-        return "its constant is not finite"
-    return scale, shift
-
-
-def _per_channel(data: Float64, rank: int, axis: int, channels: int) -> Float64 | None:
-    """`data`, broadcast against a tensor of this rank, as one number per channel; None where it is not that."""
-    if data.size == 1 and data.ndim <= rank:
-        return data.reshape(1)
-    if data.ndim > rank:
-        return None
-    full = (1,) * (rank - data.ndim) + data.shape
-    others = full[:axis] + full[axis + 1 :]
-    return data.reshape(-1) if full[axis] == channels and all(d == 1 for d in others) else None
-
-
 def _into_producer(
     node: ir.Node, source: ir.Value, producer: ir.Node, affine: tuple[Float64, Float64], opset: int, names: Names
 ) -> str | None:
@@ -179,7 +145,7 @@ def _into_producer(
     rank = _rank(linear, source)
     if rank is None:
         return "the rank of the MatMul's tensor is unknown"
-    scale, shift = (_per_channel(a, rank, linear.channel_axis(rank), linear.outputs) for a in affine)
+    scale, shift = (per_channel(a, rank, linear.channel_axis(rank), linear.outputs) for a in affine)
     if scale is None or shift is None:
         return f"its constant of shape {affine[0].shape} is not one number per output channel ({linear.outputs})"
     reason = cannot_replace(node.outputs[0], source) or linear.fold_after(scale, shift, names, [label(node)])
@@ -204,7 +170,7 @@ def _into_consumer(
     axis = linear.channel_axis(rank)
     if axis >= rank or source.shape[axis] != linear.inputs:
         return f"what it reads is not known to have {linear.inputs} channels, so its constant may broadcast it"
-    scale, shift = (_per_channel(a, rank, axis, linear.inputs) for a in affine)
+    scale, shift = (per_channel(a, rank, axis, linear.inputs) for a in affine)
     if scale is None or shift is None:
         return f"its constant of shape {affine[0].shape} is not one number per input channel ({linear.inputs})"
     return linear.fold_before(scale, shift, names, [label(node)]) or bypass(node, source)

@@ -326,6 +326,18 @@ def remove_node(node: ir.Node) -> None:
         drop_if_unused(value)
 
 
+def remove_unread(node: ir.Node) -> None:
+    """Take a node out that nobody reads, and then whatever only it had read, up to where something is in use."""
+    todo = [node]
+    while todo:
+        last = todo.pop()
+        if last.graph is None or any(v.uses() or v.is_graph_output() for v in last.outputs):
+            continue
+        above = [v.producer() for v in last.inputs if v is not None]
+        remove_node(last)
+        todo.extend(dict.fromkeys(n for n in above if n is not None))
+
+
 def bypass(node: ir.Node, new: ir.Value, origin_of: ir.Node | None = None) -> str | None:
     """Replace the first output of `node` by `new` and remove the node.
 

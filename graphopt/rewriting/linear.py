@@ -291,6 +291,18 @@ def linear_view(node: ir.Node, *, opset: int, shared: bool = False) -> Linear | 
     return _view_gemm(node, shape) if is_onnx(node, "Gemm") else _view_matmul(node, shape)
 
 
+def linear_giving(value: ir.Value, *, opset: int, shared: bool = False) -> Linear | str | None:
+    """The linear operator whose result, after the bias, `value` is; None where there is none."""
+    node = value.producer()
+    if node is not None and is_onnx(node, "Add"):
+        above = (v.producer() for v in node.inputs if v is not None)
+        node = next((n for n in above if n is not None and is_onnx(n, "MatMul")), None)
+    if node is None or not is_onnx(node, *LINEAR_OPS):
+        return None
+    found = linear_view(node, opset=opset, shared=shared)
+    return None if isinstance(found, Linear) and found.output is not value else found
+
+
 def _weight_shape(node: ir.Node) -> tuple[int, ...]:
     tensor = constant(node.inputs[1])
     assert tensor is not None  # callers checked it
