@@ -21,6 +21,7 @@ MEMBERS = (
     "merge-reshapes",
     "merge-slices",
     "cancel-concats",
+    "fold-pad",
     "fold-batchnorm",
     "fold-conv-affine",
     "merge-linear",
