@@ -77,11 +77,14 @@ class FoldConstants(Pass):
         folded = 0
         failures: list[str] = []
         plan = Plan(model, max_growth=self.max_growth, max_bytes=self.max_bytes)
+        infer = True
         for sweep in range(_MAX_SWEEPS):
             ctx.progress.step("fold-constants", sweep)
             before = _count(model)
             known = _fold_known_dimensions(model)
-            modified = _onnxscript_sweep(model, plan, failures)
+            modified = _onnxscript_sweep(model, plan, failures, infer=infer)
+            # Half of a sweep is inference of shapes; after one with it another is needed once something has changed.
+            infer = not infer
             # Shape nodes that onnxscript resolved come out as Constant nodes.
             again = _lift_constants(model)
             dead = remove_dead(model)
@@ -193,7 +196,7 @@ def _selected_dimensions(node: ir.Node) -> np.ndarray[tuple[int, ...], np.dtype[
     return None if (chosen < 0).any() else np.asarray(chosen, dtype=np.int64)
 
 
-def _onnxscript_sweep(model: ir.Model, plan: Plan, failures: list[str]) -> bool:
+def _onnxscript_sweep(model: ir.Model, plan: Plan, failures: list[str], *, infer: bool) -> bool:
     from onnxscript.optimizer import fold_constants
 
     asked: list[str] = []
@@ -213,7 +216,7 @@ def _onnxscript_sweep(model: ir.Model, plan: Plan, failures: list[str]) -> bool:
 
     with _listening(asked, failures), _declared_shapes_hidden(model):
         result = fold_constants(
-            model, onnx_shape_inference=True, input_size_limit=0, output_size_limit=2**62, should_fold=should_fold
+            model, onnx_shape_inference=infer, input_size_limit=0, output_size_limit=2**62, should_fold=should_fold
         )
     return bool(result.modified)
 
