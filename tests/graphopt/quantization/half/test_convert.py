@@ -16,6 +16,7 @@ from text_graph import graph
 from graphopt import calibration, registry
 from graphopt.base import PassResult
 from graphopt.errors import UsageError
+from graphopt.executor import Session
 from graphopt.model import infer_shapes
 from graphopt.quantization.half.convert import Converted, to_half
 from graphopt.quantization.half.scheme import quantise_half
@@ -370,6 +371,21 @@ def test_operators_without_a_kernel_on_the_target_and_excluded_ones_stay() -> No
     done = close(mlp(), {"x": normal(3, 16)}, float_ops=("Relu",), exclude=("MatMul*",))
     assert "the target has no float16 kernel for Relu" in why(done)
     assert "excluded by 'MatMul*'" in why(done)
+
+
+@pytest.mark.parametrize("name", ["cpu", "cpu-arm64"])
+@pytest.mark.parametrize(("operator", "gates"), [("LSTM", 4), ("GRU", 3)])
+def test_recurrent_layers_stay_in_float32_where_the_runtime_dies_of_them(operator: str, gates: int, name: str) -> None:
+    model = graph(
+        "(float[5,N,6] x) => (float[5,N,3] y)",
+        f"h, last = {operator} <hidden_size=4> (x, w, r)  s = Squeeze(h, axes)  y = MatMul(s, v)",
+        w=normal(1, gates * 4, 6), r=normal(1, gates * 4, 4), v=normal(4, 3), axes=np.array([1], np.int64),
+    )  # fmt: skip
+    before, x = model.clone(), normal(5, 2, 6)
+    result = half(model, "fp16", name)
+    assert result.changed and f"the target has no float16 kernel for {operator}" in why(result)
+    found = Session(model, optimize=True).run({"x": x})["y"]
+    np.testing.assert_allclose(found, run(before, {"x": x})[0], atol=1e-2)
 
 
 def test_weights_that_two_types_read_are_stored_in_both() -> None:
