@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from graphopt.numerics.bit_packing import unpack
+
 Array = NDArray[Any]
 Floats = NDArray[np.float32]
 
@@ -66,15 +68,6 @@ def integer_range(dtype: np.dtype[Any]) -> tuple[int, int]:
     return int(narrow.min), int(narrow.max)
 
 
-def unpack_bits(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """Integers of 2, 4 or 8 bits from bytes, lowest bits first; the last axis grows by 8 / bits."""
-    if bits == 8:
-        return packed
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    parts = (packed[..., None] >> shifts) & np.uint8((1 << bits) - 1)
-    return np.asarray(parts.reshape(*packed.shape[:-1], -1))
-
-
 def nbits_weight(
     packed: NDArray[np.uint8], scales: Array, zeros: Array | None, *, outputs: int, inputs: int, bits: int, block: int
 ) -> Floats:
@@ -90,11 +83,11 @@ def nbits_weight(
         (inputs, outputs).
     """
     blocks = -(-inputs // block)
-    q = unpack_bits(packed.reshape(outputs, blocks, -1), bits)[:, :, :block].astype(np.float32)
+    q = unpack(packed.reshape(outputs, blocks, -1), bits, block).astype(np.float32)
     if zeros is None:
         offset = np.full((outputs, blocks), 1 << (bits - 1), np.float32)
     elif zeros.dtype == np.uint8:
-        offset = unpack_bits(zeros.reshape(outputs, -1), bits)[:, :blocks].astype(np.float32)
+        offset = unpack(zeros.reshape(outputs, -1), bits, blocks).astype(np.float32)
     else:
         offset = zeros.reshape(outputs, blocks).astype(np.float32)
     numbers = (q - offset[:, :, None]) * scales.reshape(outputs, blocks, 1).astype(np.float32)

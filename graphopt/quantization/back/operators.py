@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.numerics.bit_packing import unpack
 from graphopt.quantization.back.float_builder import FloatBuilder, Refused, kept_attributes
-from graphopt.quantization.back.numbers import dequantised, nbits_weight, unpack_bits
+from graphopt.quantization.back.numbers import dequantised, nbits_weight
 from graphopt.rewriting.edit import array
 
 Writer = Callable[[FloatBuilder], Sequence[ir.Value | None]]
@@ -151,11 +152,11 @@ def _gather_blocks(b: FloatBuilder) -> Sequence[ir.Value | None]:
     block = int(attributes.get_int("block_size", 128) or 0)
     if data.dtype == np.uint8:
         bits = int(attributes.get_int("bits", 4) or 4)
-        data = unpack_bits(data, bits)
+        data = unpack(data, bits)
         if zeros is None:
             zeros = np.full(scales.shape, 1 << (bits - 1), np.uint8)
         else:
-            zeros = unpack_bits(zeros, bits)[tuple(slice(n) for n in scales.shape)]
+            zeros = unpack(zeros, bits, scales.shape[-1])
     table = dequantised(data, scales, zeros, axis, block or data.shape[axis])
     kind = ir.DataType.from_numpy(scales.dtype)
     weight = b.stored(b.input(0), table, kind)
