@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from text_graph import graph
 
 from graphopt import calibration, model
 from graphopt.base import Context, PassResult
@@ -256,9 +257,10 @@ def test_slice_and_pad_shortcut_stays_in_integers(tmp_path):
     _close(before, m, {"x": _normal(8, 4, 8, 8)}, 25)
 
 
-def test_padding_with_a_value_is_quantised():
+def test_padding_with_a_value_stays_in_float():
+    """The value may lie far outside the range of what is padded, and would be clipped to it."""
     text = """g (float[N, 2, 4, 4] x) => (float[N, 4, 6, 6] y)
-        <int64[8] pads = {0, 1, 0, 0, 0, 1, 0, 0}, float v = {0.5}> {
+        <int64[8] pads = {0, 1, 0, 0, 0, 1, 0, 0}, float v = {50}> {
             a = Conv (x, w1)
             p = Pad(a, pads, v)
             y = Conv <pads = [1, 1, 1, 1]> (p, w2)
@@ -267,6 +269,24 @@ def test_padding_with_a_value_is_quantised():
     before = m.clone()
     _quantize(m, sensitive="none")
     _close(before, m, {"x": _normal(8, 2, 4, 4)}, 25)
+
+
+@pytest.mark.parametrize(
+    ("result", "body", "weights"),
+    [
+        ("N", "h = MatMul(x, w)  y = MatMul(h, v)", {"w": (8, 8), "v": (8,)}),
+        (
+            "N, 8",
+            "h = MatMul(x, w)  z = MatMul(h, v)  g = MatMul(x, u)  y = Add(g, z)",
+            {"w": (8, 0), "v": (0, 8), "u": (8, 8)},
+        ),
+    ],
+)
+def test_vectors_and_empty_matrices_are_weights(result, body, weights):
+    m = graph(f"(float[N, 8] x) => (float[{result}] y)", body, **weights)
+    before, data = m.clone(), {"x": _normal(32, 8)}
+    _quantize(m, data=data)
+    _close(before, m, data, 25)
 
 
 @pytest.mark.parametrize("shape", ["N, 6", "3, 5, 6", "N, M, 6"])

@@ -69,6 +69,7 @@ class Emitter:
             self._values.update((v.name, v) for v in node.outputs if v.name)
         self._params: dict[str, tuple[ir.Value, ir.Value]] = {}
         self._dequantised: dict[str, ir.Value] = {}
+        self._stands_for: dict[ir.Value | None, str] = {}
         self._tables: list[Stored] = []
         self._constants: dict[tuple[ir.Value, int | None, bytes], ir.Value] = {}
         for key, unit in self.plan.units.items():
@@ -141,7 +142,7 @@ class Emitter:
         readers = [(use.node, use.idx) for use in value.uses()]
         _, dequantize = self._pair(value)
         self._hand_over(value, dequantize.outputs[0], readers)
-        self._dequantised[name] = dequantize.outputs[0]
+        self._dequantised_by(name, dequantize)
 
     def _hand_over(self, old: ir.Value, new: ir.Value, readers: list[tuple[ir.Node, int]]) -> None:
         """Let `readers`, and the graph's output list, take `new` for `old`; an output keeps its name."""
@@ -161,7 +162,7 @@ class Emitter:
             value = node.inputs[index]
             name = self._original(value)
             if name not in self._dequantised:
-                self._dequantised[name] = self._pair(self._values[name])[1].outputs[0]
+                self._dequantised_by(name, self._pair(self._values[name])[1])
             node.replace_input_with(index, self._dequantised[name])
             first = self._root_params(name) if first is None else first
         for index in unit.constants:
@@ -171,12 +172,12 @@ class Emitter:
 
     def _original(self, value: ir.Value | None) -> str:
         """The name that the plan knows a tensor by, also after its readers were handed the dequantised one."""
-        producer = value.producer() if value is not None else None
-        if value is not None and producer is not None and producer.op_type == "DequantizeLinear":
-            for name, made in self._dequantised.items():
-                if made is value:
-                    return name
-        return name_of(value)
+        return self._stands_for[value] if value in self._stands_for else name_of(value)
+
+    def _dequantised_by(self, name: str, node: ir.Node) -> None:
+        """Let readers of a tensor that are still to come read the result of a DequantizeLinear."""
+        self._dequantised[name] = node.outputs[0]
+        self._stands_for[node.outputs[0]] = name
 
     # -- data movement written on integers -----------------------------------------------------------------------------
 
@@ -192,13 +193,7 @@ class Emitter:
         inputs = list(node.inputs)
         inputs[unit.data[0]] = integers
         if node.op_type == "Pad" and node.attributes.get_string("mode", "constant") == "constant":
-            given = array(inputs[2]) if len(inputs) > 2 else None
-            fill = zero
-            if given is not None and given.size and float(given.reshape(-1)[0]) != 0:
-                value = quantise(given.astype(np.float32).reshape(()), self.activations[root])
-                kind = ir.DataType.from_numpy(value.dtype)
-                fill = new_initializer(self.model.graph, self._names.fresh(f"{name}_fill"), value, kind)
-            inputs[2:3] = [fill]
+            inputs[2:3] = [zero]
         moved = ir.node(
             node.op_type, inputs, name=node.name, metadata_props=dict(node.metadata_props),
             outputs=[self._like(output, f"{name}_quantized", zero.dtype)],
@@ -208,7 +203,7 @@ class Emitter:
         self.model.graph.insert_after(node, [moved, dequantize])
         readers = [(use.node, use.idx) for use in output.uses()]
         self._hand_over(output, dequantize.outputs[0], readers)
-        self._dequantised[name] = dequantize.outputs[0]
+        self._dequantised_by(name, dequantize)
         remove_node(node)
 
     # -- constants -----------------------------------------------------------------------------------------------------

@@ -228,11 +228,12 @@ def _check_gemm(node: ir.Node) -> str | None:
 
 
 def _check_pad(node: ir.Node) -> str | None:
-    mode = node.attributes.get_string("mode", "constant")
     value = node.inputs[2] if len(node.inputs) > 2 else None
-    if mode == "constant" and value is not None and array(value) is None:
-        return "its padding value is computed"
-    return None
+    if value is None or node.attributes.get_string("mode", "constant") != "constant":
+        return None
+    fill = array(value)
+    # Another value may lie outside the range of the tensor, whose scale the result shares.
+    return "it pads with another value than zero" if fill is None or fill.any() else None
 
 
 def _check_resize(node: ir.Node) -> str | None:

@@ -111,13 +111,20 @@ def _work(node: ir.Node, unit: Unit, seen: Callable[[str], float], recorded: Con
         # Its result is float on this target and was not looked at: as if padding kept the size.
         strides = math.prod(int(stride) for stride in node.attributes.get_ints("strides", ()) or ())
         channels = weight.shape[1] * (node.attributes.get_int("group", 1) or 1)
-        return read * float(weight.size / (strides * channels))
+        return read * float(weight.size / max(1, strides * channels))
     if unit.op_type == "Conv":
-        return seen(unit.carriers[0]) * float(weight.size / weight.shape[0])
-    contracted = -2 if unit.op_type == "MatMul" else 0
-    if unit.op_type == "Gemm" and node.attributes.get_int("transB", False):
-        contracted = -1
-    return read * float(weight.size / weight.shape[contracted])
+        return seen(unit.carriers[0]) * float(weight.size / max(1, weight.shape[0]))
+    if unit.op_type == "ConvTranspose":
+        return read * float(weight.size / max(1, weight.shape[0]))
+    return read * _products(node, unit, weight.shape)
+
+
+def _products(node: ir.Node, unit: Unit, weight: tuple[int, ...]) -> int:
+    """How often a matrix product takes each number of its activation; a vector counts as one row or column."""
+    if len(weight) < 2:
+        return 1
+    transposed = unit.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1
+    return weight[-2] if transposed or unit.weight == 0 else weight[-1]
 
 
 def _rounded(value: float | None) -> float | None:
