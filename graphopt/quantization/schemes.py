@@ -73,7 +73,9 @@ def quantise_uniformly(
         rounding=rounding, weights=ctx.target.weights, block=block, symmetric=symmetric,
     )  # fmt: skip
     listed = [c for c in found.values() if c.kind != "between"]
-    chosen = {c.key: wanted for c in listed if wanted in c.formats and c.kind != "product"}
+    # Weights are asked for one by one: a product may read its weight through a Transpose.
+    tried = [c for c in listed if wanted in BITS or c.kind != "product"]
+    chosen = {c.key: wanted for c in tried if wanted in c.formats}
     result = PassResult(
         changed=False, skipped=[Skip(c.label, _reason(c, wanted)) for c in listed if c.key not in chosen]
     )

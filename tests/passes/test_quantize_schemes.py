@@ -274,6 +274,24 @@ def test_a_table_tied_to_the_last_layer_is_stored_once(scheme):
     assert _decibel(before, model) > LEAST_DB[scheme] - 5
 
 
+@pytest.mark.parametrize("sizes", [(600, 64), (600, 384)])
+@pytest.mark.parametrize("scheme", ["int8-weights", "int4-weights"])
+def test_a_table_that_the_last_layer_reads_transposed_is_stored_once(scheme, sizes):
+    rows, columns = sizes
+    model = graph(
+        f"(int64[N, 8] i) => (float[N, 8, {rows}] y)",
+        "e = Gather (table, i)  t = Tanh (e)  turned = Transpose <perm = [1, 0]> (table)  y = MatMul (t, turned)",
+        table=sizes,
+    )
+    before = model.clone()
+    result = _quantize(model, scheme)
+    assert result.changed and not result.skipped
+    large = [n for n, a in _stored(model).items() if a.nbytes >= rows * columns // 2]
+    assert len(large) == 1, large
+    assert sum(a.nbytes for a in _stored(model).values()) < 1.3 * rows * columns
+    assert _decibel(before, model) > LEAST_DB[scheme] - 5
+
+
 # -- zeros -----------------------------------------------------------------------------------------------------------
 
 
