@@ -133,6 +133,8 @@ class Target:
         weights: how weights are read that alone are quantised.
         slow_fusions: operators that its runtime fuses and that are slower than their parts; a pass that writes for the
             target keeps these apart (`graphopt.rewriting.norm_sums`).
+        slow_operators: operators of the standard that its runtime executes slower than what they stand for, written
+            out; a pass that recognises operators leaves these alone (`graphopt.rewriting.recognise`).
         artefacts: what `lower` writes besides the model.
         description: one line for `graphopt targets`.
     """
@@ -152,6 +154,7 @@ class Target:
     half: HalfTypes = field(default_factory=HalfTypes)
     weights: WeightKernels = field(default_factory=WeightKernels)
     slow_fusions: tuple[str, ...] = ()
+    slow_operators: tuple[str, ...] = ()
     artefacts: tuple[str, ...] = ()
     description: str = ""
 

@@ -1,0 +1,1 @@
+"""Formulas of operators, by family: data for `graphopt.rewriting.recognise`."""
