@@ -24,6 +24,7 @@ MEMBERS = (
     "fold-pad",
     "fold-batchnorm",
     "fold-conv-affine",
+    "fold-carried-affine",
     "merge-linear",
     "merge-branches",
     "fold-wrappers",

@@ -9,10 +9,11 @@ AveragePool(pad 0)         = AveragePool with wider padding that counts it (coun
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from graphopt.base import Context, Effect, Pass, PassResult, Skip
 from graphopt.rewriting.edit import array, bypass, constant, is_onnx, label, mark_origin, scopes
@@ -101,6 +102,7 @@ def _pad_of(node: ir.Node, opset: int) -> _Pad | str:
     if mode != "constant":
         return f"it pads by mode={mode}"
     fill: float | None = 0.0
+    pads: NDArray[Any] | None
     if opset < 11:
         pads = np.array(node.attributes.get_ints("pads", node.attributes.get_ints("paddings", ())))
         fill, axes = node.attributes.get_float("value", 0.0), None
