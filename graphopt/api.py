@@ -208,6 +208,9 @@ def optimize(
     name = called(model, "model")
     loaded = opened(model, plan.dim, plan.input_shape)
     ctx = _context(loaded, plan, jobs, progress)
+    about_data = _about_data(ctx)
+    for line in about_data:
+        (say or _ignore)(line)
     measures = Measures(loaded, ctx, seconds=bench_seconds)
     gates = _gates(plan, measures, bench)
     chain: list[Instrument] = [Clock(), ShowProgress(len(plan.passes))]
@@ -237,7 +240,7 @@ def optimize(
         preset=plan.preset,
         calibration=ctx.calibration.name if ctx.calibration is not None else None,
         evaluation=ctx.evaluation.name if ctx.evaluation is not None else None,
-        notes=[*plan.notes, *plan.fixed_sizes()],
+        notes=[*plan.notes, *about_data, *plan.fixed_sizes()],
         versions=versions(),
         command=command,
         dry_run=dry_run,
@@ -258,7 +261,7 @@ def optimize(
         report.output = stats(result)
         report.sparsity = verdict.sparsity(result, plan.target)
         verdict.measure(report, result, measures, bench, verify_each)
-    verdict.warn(report, plan)
+    verdict.warn(report, plan, ctx)
     report.seconds = time.perf_counter() - start
     verdict.refuse(report, plan, gates)
     return Result(result, report, plan.recipe(), plan.target, ctx)
@@ -282,6 +285,12 @@ def _context(model: ir.Model, plan: Plan, jobs: int, progress: Progress | None) 
         max_drop=plan.max_drop,
         max_latency=plan.max_latency,
     )
+
+
+def _about_data(ctx: Context) -> list[str]:
+    """How calibration data is read, where that is not as it stands; what it warns of comes with the other warnings."""
+    data = ctx.calibration
+    return [] if data is None else [f"{data.name}: {n}" for n in data.notes if not n.startswith("warning: ")]
 
 
 def _gates(plan: Plan, measures: Measures, bench: bool) -> list[Instrument]:

@@ -125,3 +125,15 @@ def test_too_little_data_works_and_warns(samples: Callable[[], Images], told: li
     assert any(line.startswith("warning: ") and told[0] in line for line in done.stderr.splitlines())
     assert all(words in done.stdout + done.stderr for words in told)
     assert out.exists()
+
+
+def test_random_numbers_are_warned_of(tmp_path: Path) -> None:
+    done = call("optimize", MODEL, "--passes", "fold", "--calib", "random", "-o", tmp_path / "out.onnx")
+    assert "warning: calibrated on random numbers: the result says nothing about real inputs" in done.stderr
+
+
+def test_what_is_ignored_or_converted_is_told(tmp_path: Path) -> None:
+    calib = savez(tmp_path, images=images().astype(np.float64), labels=np.zeros(32, np.int64))
+    told = call("optimize", MODEL, "--passes", "fold", "--calib", calib, "-o", tmp_path / "out.onnx").stderr
+    assert f"{calib}: key 'labels' is no input and is ignored" in told
+    assert "float64" in told and "warning" not in told

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from graphopt.base import Effect
+from graphopt.base import Context, Effect
 from graphopt.errors import GateRefused, GraphoptError
 from graphopt.pipeline.gates import LatencyGate
 from graphopt.pipeline.instruments import Instrument
@@ -70,9 +70,11 @@ def sparsity(model: ir.Model, target: Target) -> Eligibility | None:
     return found if found.layers else None
 
 
-def warn(report: Report, plan: Plan) -> None:
-    """Write down what must not be missed: what passes warn of, and where the result is worse than the input model."""
+def warn(report: Report, plan: Plan, ctx: Context) -> None:
+    """Write down what must not be missed: what data and passes warn of, and where the result is worse than the input."""
     mark = "warning: "
+    if ctx.calibration is not None:
+        report.warnings += [note.removeprefix(mark) for note in ctx.calibration.notes if note.startswith(mark)]
     for record in report.passes:
         report.warnings += [note.removeprefix(mark) for note in record.notes if note.startswith(mark)]
         if record.status == "undone":
