@@ -105,7 +105,7 @@ def prepare(model: ir.Model, ctx: Context, scheme: QuantScheme, options: StaticO
         prepared, prepared.widest if asks else prepared.everything, options.ranges,
         percentile=options.percentile, samples=options.samples, progress=ctx.progress,
     )  # fmt: skip
-    return prepared, notes + doubts(ctx.calibration, options.samples)
+    return prepared, notes + doubts(ctx.calibration, options.samples, prepared.histograms)
 
 
 class _Work:

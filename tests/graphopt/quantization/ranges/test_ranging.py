@@ -10,7 +10,7 @@ from graphopt import calibration
 from graphopt.numerics.histogram import Histogram
 from graphopt.numerics.rounding import Grid
 from graphopt.progress import Silent
-from graphopt.quantization.ranges.ranging import affines, doubts, histograms, unfit
+from graphopt.quantization.ranges.ranging import FEW, affines, doubts, histograms, unfit
 
 RNG = np.random.default_rng(0)
 NETWORK = graph("(float[N, 3] x) => (float[N, 3] y)", "y = Relu(x)")
@@ -42,7 +42,7 @@ def test_what_no_scale_fits(values: tuple[float, ...], reason: str | None) -> No
 @pytest.mark.parametrize("batch", [1, 4, 32])
 def test_doubts(batch: int) -> None:
     def told(x: np.ndarray, limit: int = 512) -> list[str]:
-        return doubts(calibration.load({"x": x}, NETWORK, batch_size=batch), limit)
+        return doubts(calibration.load({"x": x}, NETWORK, batch_size=batch), limit, {})
 
     varied = RNG.standard_normal((20, 3)).astype(np.float32)
     assert told(varied) == []
@@ -57,8 +57,17 @@ def test_doubts(batch: int) -> None:
 def test_doubts_of_feeds_of_different_lengths() -> None:
     network = graph("(float[N, S] x) => (float[N, S] y)", "y = Relu(x)")
     feeds = [{"x": np.ones((1, n), np.float32)} for n in (3, 5)]
-    assert doubts(calibration.load(feeds, network), 512) == []
-    assert "same" in doubts(calibration.load([feeds[0]] * 3, network), 512)[0]
+    assert doubts(calibration.load(feeds, network), 512, {}) == []
+    assert "same" in doubts(calibration.load([feeds[0]] * 3, network), 512, {})[0]
+
+
+def test_tensors_of_few_values_are_doubted() -> None:
+    x = RNG.standard_normal((20, 3)).astype(np.float32)
+    data = calibration.load({"x": x}, NETWORK)
+    seen = {"many": of(*range(FEW)), "few": of(1, 2, 3), "empty": of()}
+    (told,) = doubts(data, 512, seen)
+    assert "1 of 3 ranges" in told and "few: 3" in told
+    assert doubts(data, 512, {"many": seen["many"]}) == []
 
 
 def test_histograms_hold_all_samples() -> None:
