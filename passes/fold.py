@@ -13,7 +13,9 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult, Skip, option
+from graphopt.files.shape_inference import infer_shapes
 from graphopt.rewriting.edit import Size, size
+from graphopt.rewriting.shape_nodes import computed_sizes
 
 MEMBERS = (
     "fold-constants",
@@ -21,6 +23,7 @@ MEMBERS = (
     "merge-reshapes",
     "merge-slices",
     "cancel-concats",
+    "move-transposes",
     "fold-pad",
     "fold-batchnorm",
     "fold-conv-affine",
@@ -53,6 +56,7 @@ class Fold(Pass):
     max_bytes: int = option(1 << 24, "bytes of the largest tensor that constant folding reads or makes", low=0)
     keep_overridable: bool = option(False, "leave initializers alone that are also graph inputs")
     keep_signed_zero: bool = option(False, "leave x + 0.0 alone, which turns -0.0 into 0.0")
+    static: bool = option(False, "compute all sizes ahead, whatever tables grow, and tell which are left and why")
     merge_factors: bool = option(False, "multiply factorised layers (armor) out again: dense weights, fewer nodes")
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
@@ -111,6 +115,13 @@ class Fold(Pass):
         if rows:
             result.details["what each member changed"] = rows
         result.skipped = [skip for skips in skipped.values() for skip in skips]
+        if self.static:
+            infer_shapes(model)
+            left = computed_sizes(model)
+            result.skipped += left
+            result.notes.append(
+                f"warning: {len(left)} nodes still compute or read sizes at run time" if left else "all sizes are fixed"
+            )
         return result
 
     def _member(self, name: str, ctx: Context) -> Pass:
@@ -120,7 +131,7 @@ class Fold(Pass):
 
     def _excess(self, member: Pass, before: Size, after: Size) -> str:
         """What a member cost; one that takes `max_growth` keeps to it itself, subgraph by subgraph."""
-        may_grow = self.max_growth > 0 and any(f.name == "max_growth" for f in fields(member))
+        may_grow = (self.max_growth > 0 or self.static) and any(f.name == "max_growth" for f in fields(member))
         parts = []
         if after.nodes > before.nodes:
             parts.append(f"{before.nodes} -> {after.nodes} nodes")

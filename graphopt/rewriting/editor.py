@@ -94,6 +94,24 @@ class Editor:
         _graph(before).insert_before(before, node)
         return output
 
+    def transposed(self, source: ir.Value, graph: ir.Graph, perm: Sequence[int], wanted: str) -> ir.Value:
+        """Transpose `source` as soon as it is there: behind the node that makes it, or at the start of `graph`."""
+        maker = source.producer()
+        name = self._names.fresh(wanted)
+        node = ir.node("Transpose", [source], {"perm": list(perm)}, num_outputs=1, name=name)
+        output = node.outputs[0]
+        output.name, output.type = name, source.type
+        output.shape = None if source.shape is None else ir.Shape([source.shape[axis] for axis in perm])
+        if maker is not None:
+            graph.insert_after(maker, node)
+        else:
+            graph.insert_before(graph[0], node)
+        return output
+
+    def fresh(self, wanted: str) -> str:
+        """A name that nothing has."""
+        return self._names.fresh(wanted)
+
     def _small_constants(self, graph: ir.Graph) -> dict[Any, ir.Value]:
         if graph not in self._known:
             known: dict[Any, ir.Value] = {}
