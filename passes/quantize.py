@@ -10,13 +10,14 @@ The work is done by graphopt/quantization/: `static.py` for int8, `schemes.py` f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
 import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult, option
 from graphopt.errors import UsageError
+from graphopt.quantization.asked import unmatched, without_effect
 from graphopt.quantization.formats import Format
 from graphopt.quantization.half.scheme import quantise_half
 from graphopt.quantization.ranges.without_data import quantise_without_data
@@ -183,7 +184,10 @@ class Quantize(Pass):
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         """Quantise `model` in place."""
+        given = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+        idle = [*unmatched(model, self.exclude), *without_effect(self.scheme, given)]
         result = self._quantised(model, ctx)
+        result.notes += idle
         if result.changed and self.scheme not in ("fp16", "bf16") and FUSED in ctx.target.slow_fusions:
             apart = keep_sums_apart(model)
             if apart:

@@ -71,7 +71,7 @@ def sparsity(model: ir.Model, target: Target) -> Eligibility | None:
 
 
 def warn(report: Report, plan: Plan, ctx: Context) -> None:
-    """Write down what must not be missed: what data and passes warn of, and where the result is worse than the input."""
+    """Write down what must not be missed: what data and passes warn of, and where the result is worse than before."""
     mark = "warning: "
     if ctx.calibration is not None:
         report.warnings += [note.removeprefix(mark) for note in ctx.calibration.notes if note.startswith(mark)]
