@@ -24,6 +24,7 @@ MEMBERS = (
     "merge-slices",
     "cancel-concats",
     "move-transposes",
+    "merge-bounds",
     "fold-pad",
     "fold-batchnorm",
     "fold-conv-affine",
