@@ -15,6 +15,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult, Skip, option
+from graphopt.files.shape_inference import infer_shapes
 from graphopt.rewriting.constant_cones import NEVER, Plan, tell
 from graphopt.rewriting.dead_code import remove_dead
 from graphopt.rewriting.edit import (
@@ -66,6 +68,7 @@ class FoldConstants(Pass):
     max_growth: int = option(0, "bytes by which folding one constant subgraph may grow the file", low=0)
     max_bytes: int = option(1 << 24, "bytes of the largest tensor that is read or made", low=0)
     keep_overridable: bool = option(False, "leave initializers alone that are also graph inputs")
+    static: bool = option(False, "compute every constant subgraph up to max_bytes, whatever the file grows")
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         """Fold until nothing more becomes constant."""
@@ -76,7 +79,8 @@ class FoldConstants(Pass):
         lifted = _lift_constants(model)
         folded = 0
         failures: list[str] = []
-        plan = Plan(model, max_growth=self.max_growth, max_bytes=self.max_bytes)
+        growth = sys.maxsize if self.static else self.max_growth
+        plan = Plan(model, max_growth=growth, max_bytes=self.max_bytes)
         infer = True
         for sweep in range(_MAX_SWEEPS):
             ctx.progress.step("fold-constants", sweep)
@@ -92,7 +96,10 @@ class FoldConstants(Pass):
             folded += max(0, before - _count(model))
             if not (known or modified or again):
                 break
-            plan = Plan(model, max_growth=self.max_growth, max_bytes=self.max_bytes)
+            if self.static:
+                # It knows more than the inference of single nodes: what is told by readers, in bodies, by arithmetic.
+                infer_shapes(model)
+            plan = Plan(model, max_growth=growth, max_bytes=self.max_bytes)
         else:
             result.notes.append(
                 f"warning: constant folding still found work after {_MAX_SWEEPS} sweeps and was stopped"
