@@ -145,6 +145,10 @@ class Pass(ABC):
             GraphoptError: the rewrite cannot be done; names the node, the cause and the next step.
         """
 
+    def if_slower(self) -> str:
+        """What to do where the model turns out slower for it: a clause that ends a warning; "" for nothing."""
+        return ""
+
     def option_values(self) -> Mapping[str, Any]:
         """The options of this instance by field name."""
         return {f.name: getattr(self, f.name) for f in fields(self)}

@@ -64,6 +64,8 @@ class Session:
         outputs: run these tensors of the main graph as the outputs instead of the model's own outputs.
         low_memory: keep memory at weights plus live tensors: no prepacked copies of weights, no arena.
         profile: beginning of the name of a file into which the runtime writes what its kernels took.
+        shapes: tell the runtime the shapes that a saved file would tell it, which some of its fusions ask for. Finding
+            them takes longer than the rest of loading a model: leave it out where only the numbers count.
 
     Raises:
         ModelError: the runtime refuses the model; names the node.
@@ -81,6 +83,7 @@ class Session:
         outputs: Sequence[str] | None = None,
         low_memory: bool = False,
         profile: Path | None = None,
+        shapes: bool = True,
     ) -> None:
         import onnxruntime as ort
 
@@ -107,7 +110,7 @@ class Session:
         self._shared: dict[str, Any] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         try:
-            self.session: Any = self._create(ort, model, options, list(providers), outputs)
+            self.session: Any = self._create(ort, model, options, list(providers), outputs, shapes)
         except GraphoptError:
             self._cleanup()
             raise
@@ -120,8 +123,9 @@ class Session:
         self.output_names: list[str] = [entry.name for entry in self.session.get_outputs()]
 
     def _create(
-        self, ort: Any, model: ir.Model | Path, options: Any, providers: list[str], outputs: Sequence[str] | None
-    ) -> Any:
+        self, ort: Any, model: ir.Model | Path, options: Any, providers: list[str], outputs: Sequence[str] | None,
+        shapes: bool,
+    ) -> Any:  # fmt: skip
         if isinstance(model, Path):
             if outputs is None:
                 if not model.is_file():
@@ -130,7 +134,7 @@ class Session:
             from graphopt.model import load
 
             model = load(model, check_weights=False)
-        return _session_of(self, ort, model, options, providers, outputs)
+        return _session_of(self, ort, model, options, providers, outputs, shapes)
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run the model once.
@@ -173,8 +177,9 @@ class Session:
 
 
 def _session_of(
-    owner: Session, ort: Any, model: ir.Model, options: Any, providers: list[str], outputs: Sequence[str] | None
-) -> Any:
+    owner: Session, ort: Any, model: ir.Model, options: Any, providers: list[str], outputs: Sequence[str] | None,
+    shapes: bool,
+) -> Any:  # fmt: skip
     """A runtime session of a model in memory; see the module docstring for how the weights travel."""
     import onnx
     import onnx_ir as ir
@@ -184,7 +189,8 @@ def _session_of(
     from graphopt.files.writer import INLINE_LIMIT, in_memory, keep_known, strip_value_info, write
 
     # What the runtime optimises, and what is timed, must be told the same shapes as a saved file tells it.
-    as_saved = options.graph_optimization_level != ort.GraphOptimizationLevel.ORT_DISABLE_ALL and outputs is None
+    optimised = options.graph_optimization_level != ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    as_saved = shapes and optimised and outputs is None
     if as_saved:
         model = annotated(model)
     clone = with_placeholders(model, in_memory, in_memory)

@@ -112,11 +112,11 @@ class Quantize(Pass):
     )
     block: int | None = option(
         None,
-        "for int8-weights and int4-weights: input channels that share a scale; default: what is best for the kernel",
+        "for weights alone as integers: input channels that share a scale; default: what is best for the kernel",
         low=1,
     )
     symmetric: bool | None = option(
-        None, "for int8-weights and int4-weights: no zero points; default: none with 8 bits, some with 4"
+        None, "for weights alone as integers: no zero points; default: none with 8 bits, some with 4"
     )
     prepare: Literal["auto", "none"] = option(
         "auto",
@@ -141,7 +141,8 @@ class Quantize(Pass):
         "calibration data; auto: descent for weights of 4 bits or in blocks, where it pays, if there is data",
     )
     correct_bias: bool = option(
-        False, "for int8: biases take up the mean error of outputs, where the model then is closer to the float one"
+        False,
+        "for int8: biases take up the mean error of outputs, where the model then is closer to the float one",
     )
     exclude: tuple[str, ...] = option((), "globs over node names that stay in float")
     samples: int = option(512, "calibration samples for the ranges", low=1)
@@ -149,6 +150,9 @@ class Quantize(Pass):
         (),
         "for auto: a choice to repeat without measuring, as a report tells it: WHAT=FORMAT, where WHAT is a glob over "
         "node names, op:TYPE or out:TENSOR, and the last entry that fits counts",
+    )
+    batch: int = option(
+        1, "for auto and latency=: samples of the calls that are timed; what is fast for one may not be for many", low=1
     )
     keep_io: bool = option(True, "for fp16 and bf16: inputs and outputs of the model stay float32")
 
@@ -182,6 +186,12 @@ class Quantize(Pass):
     def _wanted(self) -> Wanted:
         return Wanted(self.size, self.latency, self.drop)
 
+    def if_slower(self) -> str:
+        """scheme=auto, where it is not that already."""
+        if self.scheme == "auto":
+            return ""
+        return "quantize{scheme=auto} quantises only what measurably becomes faster, and else leaves the model in float"
+
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         """Quantise `model` in place."""
         given = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
@@ -198,8 +208,9 @@ class Quantize(Pass):
         if self._wanted:
             allowed = tuple(f for f in INTEGERS if self.scheme in ("auto", f))
             return quantise_within(
-                model, ctx, self._static_options(), allowed, self._wanted, block=self.block, symmetric=self.symmetric
-            )
+                model, ctx, self._static_options(), allowed, self._wanted,
+                block=self.block, symmetric=self.symmetric, batch=self.batch,
+            )  # fmt: skip
         match self.scheme:
             case "fp16" | "bf16":
                 return quantise_half(
@@ -208,7 +219,10 @@ class Quantize(Pass):
             case "int8-dynamic" | "int8-weights" | "int4-weights":
                 return self._uniformly(model, ctx, self.scheme)
             case "auto":
-                return quantise_auto(model, ctx, self._static_options(), self.assignment)
+                return quantise_auto(
+                    model, ctx, self._static_options(), self.assignment,
+                    block=self.block, symmetric=self.symmetric, batch=self.batch,
+                )  # fmt: skip
             case "int8" if self.data == "none":
                 return quantise_without_data(model, ctx, self._static_options(), self.input_range)
             case "int8":

@@ -243,9 +243,10 @@ class Regressions(Instrument):
                 self._before, model, self.measures.ctx, self.measures.seconds / 2, self.measures.threads
             )
         if found.ratio is not None and _shown_above(found, 1.0):
+            advice = pass_.if_slower()
             result.notes.append(
                 f"warning: {pass_.name} made the model slower: {found.ratio:.2f}x the time of the model before it; "
-                "no gate was set (--max-latency 1)"
+                f"no gate was set (--max-latency 1){'; ' * bool(advice)}{advice}"
             )
 
     def _warn_about_size(self, pass_: Pass, model: ir.Model, result: PassResult) -> None:

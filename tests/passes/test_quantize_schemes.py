@@ -359,3 +359,8 @@ def test_old_opsets(scheme):
     result = _quantize(model, scheme)
     assert _decibel(before, model) > LEAST_DB[scheme]
     assert result.changed and any("opset" in note for note in result.notes)
+
+
+def test_whoever_gets_a_slower_model_is_told_of_auto() -> None:
+    assert "quantize{scheme=auto}" in Quantize().if_slower()
+    assert Quantize(scheme="auto").if_slower() == ""

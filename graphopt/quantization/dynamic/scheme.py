@@ -50,8 +50,7 @@ def dynamic_layers(
         model: with inferred types where possible; not changed.
         exclude: globs over node names; matching nodes stay in float.
         scheme: of the target, whose operators count; None: `ONNX_RUNTIME`.
-        products: also MatMul of two activations, which quantises both. Measured on attention in a transformer of width
-            384, this is slower than float: the products are short and both operands have to be quantised each time.
+        products: also MatMul of two activations, both of which are then quantised each time.
 
     Returns:
         the label of each node by its key, the name of its first output, and what was not taken, with the reason.

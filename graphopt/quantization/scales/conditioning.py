@@ -16,7 +16,9 @@ from graphopt.errors import DataError
 from graphopt.pipeline.clone import private_clone
 from graphopt.quantization.search.sensitivity import Reference, decibel
 
-WAYS = (("equalize",), ("smooth",), ("equalize", "smooth"))
+Way = tuple[str, ...]
+
+WAYS: tuple[Way, ...] = (("equalize",), ("smooth",), ("equalize", "smooth"))
 """Passes that may go before, by name."""
 
 SAMPLES = 32
@@ -30,15 +32,28 @@ ACCURATE_DB = 45.0
 
 
 def condition(model: ir.Model, ctx: Context, quantise: Callable[[ir.Model], object]) -> list[str]:
-    """Carry out in `model` what makes its quantised outputs most accurate.
+    """Carry out in `model` what makes its quantised outputs most accurate; see `best_way`."""
+    way, notes = best_way(model, ctx, quantise)
+    carry_out(model, ctx, way)
+    return notes
+
+
+def carry_out(model: ir.Model, ctx: Context, way: Way) -> None:
+    """Run passes over `model`, in place; it computes the same afterwards."""
+    for name in way:
+        ctx.resolve(name)().run(model, ctx)
+
+
+def best_way(model: ir.Model, ctx: Context, quantise: Callable[[ir.Model], object]) -> tuple[Way, list[str]]:
+    """What to do before, so that the quantised outputs are most accurate.
 
     Args:
-        model: in float; changed in place, to one that computes the same.
+        model: in float; not changed.
         ctx: with calibration data.
         quantise: quantises a model in place, quickly.
 
     Returns:
-        sentences for the report; none where nothing was tried.
+        the passes to run, none where none helps; and sentences for the report, none where nothing was tried.
 
     Raises:
         DataError: there is no calibration data.
@@ -54,10 +69,11 @@ def condition(model: ir.Model, ctx: Context, quantise: Callable[[ir.Model], obje
         quantise(copy)
         return decibel(reference.noise(copy))
 
+    on = f"on {reference.samples} calibration samples"
     plain = decibels(model)
     if plain >= ACCURATE_DB:
-        return []
-    best, best_way = plain + GAIN_DB, tuple[str, ...]()
+        return (), []
+    best, chosen = plain + GAIN_DB, Way()
     idle: set[str] = set()
     for number, way in enumerate(WAYS):
         ctx.progress.step("equalising and smoothing", number, len(WAYS))
@@ -67,9 +83,7 @@ def condition(model: ir.Model, ctx: Context, quantise: Callable[[ir.Model], obje
         still = {name for name in way if not ctx.resolve(name)().run(candidate, ctx).changed}
         idle |= still
         if not still and (found := decibels(candidate)) > best:
-            best, best_way = found, way
-    if not best_way:
-        return [f"equalize and smooth left out: neither gains {GAIN_DB:g} dB of signal to noise at the outputs"]
-    for name in best_way:
-        ctx.resolve(name)().run(model, ctx)
-    return [f"{' and '.join(best_way)} before: {plain:.1f} dB of signal to noise without, {best:.1f} dB with"]
+            best, chosen = found, way
+    if not chosen:
+        return (), [f"equalize and smooth left out: neither gains {GAIN_DB:g} dB of signal to noise {on}"]
+    return chosen, [f"{' and '.join(chosen)} before, signal to noise {on}: {plain:.1f} dB without, {best:.1f} dB with"]

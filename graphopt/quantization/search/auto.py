@@ -4,8 +4,9 @@
    (`classes`), and a class gets one format.
 2. Whole models are timed, interleaved, on the shapes of the calibration data (`clock`): usual mixtures first, then one
    class changed at a time (`choice`).
-3. The fastest goes on: layers that disturb the outputs too much go back to float (`repair`), until the drop is within
-   `--max-drop`, or 1 % where no gate was set.
+3. The fastest goes on. Where its int8 layers gain by it, it is equalised or smoothed first (`conditioning`). Layers
+   that disturb the outputs too much go back to float (`repair`), until the drop is within `--max-drop`, or 1 % where
+   no gate was set.
 4. What is left is timed against the input of the pass once more. Where it is not shown to be faster, the next fastest
    is tried, and where none is, the model stays as it was, and the measured ratios are the reason.
 
@@ -31,15 +32,16 @@ from graphopt.pipeline.presets import MAX_DROP
 from graphopt.quantization.apply import apply
 from graphopt.quantization.formats import BITS, FORMATS, Candidate, Format, candidates
 from graphopt.quantization.prepared import Prepared
-from graphopt.quantization.rounding.choice import rounding_for
-from graphopt.quantization.search.auto_report import class_rows, counted, replayed, stays_in_float
+from graphopt.quantization.search.auto_report import class_rows, replayed, stays_in_float
+from graphopt.quantization.search.auto_report import counted as formats_counted
 from graphopt.quantization.search.choice import Mixture, Ratio, Search, search
 from graphopt.quantization.search.classes import LayerClass, assignment, classes
 from graphopt.quantization.search.clock import comparer, described, ratios, run_seconds, shapes
+from graphopt.quantization.search.layer_times import layer_times, runs_on_this_cpu
 from graphopt.quantization.search.repair import Repair, repair
 from graphopt.quantization.search.replay import entries, resolve
 from graphopt.quantization.search.tradeoff import Price
-from graphopt.quantization.static.prepare import to_integer_form
+from graphopt.quantization.search.writer import Writer
 from graphopt.quantization.static.scheme import StaticOptions, prepare
 from graphopt.quantization.static.sensitive import work_of
 from graphopt.rewriting.norm_sums import FUSED, keep_sums_apart
@@ -51,13 +53,16 @@ TRIES = 3
 """Mixtures that are repaired and confirmed at most."""
 
 SECONDS = 60.0
-"""Time of the search for a small model; a round of measurements that began is finished."""
+"""Time of the search for a small model; what goes back to float may take as long again. What began is finished."""
 
 RUNS = 200
 """For a large model the search may take as long as so many runs of it on all shapes."""
 
 CONFIRM_SECONDS = 1.0
 """Measured time of each model in the last comparison; four times that where it is unclear."""
+
+LEAST_TIME = 0.02
+"""Share of the time in float below which a class is not timed in formats that change nothing around it."""
 
 LEAST_SAVED = 1e-3
 """Share of the time that a class is taken to save at least, where noise hides what it does."""
@@ -78,17 +83,29 @@ STARTS: Mapping[str, Mapping[str, Format]] = {
 """Usual mixtures: the format of each kind of candidate or operator type, the last that applies."""
 
 
-def quantise_auto(model: ir.Model, ctx: Context, options: StaticOptions, given: Sequence[str] = ()) -> PassResult:
+def quantise_auto(
+    model: ir.Model,
+    ctx: Context,
+    options: StaticOptions,
+    given: Sequence[str] = (),
+    *,
+    block: int | None = None,
+    symmetric: bool | None = None,
+    batch: int = 1,
+) -> PassResult:
     """Choose formats for the layers of `model` and write them, in place.
 
     Args:
         model: the model.
         ctx: target, data, and the gates.
         options: how ranges are found and weights rounded, and what stays in float.
-        given: a choice to repeat (`graphopt.quantization.search.replay`); nothing is measured then.
+        given: a choice to repeat (`graphopt.quantization.search.replay`); no time is measured then.
+        block: columns that share a scale where weights alone are quantised; None: what is best for their form.
+        symmetric: whether those have no zero points; None: with 8 bits they have none.
+        batch: samples of the calls that are timed.
 
     Raises:
-        UsageError: an entry of `given` cannot be followed.
+        UsageError: an entry of `given` cannot be followed; no call of `batch` samples can be made.
         DataError: there is no calibration data.
     """
     scheme = ctx.target.quant
@@ -98,11 +115,14 @@ def quantise_auto(model: ir.Model, ctx: Context, options: StaticOptions, given: 
     copy = private_clone(model)
     prepared, doubts = prepare(copy, ctx, scheme, options)
     prepared.smooth = options.prepare == "auto"
-    found = _possible(candidates(copy, ctx.target, options.exclude), prepared)
+    prepared.block, prepared.symmetric = block, symmetric
+    listed = candidates(copy, ctx.target, options.exclude, block=block, symmetric=symmetric)
+    found = _possible(listed, prepared)
     result = PassResult(changed=False)
-    work = _Auto(model, ctx, prepared, found, result)
+    work = _Auto(model, ctx, Writer(ctx, options, prepared), found, result, batch)
     if given:
         chosen = resolve(found.values(), given)
+        result.notes += work.writer.condition(chosen)
     elif not work.groups:
         result.notes.append("no layer has another format on the target")
         chosen = {}
@@ -112,10 +132,11 @@ def quantise_auto(model: ir.Model, ctx: Context, options: StaticOptions, given: 
     _explain(found.values(), chosen, result)
     if work.changes(chosen):
         result.changed = True
-        to_integer_form(model)
         result.notes = [*doubts, *result.notes]
-        prepared.rounding = rounding_for(options.rounding, prepared.model, ctx)
-        _write(model, chosen, prepared, found, result)
+        done = work.writer.write(model, chosen)
+        result.skipped += done.skipped
+        result.notes += [*done.notes, work.counted(chosen)]
+        result.details["quantised layers"] = done.rows
         if not given:
             result.notes.append(replayed(entries(found.values(), chosen)))
     return result
@@ -127,18 +148,25 @@ class _Auto:
 
     Attributes:
         model: the input of the pass, untouched.
-        prepared: a clone of it in the form that has integer kernels, and what was measured on that.
+        writer: has a clone of it in the form that has integer kernels, and what was measured on that.
         found: nodes whose format can be chosen.
         result: gets what is to be told.
+        batch: samples of the calls that are timed.
         noises: of classes in formats alone, those that were asked for.
     """
 
     model: ir.Model
     ctx: Context
-    prepared: Prepared
+    writer: Writer
     found: Mapping[str, Candidate]
     result: PassResult
+    batch: int
     noises: dict[tuple[str, Format], float] = field(default_factory=dict)
+
+    @property
+    def prepared(self) -> Prepared:
+        """What was measured on the clone, as it is now."""
+        return self.writer.prepared
 
     @cached_property
     def formats(self) -> dict[str, tuple[Format, ...]]:
@@ -157,8 +185,33 @@ class _Auto:
     @cached_property
     def groups(self) -> list[LayerClass]:
         """Classes of nodes; none where only operators between layers have a choice."""
-        found = classes(self.prepared.model, self.formats)
-        return found if any(self.found[key].kind != "between" for key in self.formats) else []
+        if all(self.found[key].kind == "between" for key in self.formats):
+            return []
+        return [self._worth_timing(group) for group in classes(self.prepared.model, self.formats)]
+
+    def _worth_timing(self, group: LayerClass) -> LayerClass:
+        """The class without the formats in which it is too small for a gain to be seen.
+
+        int8 stays, because it also decides where its neighbours convert.
+        """
+        if sum(self.shares.get(key, 1.0) for key in group.keys) >= LEAST_TIME:
+            return group
+        return replace(group, formats=tuple(f for f in group.formats if f in ("float", "int8")))
+
+    @cached_property
+    def shares(self) -> dict[str, float]:
+        """Share of the time in float by node; of none where that cannot be measured."""
+        if not runs_on_this_cpu(self.ctx.target):
+            return {}
+        names = {key: self.found[key].label for key in self.formats if not self.found[key].body}
+        times, total = layer_times(self.prepared.model, names, self.feeds[-1])
+        return {key: seconds / total for key, seconds in times.items()} if total > 0 else {}
+
+    @cached_property
+    def feeds(self) -> list[Call]:
+        """The calls that are timed."""
+        assert self.ctx.calibration is not None
+        return shapes(self.ctx.calibration, self.batch)
 
     @cached_property
     def base(self) -> dict[str, Format]:
@@ -207,14 +260,14 @@ class _Auto:
         chosen: dict[str, Format] = {
             key: next((f for f in order if f in formats), "float") for key, formats in self.formats.items()
         }
-        done = self.repaired(chosen, Price().speedup, work_of(self.prepared))
+        self.result.notes += self.writer.condition(chosen)
+        done = self.repaired(chosen, Price().speedup, work_of(self.prepared), SECONDS)
         self.result.notes.append(done.told)
         return done.assignment
 
     def timed(self) -> dict[str, Format]:
         """The choice by measurement: nothing where no mixture is both faster and accurate enough."""
-        assert self.ctx.calibration is not None
-        feeds = shapes(self.ctx.calibration)
+        feeds = self.feeds
         where = " and ".join(map(described, feeds))
         seconds = max(SECONDS, RUNS * run_seconds(self.prepared.model, self.ctx.target, feeds))
         end = time.monotonic() + seconds
@@ -228,7 +281,7 @@ class _Auto:
         )  # fmt: skip
         if seen.stopped:
             self.result.notes.append(f"the search was stopped after {seconds:.0f} s; a better mixture may exist")
-        chosen, refusals = self._confirmed(seen, feeds, where)
+        chosen, refusals = self._confirmed(seen, where, time.monotonic() + seconds)
         if not self.changes(chosen):
             self.result.notes.append(stays_in_float(seen, refusals, where))
         for group in self.groups:
@@ -249,33 +302,38 @@ class _Auto:
         """The largest ratio of times on each shape: no slower, unless the user allows more."""
         return max(EQUAL, self.ctx.max_latency or 0.0)
 
-    def _confirmed(self, seen: Search, feeds: Sequence[Call], where: str) -> tuple[dict[str, Format], list[str]]:
+    def _confirmed(self, seen: Search, where: str, end: float) -> tuple[dict[str, Format], list[str]]:
         """The first mixture that is accurate enough and then faster than the input; and why those before it are not."""
-        refusals = []
+        refusals: list[str] = []
         for mixture, mean in seen.found[:TRIES]:
+            if refusals and time.monotonic() > end:
+                refusals.append("there was no time for other mixtures")
+                break
             mixed = self.assigned(mixture)
-            done = self.repaired(mixed, 1 / mean, self._time_saved(mixture, seen))
+            self.result.notes += self.writer.condition(mixed)
+            left = max(0.0, end - time.monotonic())
+            done = self.repaired(mixed, 1 / mean, self._time_saved(mixture, seen), left)
             if not self.changes(done.assignment):
-                told = self._counted(mixed)
+                told = self.counted(mixed)
                 refusals.append(f"{told}: a drop of more than {self._limit:g} whatever goes back to float")
                 continue
-            ratio = self._against_input(self.build(done.assignment), feeds)
+            ratio = self._against_input(self.build(done.assignment))
             if ratio.certainly_below < 1 and ratio.mean < 1 / EQUAL and not ratio.shown_above(self._bound):
                 self.result.notes += [f"{ratio} of the time of the model before the pass, on {where}", done.told]
                 return done.assignment, refusals
-            told = f"{self._counted(done.assignment)}, with {len(done.returned)} in float for accuracy"
+            told = f"{self.counted(done.assignment)}, with {len(done.returned)} in float for accuracy"
             refusals.append(f"{told}: {ratio}, not shown to be faster")
         return {}, refusals
 
-    def _counted(self, chosen: Mapping[str, Format]) -> str:
-        return counted(format for key, format in chosen.items() if self.found[key].kind != "between")
+    def counted(self, chosen: Mapping[str, Format]) -> str:
+        return formats_counted(format for key, format in chosen.items() if self.found[key].kind != "between")
 
-    def _against_input(self, candidate: ir.Model, feeds: Sequence[Call]) -> Ratio:
+    def _against_input(self, candidate: ir.Model) -> Ratio:
         """Time over that of the input of the pass; measured for longer where noise hides the verdict."""
         models = [self.model, candidate]
-        (ratio,) = ratios(models, self.ctx.target, feeds, CONFIRM_SECONDS)
+        (ratio,) = ratios(models, self.ctx.target, self.feeds, CONFIRM_SECONDS)
         if ratio.certainly_below >= 1 > min(ratio.lows):
-            (ratio,) = ratios(models, self.ctx.target, feeds, 4 * CONFIRM_SECONDS)
+            (ratio,) = ratios(models, self.ctx.target, self.feeds, 4 * CONFIRM_SECONDS)
         return ratio
 
     @property
@@ -301,10 +359,13 @@ class _Auto:
             saved |= {key: total * share / sum(shares.values()) for key, share in shares.items()}
         return saved
 
-    def repaired(self, chosen: Mapping[str, Format], speedup: float, work: Mapping[str, float]) -> Repair:
+    def repaired(
+        self, chosen: Mapping[str, Format], speedup: float, work: Mapping[str, float], seconds: float
+    ) -> Repair:
         """A mixture brought within the allowed drop."""
+        self.writer.round()
         reference, progress = self.prepared.reference, self.ctx.progress
-        return repair(chosen, self.build, reference, work, speedup, self.drop, self._limit, progress)
+        return repair(chosen, self.build, reference, work, speedup, self.drop, self._limit, progress, seconds)
 
 
 def _possible(found: Mapping[str, Candidate], prepared: Prepared) -> dict[str, Candidate]:
@@ -324,18 +385,3 @@ def _explain(found: Iterable[Candidate], chosen: Mapping[str, Format], result: P
         if candidate.kind != "between" and len(candidate.formats) == 1:
             reasons = "; ".join(dict.fromkeys(candidate.reasons.values()))
             result.skipped.append(Skip(candidate.label, reasons))
-
-
-def _write(
-    model: ir.Model,
-    chosen: Mapping[str, Format],
-    prepared: Prepared,
-    found: Mapping[str, Candidate],
-    result: PassResult,
-) -> None:
-    """Carry the choice out."""
-    done = apply(model, chosen, prepared)
-    result.skipped += done.skipped
-    result.notes += done.notes
-    result.details["quantised layers"] = done.rows
-    result.notes.append(counted(format for key, format in chosen.items() if found[key].kind != "between"))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from graphopt import registry
+from graphopt.errors import UsageError
 from graphopt.model import weight_bytes
 from graphopt.quantization.search.choice import Mixture, Ratio
 
@@ -33,13 +34,26 @@ SECONDS = 0.1
 """Measured time of each model; the rounds at least that `graphopt.timing` demands, whatever they take."""
 
 
-def shapes(calibration: Calibration) -> list[Call]:
-    """Single samples whose sizes stand for the data: a short one and a long one, or one where all are alike.
+def shapes(calibration: Calibration, batch: int = 1) -> list[Call]:
+    """Calls whose sizes stand for the data: a short one and a long one, or one where all are alike.
 
     Short and long are the 5th and the 95th percentile of the number of elements of all inputs: the very extremes of a
     large data set are seen by nobody.
+
+    Args:
+        calibration: the data.
+        batch: samples of a call.
+
+    Raises:
+        UsageError: neither the model nor the data says how so many samples make one call.
     """
-    found = sorted(calibration.batches(batch_size=1, limit=LOOKED_AT), key=_elements)
+    calls = calibration.counted(batch_size=batch, limit=max(LOOKED_AT, batch))
+    found = sorted((call for call, count in calls if batch in (1, count)), key=_elements)
+    if not found:
+        raise UsageError(
+            f"no call of the calibration data holds {batch} samples", where="quantize.batch",
+            hint="give data as arrays of at least so many samples, and a model whose batch size is free",
+        )  # fmt: skip
     short, long = found[round(0.05 * (len(found) - 1))], found[round(0.95 * (len(found) - 1))]
     return [short, long] if _elements(long) > APART * _elements(short) else [found[len(found) // 2]]
 

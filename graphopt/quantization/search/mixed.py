@@ -26,13 +26,12 @@ from graphopt.pipeline.measure import Measures
 from graphopt.quantization.apply import apply
 from graphopt.quantization.formats import FORMATS, Candidate, Format, candidates
 from graphopt.quantization.prepared import Prepared
-from graphopt.quantization.rounding.choice import rounding_for
 from graphopt.quantization.search.budget import Assignment, Budget, Choice, Cost, within
 from graphopt.quantization.search.clock import ratios, shapes
 from graphopt.quantization.search.layer_times import layer_times, runs_on_this_cpu
 from graphopt.quantization.search.mixed_report import layer_table, told
 from graphopt.quantization.search.sensitivity import by_halves
-from graphopt.quantization.static.prepare import to_integer_form
+from graphopt.quantization.search.writer import Writer
 from graphopt.quantization.static.scheme import StaticOptions, prepare
 from graphopt.quantization.weights.sizes import bytes_of
 
@@ -86,6 +85,7 @@ def quantise_within(
     *,
     block: int | None = None,
     symmetric: bool | None = None,
+    batch: int = 1,
 ) -> PassResult:
     """Choose formats for layers within budgets and write them, in place.
 
@@ -97,6 +97,7 @@ def quantise_within(
         wanted: the budgets, at least one.
         block: columns that share a scale where weights alone are quantised; None: what is best for their form.
         symmetric: whether those have no zero points; None: with 8 bits they have none.
+        batch: samples of the calls that are timed.
 
     Raises:
         UsageError: no choice keeps the budgets; the target computes in floating point only.
@@ -113,11 +114,15 @@ def quantise_within(
             reason, where=f"quantize.latency on target {ctx.target.name!r}", hint="give size= or drop= instead"
         )
     copy = private_clone(model)
-    prepared, _ = prepare(copy, ctx, scheme, options)
+    prepared, notes = prepare(copy, ctx, scheme, options)
+    prepared.smooth = options.prepare == "auto"
     prepared.block, prepared.symmetric = block, symmetric
+    writer = Writer(ctx, options, prepared)
     found = candidates(copy, ctx.target, options.exclude, block=block, symmetric=symmetric)
+    if "int8" in allowed:
+        notes += writer.condition({c.key: "int8" for c in found.values() if "int8" in c.formats})
     result = PassResult(changed=False)
-    work = _Mixed(model, ctx, prepared, found, allowed, wanted)
+    work = _Mixed(model, ctx, writer.prepared, found, allowed, wanted, batch)
     result.skipped += work.refused()
     if not work.formats:
         result.notes.append("nothing to quantise")
@@ -126,11 +131,9 @@ def quantise_within(
     result.changed = any(f != "float" for f in choice.formats.values())
     result.notes += work.notes
     if result.changed:
-        result.notes = [*to_integer_form(model), *result.notes]
-        prepared.rounding = rounding_for(options.rounding, prepared.model, ctx)
-        done = apply(model, work.typed(choice.formats), prepared)
+        done = writer.write(model, work.typed(choice.formats))
         result.skipped += done.skipped
-        result.notes += done.notes
+        result.notes = [*notes, *result.notes, *done.notes]
     result.details["quantised layers"] = layer_table(
         found, work.table, choice.formats, work.recovered(choice), timed=runs_on_this_cpu(ctx.target)
     )
@@ -153,6 +156,7 @@ class _Mixed:
     found: Mapping[str, Candidate]
     allowed: tuple[Format, ...]
     wanted: Wanted
+    batch: int
     notes: list[str] = field(default_factory=list)
 
     @cached_property
@@ -230,7 +234,7 @@ class _Mixed:
     @cached_property
     def _feeds(self) -> list[Any]:
         assert self.ctx.calibration is not None
-        return shapes(self.ctx.calibration)
+        return shapes(self.ctx.calibration, self.batch)
 
     def _times(self) -> tuple[dict[Format, dict[str, float]], float]:
         """Seconds of layers by format, and of the whole model in float; of the largest of the usual inputs."""

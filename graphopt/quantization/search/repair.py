@@ -21,11 +21,14 @@ from graphopt.quantization.search.tradeoff import Price, kept_in_float
 Assignment = dict[str, Format]
 Build = Callable[[Mapping[str, Format]], ir.Model]
 
-SECONDS = 30.0
-"""Time for measuring layers alone; with more layers than that allows, neighbours are measured together."""
+SECONDS = 45.0
+"""Time for measuring noise where nobody says otherwise; a third of it is for what goes back."""
 
-MOST, LEAST = 128, 16
-"""Measurements of layers alone, at most and at least."""
+MOST, LEAST = 128, 12
+"""Measurements of layers alone, at most and at least; with more layers than that, neighbours are measured together."""
+
+MOST_SETS, LEAST_SETS = 32, 6
+"""Measurements of sets of layers that go back, at most and at least."""
 
 
 @dataclass
@@ -38,6 +41,7 @@ class Repair:
         noise: noise-to-signal power at the outputs of each quantised layer alone.
         before, after: noise of all of them, with those that dominate and without them.
         drop: what was measured last; None where it cannot be measured.
+        samples: of the calibration data that noise was measured on.
     """
 
     assignment: Assignment
@@ -46,11 +50,13 @@ class Repair:
     before: float = 0.0
     after: float = 0.0
     drop: float | None = None
+    samples: int = 0
 
     @property
     def told(self) -> str:
         """A sentence for the report."""
-        text = f"signal to noise of the worst output: {decibel(self.before):.1f} dB"
+        on = f"on {self.samples} calibration samples"
+        text = f"signal to noise of the worst output {on}: {decibel(self.before):.1f} dB"
         if self.returned:
             text += f"; with {len(self.returned)} layers back in float: {decibel(self.after):.1f} dB"
         return text
@@ -65,6 +71,7 @@ def repair(
     drop: Callable[[ir.Model], float | None],
     limit: float,
     progress: Progress,
+    seconds: float = SECONDS,
 ) -> Repair:
     """Bring a mixture within a bound on accuracy.
 
@@ -77,6 +84,7 @@ def repair(
         drop: how much worse a model is; None where nothing can be measured.
         limit: the largest drop.
         progress: told of every step.
+        seconds: time for measuring noise, as far as the fewest measurements allow.
     """
     quantised = [key for key, format in assignment.items() if format != "float"]
 
@@ -90,12 +98,13 @@ def repair(
 
     start = time.perf_counter()
     whole = build(assignment)
-    found = Repair(dict(assignment), before=reference.noise(whole))
-    most = int(min(MOST, max(LEAST, SECONDS / max(time.perf_counter() - start, 1e-3))))
-    found.noise = measure(reference, quantised, alone, progress, most=most)
+    found = Repair(dict(assignment), before=reference.noise(whole), samples=reference.samples)
+    runs = seconds / max(time.perf_counter() - start, 1e-3)
+    found.noise = measure(reference, quantised, alone, progress, most=int(min(MOST, max(LEAST, runs * 2 / 3))))
     found.returned = kept_in_float(
         found.noise, {key: work.get(key, 0.0) for key in quantised}, found.before,
         lambda keys: reference.noise(build(without(keys))), Price(speedup=max(speedup, 1.0)),
+        runs=int(min(MOST_SETS, max(LEAST_SETS, runs / 3))),
     )  # fmt: skip
     found.drop = drop(build(without(found.returned)) if found.returned else whole)
     if found.drop is not None and not found.drop <= limit:

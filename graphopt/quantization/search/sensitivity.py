@@ -27,6 +27,9 @@ class Reference:
         samples: how many samples to use.
         threads: of the runtime.
         optimize: run candidates as the runtime would optimise them (integer kernels) or node by node.
+
+    Attributes:
+        samples: how many there are.
     """
 
     def __init__(
@@ -34,8 +37,10 @@ class Reference:
     ) -> None:
         self._threads = threads
         self._optimize = optimize
-        self._feeds = list(calibration.batches(limit=samples))
-        with_session = Session(model, optimize=True, threads=threads)
+        counted = list(calibration.counted(limit=samples))
+        self._feeds = [feeds for feeds, _ in counted]
+        self.samples = sum(count for _, count in counted)
+        with_session = Session(model, optimize=True, threads=threads, shapes=False)
         self._outputs = [with_session.run(feeds) for feeds in self._feeds]
         with_session.close()
 
@@ -44,7 +49,7 @@ class Reference:
 
         Places where the reference is not finite are left out; a candidate that is not finite elsewhere gives inf.
         """
-        session = Session(model, optimize=self._optimize, threads=self._threads)
+        session = Session(model, optimize=self._optimize, threads=self._threads, shapes=False)
         power: dict[str, list[float]] = {}
         for feeds, expected in zip(self._feeds, self._outputs, strict=True):
             for name, found in session.run(feeds).items():

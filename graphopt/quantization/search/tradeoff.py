@@ -2,13 +2,15 @@
 
 What is made small is one sum, in multiples of the time of the model with everything in integers,
 
-    J(S) = (speedup - 1) work(S) / work(all) + each |S| + price(noise without S),
+    J(S) = ((speedup - 1) work(S) + borders(S)) / work(all) + each |S| + price(noise without S),
 
-over sets S of layers left in float. The price of noise has two terms. One is proportional to its power, since a trained
-model stands near a minimum of its loss, where a small disturbance costs in proportion to its square. The other counts
-decibels, up to where they stop to matter: a layer that alone makes most of the noise is worth its time even where the
-noise is small. Work is multiply-accumulates and tensor elements moved, not time, so that a model comes out the same on
-every machine.
+over sets S of layers left in float. Borders are tensors between a layer in float and one in integers: each is converted
+on its way, so that an island in float costs more than its own work, and neighbours cost less together than apart.
+
+The price of noise has two terms. One is proportional to its power, since a trained model stands near a minimum of its
+loss, where a small disturbance costs in proportion to its square. The other counts decibels, up to where they stop to
+matter: a layer that alone makes most of the noise is worth its time even where the noise is small. Work is
+multiply-accumulates and tensor elements moved, not time, so that a model comes out the same on every machine.
 
 Noise that is spread over many layers stays: leaving out the share s of it costs (speedup - 1) s and gains s of the
 first term and -10 log10(1 - s) dB of the second, which is less. Layers without work of their own (the last matrix
@@ -61,6 +63,7 @@ def kept_in_float(
     without: Callable[[Sequence[str]], float],
     price: Price | None = None,
     *,
+    borders: Callable[[Sequence[str]], float] = lambda keys: 0.0,
     runs: int = 32,
 ) -> list[str]:
     """The layers to leave in float; none where all in integers is best.
@@ -74,12 +77,13 @@ def kept_in_float(
         total: noise of all layers together.
         without: measures the noise of all layers but those given.
         price: of noise.
+        borders: work of the conversions that these layers in float need among the others, in the unit of `work`.
         runs: measurements at most.
 
     Returns:
         Their keys, the best ratio first.
     """
-    search = _Search(noise, work, without, price or Price(), runs)
+    search = _Search(noise, work, without, price or Price(), borders, runs)
     return search.run(total)
 
 
@@ -90,9 +94,10 @@ class _Search:
         work: Mapping[str, float],
         without: Callable[[Sequence[str]], float],
         price: Price,
+        borders: Callable[[Sequence[str]], float],
         runs: int,
     ) -> None:
-        self.work, self.without, self.price, self.runs = work, without, price, runs
+        self.work, self.without, self.price, self.borders, self.runs = work, without, price, borders, runs
         self.all_work = sum(work.values()) or 1.0
         self.order = sorted((k for k in noise if noise[k] > 0), key=lambda k: self._time([k]) / noise[k])
 
@@ -101,9 +106,13 @@ class _Search:
         length = min(found, key=lambda n: found[n])
         return self._thinned(self.order[:length], found[length])
 
-    def _time(self, keys: Sequence[str]) -> float:
+    def _least(self, keys: Sequence[str]) -> float:
+        """Their time in float with nothing to convert: no set that holds them takes less."""
         work = sum(self.work[k] for k in keys) / self.all_work
         return self.price.each * len(keys) + (self.price.speedup - 1) * work
+
+    def _time(self, keys: Sequence[str]) -> float:
+        return self._least(keys) + self.borders(keys) / self.all_work
 
     def _cost(self, keys: Sequence[str]) -> float:
         self.runs -= 1
@@ -113,14 +122,14 @@ class _Search:
         """J by the length of the ranking that is left out: at growing lengths, then between the best neighbours."""
         found = {0: self.price.of_noise(total)}
         length = 1
-        while length <= len(self.order) and self._time(self.order[:length]) < min(found.values()):
+        while length <= len(self.order) and self._least(self.order[:length]) < min(found.values()):
             found[length] = self._cost(self.order[:length])
             longer = max(length + 1, length * 3 // 2)
             length = min(longer, len(self.order)) if length < len(self.order) else longer
         while self.runs > 0:
             best = min(found, key=lambda n: found[n])
             gaps = [(a + b) // 2 for a, b in pairwise(sorted(found)) if best in (a, b) and b - a > 1]
-            gaps = [n for n in gaps if self._time(self.order[:n]) < found[best]]
+            gaps = [n for n in gaps if self._least(self.order[:n]) < found[best]]
             if not gaps:
                 break
             for middle in gaps:

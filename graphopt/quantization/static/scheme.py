@@ -16,7 +16,7 @@ import onnx_ir as ir
 from graphopt.base import Context, PassResult, Skip
 from graphopt.errors import DataError, UsageError
 from graphopt.pipeline.clone import private_clone
-from graphopt.quantization.prepared import SAMPLES, Prepared
+from graphopt.quantization.prepared import Prepared
 from graphopt.quantization.ranges.choice import RangeChoice, choose_rule, measure_ranges
 from graphopt.quantization.ranges.ranging import doubts
 from graphopt.quantization.rounding.bias_correction import correct_if_better
@@ -74,13 +74,20 @@ def quantise_static(model: ir.Model, ctx: Context, options: StaticOptions) -> Pa
         result.notes.append("nothing to quantise")
         return result
     if options.prepare == "auto":
-        quick = replace(options, ranges="minmax", sensitive="none", samples=QUICK_SAMPLES, prepare="none", timed=False)
-        result.notes += condition(model, ctx, lambda copy: quantise_static(copy, ctx, quick))
+        result.notes += condition(model, ctx, lambda copy: quantise_static(copy, ctx, quick(options)))
     prepared, notes = prepare(model, ctx, scheme, options)
     result.notes += notes
     _Work(prepared, ctx, options).go(result)
     result.changed = True
     return result
+
+
+def quick(options: StaticOptions) -> StaticOptions:
+    """Options with which a model is quantised in little time, to compare ways to condition it."""
+    return replace(
+        options, ranges="minmax", sensitive="none", samples=QUICK_SAMPLES, prepare="none",
+        rounding="nearest", correct_bias=False, timed=False,
+    )  # fmt: skip
 
 
 def prepare(model: ir.Model, ctx: Context, scheme: QuantScheme, options: StaticOptions) -> tuple[Prepared, list[str]]:
@@ -169,7 +176,7 @@ class _Work:
             planned = self._planned()
             found.chosen = prepared.reference.noise(prepared.variant(planned))
         labels = {key: unit.label for key, unit in prepared.everything.units.items()}
-        result.notes += found.told(labels, samples=SAMPLES)
+        result.notes += found.told(labels, samples=prepared.reference.samples)
         return planned
 
     def _with_outputs(self, chosen: Plan, result: PassResult) -> Plan:
@@ -193,6 +200,7 @@ class _Work:
         after = noise(self.outputs)
         result.notes.append(
             f"outputs of {len(self.outputs)} of {len(keys)} products with sparse weights are quantised for kernels "
-            f"that skip zeros: {decibel(before):.1f} dB of signal to noise without, {decibel(after):.1f} dB with them"
+            f"that skip zeros: {decibel(before):.1f} dB of signal to noise without, {decibel(after):.1f} dB with them, "
+            f"on {reference.samples} calibration samples"
         )
         return self._planned()

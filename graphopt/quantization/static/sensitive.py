@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from graphopt.progress import Progress
@@ -57,7 +57,8 @@ class Sensitivity:
             samples: of the calibration data that were measured on.
         """
         text = (
-            f"signal to noise of the worst output on {samples} samples: all of them: {decibel(self.everything):.1f} dB"
+            f"signal to noise of the worst output on {samples} calibration samples: "
+            f"all in integers: {decibel(self.everything):.1f} dB"
         )
         if self.reasons:
             text += f"; without the {len(self.reasons)} that cost more than they save: {decibel(self.chosen):.1f} dB"
@@ -94,7 +95,9 @@ def sensitivity(
     found = Sensitivity(everything=reference.noise(prepared.variant(planned)))
     found.alone = measure(reference, keys, lambda part: prepared.variant(planned.only(part)), progress)
     work = work_of(prepared)
-    kept = kept_in_float(found.alone, {key: work[key] for key in keys}, found.everything, without)
+    kept = kept_in_float(
+        found.alone, {key: work[key] for key in keys}, found.everything, without, borders=borders_of(prepared, planned)
+    )
     found.chosen = without(kept) if kept else found.everything
     found.reasons = {key: _reason(found.alone[key]) for key in kept}
     found.recovered = recovered(
@@ -109,6 +112,29 @@ def _reason(noise: float) -> str:
         f"alone it leaves {decibel(noise):.1f} dB of signal to noise at the outputs; in float by measurement "
         "(sensitive=none quantises it)"
     )
+
+
+def borders_of(prepared: Prepared, planned: Plan) -> Callable[[Sequence[str]], float]:
+    """Work of the conversions that units in float need, as a function of their keys.
+
+    What is converted are the tensors that a unit in float and one in integers both read or write.
+    """
+    nodes = {name_of(node.outputs[0]): node for node in prepared.model.graph if node.outputs}
+    touching: dict[str, set[str]] = {}
+    for key, unit in planned.units.items():
+        if unit.rule.kind is Kind.MOVE:
+            continue
+        names = [name_of(nodes[key].inputs[index]) for index in unit.data]
+        names += unit.carriers if unit.quantise_output else ()
+        for name in names:
+            touching.setdefault(planned.roots.get(name, name), set()).add(key)
+    sizes = {name: prepared.histograms[name].total for name in touching if name in prepared.histograms}
+
+    def work(keys: Sequence[str]) -> float:
+        left_out = set(keys)
+        return ELEMENT * sum(n for name, n in sizes.items() if left_out & touching[name] and touching[name] - left_out)
+
+    return work
 
 
 def work_of(prepared: Prepared) -> dict[str, float]:

@@ -290,6 +290,18 @@ def test_a_lossy_pass_without_gates_that_makes_things_worse_is_told(monkeypatch:
     assert not any("slower" in w for w in second)
 
 
+def test_a_slower_model_is_told_with_what_the_pass_advises(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake(monkeypatch, FakeBackend([1.3]))
+
+    class Advising(Noise):
+        def if_slower(self) -> str:
+            return "make less of it"
+
+    records, *_ = run([Advising(0.01)], lambda m: [Regressions(m, drop=True, latency=True)], data=feeds())
+    (told,) = (w for w in warnings(records) if "slower" in w)
+    assert told.endswith("no gate was set (--max-latency 1); make less of it")
+
+
 def test_a_lower_score_without_a_gate_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     fake(monkeypatch, FakeBackend([0.9]))
 

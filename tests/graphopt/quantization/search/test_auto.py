@@ -24,6 +24,7 @@ from graphopt.spec import parse
 from graphopt.target import Target
 
 TARGET = Target("cpu", "ort")
+PLAIN = StaticOptions()
 RNG = np.random.default_rng(0)
 
 
@@ -94,13 +95,13 @@ def mlp() -> ir.Model:
 
 def quantised(
     model: ir.Model, clock: Clock, monkeypatch: pytest.MonkeyPatch, *,
-    given: Sequence[str] = (), target: Target = TARGET, **context: Any,
+    given: Sequence[str] = (), target: Target = TARGET, options: StaticOptions = PLAIN, **context: Any,
 ) -> PassResult:  # fmt: skip
     monkeypatch.setattr(registry, "backend", lambda name: clock)
     shape = [v if isinstance(v, int) else 48 for v in model.graph.inputs[0].shape]
     data = calibration.load({"x": RNG.normal(size=shape).astype(np.float32)}, model)
     ctx = replace(Context(target, data, None, 0, 1, Silent()), **context)
-    return quantise_auto(model, ctx, StaticOptions(), given)
+    return quantise_auto(model, ctx, options, given)
 
 
 def run(model: ir.Model) -> np.ndarray[Any, Any]:
@@ -188,6 +189,49 @@ def test_gains_that_the_last_comparison_does_not_confirm_are_given_up(monkeypatc
     result = quantised(source, Fickle(FAST_INTEGERS), monkeypatch)
     assert not result.changed
     assert any("with 0 in float for accuracy: " in n and "not shown to be faster" in n for n in result.notes)
+
+
+def unequal() -> ir.Model:
+    """Two convolutions; the channels between them have unlike ranges."""
+    spread = np.exp2(np.arange(8) * 1.5)
+    first, second = RNG.normal(size=(8, 3, 3, 3)) / 5, RNG.normal(size=(8, 8, 3, 3)) / 8
+    return graph(
+        "(float[N, 3, 12, 12] x) => (float[N, 8, 12, 12] y)",
+        """c = Conv <pads = [1, 1, 1, 1]> (x, w1, b1)
+        r = Relu (c)
+        y = Conv <pads = [1, 1, 1, 1]> (r, w2, b2)""",
+        w1=(first * spread[:, None, None, None]).astype(np.float32),
+        w2=(second / spread[:, None, None]).astype(np.float32),
+        b1=np.zeros(8, np.float32), b2=np.zeros(8, np.float32),
+    )  # fmt: skip
+
+
+def signal_to_noise(before: np.ndarray[Any, Any], after: np.ndarray[Any, Any]) -> float:
+    return float(10 * np.log10(np.sum(before**2) / np.sum((after - before) ** 2)))
+
+
+def test_int8_layers_are_equalised_where_that_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = unequal()
+    plain, before = model.clone(), run(model)
+    options = StaticOptions(prepare="auto", sensitive="none")
+    result = quantised(model, Clock(FAST_INTEGERS), monkeypatch, options=options, max_drop=1.0)
+    assert any(note.startswith("equalize before: ") for note in result.notes)
+    quantised(plain, Clock(FAST_INTEGERS), monkeypatch, options=replace(options, prepare="none"), max_drop=1.0)
+    assert scaled(model, "Conv") == [True, True] and signal_to_noise(before, run(model)) > 30
+    assert scaled(plain, "Conv") == [False, False], "int8 as it is ruins this model"
+    again = unequal()
+    (note,) = (n for n in result.notes if "the same again" in n)
+    (repeated,) = parse(note.partition("the same again: ")[2])
+    told = quantised(again, Clock({}), monkeypatch, options=options, given=repeated.assignment)  # type: ignore[attr-defined]
+    assert any(note.startswith("equalize before: ") for note in told.notes)
+
+
+def test_biases_are_corrected_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = quantised(
+        unequal(), Clock(FAST_INTEGERS), monkeypatch, options=StaticOptions(prepare="auto", correct_bias=True)
+    )
+    assert any("bias" in note for note in result.notes)
+    assert not any("bias" in note for note in quantised(unequal(), Clock(FAST_INTEGERS), monkeypatch).notes)
 
 
 def test_a_choice_is_repeated_without_a_clock(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from text_graph import graph
 
 from graphopt import calibration, registry
 from graphopt.backend import BenchResult
+from graphopt.errors import UsageError
 from graphopt.quantization.search import clock
 from graphopt.quantization.search.clock import TOGETHER, comparer, described, shapes
 from graphopt.target import Target
@@ -28,6 +29,16 @@ def test_a_short_and_a_long_sample_where_they_differ() -> None:
     short, long = shapes(data([*range(10, 110), 100000, 1]))
     assert 10 <= short["x"].shape[1] <= 20 and 100 <= long["x"].shape[1] < 110
     assert described(long) == f"x [1,{long['x'].shape[1]},4]"
+
+
+def test_calls_of_as_many_samples_as_are_asked_for() -> None:
+    held = calibration.load({"x": np.ones((40, 5, 4), np.float32)}, product())
+    (call,) = shapes(held, 16)
+    assert call["x"].shape == (16, 5, 4)
+    with pytest.raises(UsageError, match="no call of the calibration data holds 41 samples"):
+        shapes(held, 41)
+    with pytest.raises(UsageError, match="holds 16 samples"):
+        shapes(data([4, 40]), 16)
 
 
 def test_one_sample_where_all_are_alike() -> None:

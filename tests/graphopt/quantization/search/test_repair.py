@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 
 from graphopt.progress import Silent
-from graphopt.quantization.search.repair import Repair, repair
+from graphopt.quantization.search.repair import LEAST, LEAST_SETS, Repair, repair
 
 
 class Sums:
     """A model is its assignment; noise adds up over the layers that are not in float."""
+
+    samples = 16
 
     def __init__(self, noise: Mapping[str, float]) -> None:
         self.powers = noise
@@ -41,7 +43,7 @@ def test_an_accurate_mixture_stays() -> None:
     assert found.returned == [] and set(found.assignment.values()) == {"int8"}
     assert found.before == found.after == pytest.approx(2e-6)
     assert found.drop == pytest.approx(2e-5) and len(asked) == 1
-    assert found.told == "signal to noise of the worst output: 57.0 dB"
+    assert found.told == "signal to noise of the worst output on 16 calibration samples: 57.0 dB"
 
 
 def test_what_dominates_the_noise_goes_back_whatever_the_drop_says() -> None:
@@ -67,6 +69,22 @@ def test_a_model_that_no_layer_may_leave_ends_in_float() -> None:
     noise = dict.fromkeys(("a", "b", "c"), 1e-6)
     found, _ = run(noise, dict.fromkeys(noise, 1.0))
     assert set(found.assignment.values()) == {"float"} and found.drop == 0
+
+
+def test_without_time_neighbours_are_measured_together() -> None:
+    noise = {f"layer{i:02}": 1e-6 for i in range(200)} | {"loud": 0.3}
+    measured: list[Any] = []
+
+    class Counted(Sums):
+        def noise(self, model: Any) -> float:
+            measured.append(model)
+            return super().noise(model)
+
+    found = repair(
+        dict.fromkeys(noise, "int8"), dict, Counted(noise), dict.fromkeys(noise, 1.0), 2.5,  # type: ignore[arg-type]
+        lambda model: 0.0, 0.01, Silent(), 0.0,
+    )  # fmt: skip
+    assert "loud" in found.returned and len(measured) <= LEAST + LEAST_SETS + 2
 
 
 def test_a_drop_that_cannot_be_measured_does_not_decide() -> None:

@@ -84,3 +84,29 @@ def test_price_falls_with_the_noise():
     values = [price.of_noise(n) for n in (float("inf"), 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-6, 0.0)]
     assert values == sorted(values, reverse=True)
     assert values[-1] == 0
+
+
+def test_an_island_that_costs_more_to_reach_than_it_gains_stays_in_integers():
+    """Conversions at its borders count; where the whole model is in float there are none."""
+    noise = {f"l{i}": 1e-7 for i in range(8)} | {"loud": 2e-5}
+    work = dict.fromkeys(noise, 1.0)
+
+    def chosen(conversion, power):
+        noises = {**noise, "loud": power}
+        return kept_in_float(
+            noises, work, sum(noises.values()), lambda keys: sum(p for k, p in noises.items() if k not in set(keys)),
+            borders=lambda keys: conversion if 0 < len(keys) < len(noises) else 0.0,
+        )  # fmt: skip
+
+    assert chosen(0.0, 2e-3) == ["loud"]
+    assert chosen(9.0, 2e-3) == []
+    assert chosen(9.0, 1.0) == ["loud"]
+
+
+def test_a_ruined_model_goes_back_whole_past_islands_that_cost_more():
+    noise = {f"l{i}": 0.05 for i in range(6)}
+    found = kept_in_float(
+        noise, dict.fromkeys(noise, 1.0), 0.3, lambda keys: 0.05 * (6 - len(keys)),
+        borders=lambda keys: 20.0 * (len(keys) % 6 > 0),
+    )  # fmt: skip
+    assert set(found) == set(noise)
