@@ -19,12 +19,16 @@ from graphopt.rewriting.shape_nodes import computed_sizes
 
 MEMBERS = (
     "fold-constants",
+    "simplify-bodies",
     "remove-identities",
     "merge-reshapes",
     "merge-slices",
     "cancel-concats",
     "move-transposes",
     "merge-bounds",
+    "recognise-norms",
+    "recognise-softmax",
+    "recognise-activations",
     "fold-pad",
     "fold-batchnorm",
     "fold-conv-affine",
@@ -58,6 +62,7 @@ class Fold(Pass):
     keep_overridable: bool = option(False, "leave initializers alone that are also graph inputs")
     keep_signed_zero: bool = option(False, "leave x + 0.0 alone, which turns -0.0 into 0.0")
     static: bool = option(False, "compute all sizes ahead, whatever tables grow, and tell which are left and why")
+    dequantize: bool = option(False, "write integer weights behind DequantizeLinear as floats: a larger file")
     merge_factors: bool = option(False, "multiply factorised layers (armor) out again: dense weights, fewer nodes")
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
@@ -65,7 +70,8 @@ class Fold(Pass):
         result = PassResult(changed=False)
         skipped: dict[str, list[Skip]] = {}
         undone: set[str] = set()
-        chosen = ("merge-factors", *MEMBERS) if self.merge_factors else MEMBERS
+        asked = {"merge-factors": self.merge_factors, "dequantize-constants": self.dequantize}
+        chosen = (*(name for name, wanted in asked.items() if wanted), *MEMBERS)
         members = [self._member(name, ctx) for name in chosen]
         rows = []
         # A member whose work is undone is rare, a clone of a large graph slow: one is made, and the members before that
@@ -133,6 +139,7 @@ class Fold(Pass):
     def _excess(self, member: Pass, before: Size, after: Size) -> str:
         """What a member cost; one that takes `max_growth` keeps to it itself, subgraph by subgraph."""
         may_grow = (self.max_growth > 0 or self.static) and any(f.name == "max_growth" for f in fields(member))
+        may_grow = may_grow or member.name == "dequantize-constants"
         parts = []
         if after.nodes > before.nodes:
             parts.append(f"{before.nodes} -> {after.nodes} nodes")

@@ -110,7 +110,7 @@ def _too_large(first: Linear, second: Linear) -> str | None:
     size = composed_size(first, second)
     if size <= freed:
         return None
-    return f"their product has {size} numbers, and {freed} would go (a factorisation of low rank stays)"
+    return f"as one it would have {size} numbers, more than the {freed} that would go (low rank stays)"
 
 
 def _weight(linear: Linear) -> ir.Value:
