@@ -108,6 +108,16 @@ class Editor:
             graph.insert_before(graph[0], node)
         return output
 
+    def names_outside(self, body: ir.Graph) -> set[str]:
+        """Names of values and nodes in all graphs but this body."""
+        names: set[str] = set()
+        for graph, _ in scopes(self._model):
+            if graph is not body:
+                values = (*graph.inputs, *graph.initializers.values(), *(v for node in graph for v in node.outputs))
+                names.update(v.name for v in values if v.name)
+                names.update(node.name for node in graph if node.name)
+        return names
+
     def fresh(self, wanted: str) -> str:
         """A name that nothing has."""
         return self._names.fresh(wanted)

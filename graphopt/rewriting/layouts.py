@@ -139,7 +139,7 @@ def best(found: Region) -> tuple[set[ir.Node], int]:
     saved = now - int(flow.flow_value)
     if saved <= 0:
         return set(), 0
-    rest = capacity - flow.flow
+    rest = csr_array(capacity - flow.flow)
     rest.data[rest.data < 0] = 0
     rest.eliminate_zeros()
     reached = set(breadth_first_order(rest, PERMUTED, return_predecessors=False).tolist())
