@@ -12,6 +12,9 @@ from graphopt.analysis import shapes
 from graphopt.analysis.rules import CostView, OpRule, rule_for
 from graphopt.rewriting.edit import bodies
 
+PACKED_INPUTS = (("MatMulNBits", 1), ("GatherBlockQuantized", 0))
+"""Inputs of ONNX Runtime's operators that hold weights in blocks."""
+
 
 @dataclass(frozen=True)
 class ModelStats:
@@ -19,7 +22,7 @@ class ModelStats:
 
     Attributes:
         nodes: in the main graph and all subgraphs; constants do not count as nodes.
-        parameters: elements of all floating-point and quantised weights.
+        parameters: elements of all floating-point and quantised weights, two for a byte that holds two.
         bytes: of all constant tensors.
         macs: multiply-accumulates of convolutions and matrix products at the recorded shapes, a named symbolic
             dimension counted as 1 (so per sample for a symbolic batch); None where a shape is unknown, or where such
@@ -41,10 +44,13 @@ def model_stats(model: ir.Model) -> ModelStats:
     ops: Counter[str] = Counter()
     parameters = size = 0
     tensors: dict[int, ir.TensorProtocol] = {}
+    pairs: set[int] = set()
     for graph in (model.graph, *model.graph.subgraphs()):
         for value in graph.initializers.values():
             if value.const_value is not None:
                 tensors[id(value.const_value)] = value.const_value
+                if _holds_pairs(value):
+                    pairs.add(id(value.const_value))
     for node in model.graph.all_nodes():
         if node.op_type == "Constant":
             for attribute in node.attributes.values():
@@ -52,12 +58,33 @@ def model_stats(model: ir.Model) -> ModelStats:
                     tensors[id(attribute.value)] = attribute.as_tensor()
         else:
             ops[node.op_type] += 1
-    for tensor in tensors.values():
+    for key, tensor in tensors.items():
         size += tensor.nbytes
         if tensor.dtype.is_floating_point() or tensor.dtype.bitwidth <= 8:
-            parameters += tensor.size
+            parameters += tensor.size * (2 if key in pairs else 1)
     macs, unknown = _macs(model)
     return ModelStats(sum(ops.values()), parameters, size, macs, dict(sorted(ops.items())), unknown)
+
+
+def _holds_pairs(value: ir.Value) -> bool:
+    """Whether the bytes of an initializer hold two weights of 4 bits each.
+
+    Kernels for blocks say so by their attribute `bits`; elsewhere the lower half is taken from the bytes modulo 16.
+    """
+    if value.dtype != ir.DataType.UINT8:
+        return False
+    for use in value.uses():
+        node = use.node
+        if (node.op_type, use.idx) in PACKED_INPUTS and node.domain == "com.microsoft":
+            return node.attributes.get_int("bits", 4) == 4
+        if node.op_type == "Cast" and any(_takes_lower_half(u.node) for u in node.outputs[0].uses()):
+            return True
+    return False
+
+
+def _takes_lower_half(node: ir.Node) -> bool:
+    base = shapes.constant(node.inputs[1]) if node.op_type == "Mod" else None
+    return base is not None and base.size == 1 and float(base.item()) == 16
 
 
 def _macs(model: ir.Model) -> tuple[int | None, str | None]:

@@ -106,9 +106,8 @@ class Recurrent(OpRule):
             d.set(output, axis, np.where(quiet, 0.0, np.nan))
 
     def cost(self, node: ir.Node, c: CostView) -> list[Product]:
-        source = node.inputs[0]
-        x = shapes.static_dims(source) if source is not None else None
-        w, r = shapes.sizes(node.inputs[1]), shapes.sizes(node.inputs[2])
+        # Shapes, not constants: exporters and quantisers compute the weights of a recurrent node from stored ones.
+        x, w, r = (None if value is None else shapes.static_dims(value) for value in node.inputs[:3])
         if x is None or w is None or r is None:
             return []
         steps = float(x[0] * x[1] * w[0])

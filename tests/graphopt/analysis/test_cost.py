@@ -52,3 +52,37 @@ def test_work_in_a_body_is_not_counted_as_none() -> None:
     stats = model_stats(from_text(text))
     assert stats.macs is None
     assert "stands in the body of an If, Loop or Scan" in (stats.macs_unknown or "")
+
+
+@pytest.mark.parametrize("scheme", ["int8-weights", "int4-weights"])
+@pytest.mark.parametrize("sizes", [(512, 384), (64, 48)])  # a kernel for blocks, and arithmetic
+def test_weights_of_four_bits_are_as_many_as_they_were(scheme: str, sizes: tuple[int, int]) -> None:
+    """Two in a byte: fewer bytes, not fewer parameters."""
+    import numpy as np
+
+    import graphopt
+
+    rows, columns = sizes
+    model = from_text(
+        f"g (float[N, {rows}] x, float[{rows}, {columns}] w) => (float[N, {columns}] y) {{ y = MatMul(x, w) }}"
+    )
+    weight = next(value for value in model.graph.inputs if value.name == "w")
+    model.graph.inputs.remove(weight)
+    weight.const_value = ir.tensor(np.random.default_rng(0).standard_normal(sizes).astype(np.float32), name="w")
+    model.graph.register_initializer(weight)
+    before = model_stats(model)
+    after = model_stats(graphopt.optimize(model, f"quantize{{scheme={scheme}}}", bench=False).model)
+    assert before.parameters == rows * columns <= after.parameters < 1.1 * before.parameters
+    assert after.bytes < before.bytes * (0.3 if scheme == "int8-weights" else 0.2)
+
+
+@pytest.mark.parametrize(("operator", "gates"), [("LSTM", 4), ("GRU", 3), ("RNN", 1)])
+def test_recurrent_nodes_whose_weights_are_computed_are_counted(operator: str, gates: int) -> None:
+    stats = model_stats(
+        from_text(f"""g (float[7, 2, 5] x, float[1, {gates * 3}, 5] w, float[1, {gates * 3}, 3] r) =>
+        (float[7, 1, 2, 3] y) {{
+        wide = Relu(w)
+        y, last = {operator}<hidden_size = 3>(x, wide, r)
+    }}""")
+    )
+    assert stats.macs == 7 * 2 * gates * 3 * (5 + 3)
