@@ -18,6 +18,7 @@ from graphopt.rewriting.edit import Size, size
 from graphopt.rewriting.shape_nodes import computed_sizes
 
 MEMBERS = (
+    "compute-weights",
     "fold-constants",
     "simplify-bodies",
     "remove-identities",
