@@ -23,6 +23,7 @@ MEMBERS = (
     "simplify-bodies",
     "remove-identities",
     "merge-reshapes",
+    "cut-assignments",
     "merge-slices",
     "cancel-concats",
     "move-transposes",
