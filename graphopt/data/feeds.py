@@ -250,6 +250,8 @@ def arrange(
     fixed = {d for d in leading.values() if isinstance(d, int)}
     common = len(leading) == len(used) > 0 and (not fixed or (len(fixed) == 1 and len(set(leading.values())) == 1))
     lengths = {shapes[s.name][0] for s in used if rank[s.name]}
+    # nodes and edges of a graph, say: axes of different names and lengths count no samples
+    common = common and (len(lengths) == 1 or len({d for d in leading.values() if isinstance(d, str)}) < 2)
     if not common and all(fits(s, shapes[s.name]) for s in used):
         return Layout("call", 1)
     if len(leading) < len(used) or len(fixed) > 1 or len(lengths) > 1:

@@ -118,6 +118,14 @@ def test_arrays_of_one_call_of_a_stateful_model_are_that_call() -> None:
     assert got[0]["x"].shape == (3, 4)
 
 
+def test_axes_of_different_names_and_lengths_count_no_samples() -> None:
+    """The nodes and edges of one graph: each feed is one call."""
+    network = net(TWO.replace("int64[N,S] ids, int64[N,S] mask", "float[nodes,7] x, int64[edges] source"))
+    feeds = [{"x": np.ones((n, 7), np.float32), "source": np.zeros(m, np.int64)} for n, m in ((9, 17), (5, 5), (4, 8))]
+    got = list(calibration.load(feeds, network).batches(2))
+    assert [(len(f["x"]), len(f["source"])) for f in got] == [(9, 17), (5, 5), (4, 8)]
+
+
 def test_folder_of_npz_is_read_in_natural_order(tmp_path: Path) -> None:
     for i in range(12):
         np.savez(tmp_path / f"part{i}.npz", x=samples(3, i))
