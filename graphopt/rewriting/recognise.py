@@ -105,17 +105,21 @@ def recognise(
         for form in rule.forms:
             for op_type in form.operators():
                 by_root.setdefault(op_type, []).append((rule, form))
-    if not any(is_onnx(node, *by_root) for graph, _ in scopes(model) for node in graph):
-        return result
-    infer_shapes(model)
-    names, done = Names(model), Counter[str]()
+    names: Names | None = None
+    done = Counter[str]()
     for graph, opset in scopes(model):
-        writer = _Writer(graph, opset, names, target, fast_math, slow)
         for node in reversed(tuple(graph)):
             if node.graph is not graph or not is_onnx(node, *by_root):
                 continue
+            matching = [(rule, form) for rule, form in by_root[node.op_type] if _matches(node, rule, form)]
+            if not matching:
+                continue
+            if names is None:
+                names = Names(model)
+                _know_shapes(model)
+            writer = _Writer(graph, opset, names, target, fast_math, slow)
             reasons: dict[str, str] = {}
-            for rule, form in by_root[node.op_type]:
+            for rule, form in matching:
                 outcome = writer.attempt(node, rule, form)
                 if outcome == "":
                     done[rule.operator] += 1
@@ -211,6 +215,16 @@ class _Writer:
 
     def _constant(self, root: ir.Node, data: Array, dtype: ir.DataType) -> ir.Value:
         return new_initializer(self.graph, self.names.fresh(f"{root.outputs[0].name}_constant"), data, dtype)
+
+
+def _know_shapes(model: ir.Model) -> None:
+    """Infer shapes where a value of the main graph has none: inference takes longer than everything else here."""
+    if any(value.shape is None or value.dtype is None for node in model.graph for value in node.outputs):
+        infer_shapes(model)
+
+
+def _matches(node: ir.Node, rule: Rule, form: Pattern) -> bool:
+    return any(len(found.nodes) > rule.merges for found in form.match(node.outputs[0], Found()))
 
 
 def _read_outside(value: ir.Value, found: Found) -> bool:

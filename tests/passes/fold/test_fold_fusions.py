@@ -36,8 +36,11 @@ def _tensor(name: str, *shape: int) -> str:
     return f"float[{','.join(map(str, shape))}] {name} = {{{', '.join(f'{v:.4f}' for v in values)}}}"
 
 
-def block(activation: str) -> ir.Model:
-    """A pre-norm feed-forward block, its normalisation and activation written out as exporters do."""
+def block(activation: str, opset: int = 13) -> ir.Model:
+    """A pre-norm feed-forward block, its normalisation and activation written out as exporters do.
+
+    Opset 13 has none of the operators that these are.
+    """
     constants = """float half = {0.5}, float one = {1.0}, float two = {2.0}, float three = {3.0}, float six = {6.0},
         float zero = {0.0}, float root = {1.4142135}, float cubic = {0.044715}, float slope = {0.79788456},
         float beta = {1.702}, float eps = {0.00001}, """
@@ -45,7 +48,12 @@ def block(activation: str) -> ir.Model:
     constants += ", ".join(_tensor(name, *shape) for name, *shape in weights)
     body = f"""{NORM} u = MatMul (l, up) h = Add (u, bias) {activation}
         j = MatMul (z, down) o = Add (j, out) y = Add (x, o)"""
-    return parse(f"g (float[N,3,4] x) => (float[N,3,4] y) <{constants}> {{ {body} }}")
+    if opset >= 18:
+        body = f"last = Constant <value = int64[1] {{-1}}> () {body}"
+        body = body.replace("ReduceMean <axes: ints = [-1]> (x)", "ReduceMean (x, last)")
+        body = body.replace("ReduceMean <axes: ints = [-1]> (s)", "ReduceMean (s, last)")
+    header = f'<ir_version: 8, opset_import: ["" : {opset}]>'
+    return parse(f"{header} g (float[N,3,4] x) => (float[N,3,4] y) <{constants}> {{ {body} }}")
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -64,6 +72,29 @@ def test_a_transformer_block_keeps_its_fusions(activation: str) -> None:
         assert "part of a Gelu that runtimes fuse" in why
     if activation.startswith("erf") or activation == "tanh, half first":
         assert sum(count for operator, count in before.items() if "Gelu" in operator) == 1, before
+
+
+@pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name.startswith(("erf", "tanh"))])
+def test_written_as_operators_a_transformer_block_keeps_its_fusions(activation: str) -> None:
+    model = block(ACTIVATIONS[activation], opset=20)
+    before, feeds = fused(model), random_feeds(model)
+    reference = run(model, feeds)
+    pass_class("fold")().run(model, context())
+    assert_close(run(model, feeds), reference)
+    assert [n.op_type for n in model.graph if n.op_type in ("LayerNormalization", "Gelu")] == [
+        "LayerNormalization",
+        "Gelu",
+    ]
+    after = fused(model)
+    gelus = [sum(count for operator, count in found.items() if "Gelu" in operator) for found in (before, after)]
+    assert gelus[1] >= gelus[0], (before, after)
+    assert after["LayerNormalization"] == before["LayerNormalization"] == 1
+
+
+def test_a_hard_swish_is_one_node_where_the_opset_has_it() -> None:
+    model = block(HARD_SWISH, opset=14)
+    pass_class("fold")().run(model, context())
+    assert [n.op_type for n in model.graph if n.outputs[0].name in ("z", "p", "c")] == ["HardSwish"]
 
 
 def test_the_sixth_of_a_hard_swish_folds() -> None:
