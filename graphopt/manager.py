@@ -144,7 +144,7 @@ class PassManager:
         record.status, record.reason = "not run", f"failed: {error}"
         prefix = f"pass {p.name!r}"
         if not (error.where or "").startswith(prefix):
-            error.where = f"{prefix}: {error.where}" if error.where else prefix
+            error.where = f"{prefix}: {error.where}" if error.where not in (None, "", p.name) else prefix
         if isinstance(error, VerificationError):
             bundle = self._bundle(p, model, ctx, error)
             error.what = f"{error.what} ({self._ran_before()}; {bundle})"

@@ -118,8 +118,8 @@ def backend(name: str) -> Backend:
     named = [target.name for target in targets().values() if target.backend == name]
     if named and name not in _entry_points(BACKENDS):
         raise MissingBackendError(
-            f"nothing that is installed lowers to its backend {name!r} or measures there",
-            where=f"target {', '.join(named)}",
+            f"nothing that is installed lowers to backend {name!r} or measures there",
+            where=f"target {' | '.join(named)}",
             hint="graphopt optimize -o MODEL.onnx and graphopt inspect --target work without it",
         )
     point = _entry_point(BACKENDS, name)

@@ -210,7 +210,8 @@ def _parse_value(reader: _Reader) -> Written:
         if reader.peek() == ",":
             reader.position += 1
         elif reader.peek() != ")":
-            reader.fail("expected ',' or ')'", reader.position)
+            quoted = f"; quote a value that holds {reader.peek()!r}" if not reader.at_end() else ""
+            reader.fail(f"expected ',' or ')'{quoted}", reader.position)
 
 
 @dataclass

@@ -42,6 +42,10 @@ class SkipGroup:
     nodes: list[str] = field(default_factory=list)
 
 
+CELL = 60
+"""Characters of a reason in a table: one long cell would make all its rows wide."""
+
+
 @dataclass(frozen=True)
 class Column:
     """A column of a table of flat rows."""
@@ -85,7 +89,7 @@ def rows(report: Report) -> list[Row]:
         found.append(_latency_row(latency))
     if fidelity is not None:
         if fidelity.cosine is None:
-            found.append(Row("fidelity", "", "not measured", text.clean(fidelity.reason or "")))
+            found.append(Row("fidelity", "", "not measured", _in_a_row(fidelity.reason)))
         else:
             # The reference is compared with itself, so its cosine is 1 by definition.
             how = text.clean(fidelity.reason) if fidelity.reason else f"cosine, {text.clean(fidelity.data)} data"
@@ -101,12 +105,22 @@ def rows(report: Report) -> list[Row]:
 
 
 def notes(report: Report) -> list[str]:
-    """What the rows cannot say: why the multiply-accumulates are not known."""
+    """What the rows cannot say: why something was not measured, or the multiply-accumulates are not known."""
+    found = []
+    if report.latency is not None and report.latency.ratio is None and not _in_a_row(report.latency.reason):
+        found.append(("latency was not measured", report.latency.reason))
+    if report.fidelity is not None and report.fidelity.cosine is None and not _in_a_row(report.fidelity.reason):
+        found.append(("fidelity was not measured", report.fidelity.reason))
     if report.output.macs is None and report.output.macs_unknown is not None:
-        return [f"MACs are unknown: {text.clean(report.output.macs_unknown, 1000)}"]
-    if report.input.macs is None and report.input.macs_unknown is not None:
-        return [f"MACs of the input model are unknown: {text.clean(report.input.macs_unknown, 1000)}"]
-    return []
+        found.append(("MACs are unknown", report.output.macs_unknown))
+    elif report.input.macs is None and report.input.macs_unknown is not None:
+        found.append(("MACs of the input model are unknown", report.input.macs_unknown))
+    return [f"{what}: {text.clean(why, 1000)}" for what, why in found if why]
+
+
+def _in_a_row(reason: str | None) -> str:
+    """A reason that is short enough for a cell of a table; others are told below it (`notes`)."""
+    return text.clean(reason) if reason and len(reason) <= CELL else ""
 
 
 def verdict(report: Report) -> str:
@@ -245,7 +259,7 @@ def _lower_is_better(label: str, before: int | None, after: int | None, show: Ca
 
 def _latency_row(latency: Latency) -> Row:
     if latency.ratio is None:
-        return Row("latency", "", "not measured", text.clean(latency.reason or ""))
+        return Row("latency", "", "not measured", _in_a_row(latency.reason))
     spread = "" if latency.low is None or latency.high is None else f" ({latency.low:.3g}..{latency.high:.3g})"
     low, high = latency.low or latency.ratio, latency.high or latency.ratio
     tone: Tone = "good" if high < 1 else "bad" if low > 1 else "neutral"

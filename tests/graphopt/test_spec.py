@@ -97,6 +97,8 @@ def test_parse(text: str, expected: tuple[Pass, ...]) -> None:
         (",sample", 1, "expected a pass name"),
         ("sample sample", 8, "expected a comma"),
         ("sample{count=1", 15, "expected ',' or '}'"),
+        ("sample{words=(a=b,)}", 16, "expected ',' or ')'; quote a value that holds '='"),
+        ("sample{words=(a", 16, "expected ',' or ')'"),
         ("sample{count}", 13, "expected '=' and a value for 'count' (int)"),
         ("sample{cuont=1}", 8, "did you mean 'count'?"),
         ("sample{count=1,count=2}", 16, "given twice"),

@@ -313,8 +313,13 @@ class _Mixed:
             rest = self._total - sum(c["float"].time for c in self.table.values())
             size = (fixed + least["bytes"]) / max(1, weight_bytes(self.model))
             latency = (rest + least["time"]) / max(1e-12, self._total)
+            alone = []
+            if self.wanted.size is not None:
+                alone.append(f"size could be {size:.3f}")
+            if self.wanted.latency is not None:
+                alone.append(f"latency about {latency:.3f}")
             raise UsageError(
-                f"no formats keep the budgets: alone, size could be {size:.3f} and latency about {latency:.3f}",
+                "no formats keep the budgets" + (f": alone, {' and '.join(alone)}" if alone else ""),
                 where="quantize",
                 hint="allow more, or more formats (scheme=auto)",
             )

@@ -97,6 +97,14 @@ def test_what_was_not_measured_says_why(report: Report) -> None:
     assert next(row.change for row in rows if row.label == "latency") == "no device"
 
 
+def test_a_long_reason_stands_below_the_table(report: Report) -> None:
+    long = "nothing that is installed lowers to its backend or measures there; " * 2
+    told = replace(report, latency=Latency(None, reason=long), fidelity=Fidelity(None, "random", reason="no device"))
+    rows = summary.rows(told)
+    assert [row.change for row in rows if row.label in ("latency", "fidelity")] == ["", "no device"]
+    assert f"latency was not measured: {long.strip()}" in [note.strip() for note in summary.notes(told)]
+
+
 def test_skips_are_grouped_by_reason() -> None:
     groups = summary.group_skips([Skip("a", "x"), Skip("b", "y"), Skip("c", "y")])
     assert [(group.reason, group.nodes) for group in groups] == [("y", ["b", "c"]), ("x", ["a"])]
