@@ -88,7 +88,21 @@ def _rearrange(graph: ir.Graph, found: Region, chosen: set[ir.Node], editor: Edi
         for use in tuple(value.uses()):
             if _is(use.node, inverse) and use.node.graph is graph and use.node is not other.producer():
                 bypass(use.node, other)
+        _merge_readers(value, graph)
         remove_unread(value)
+
+
+def _merge_readers(value: ir.Value, graph: ir.Graph) -> None:
+    """Transposes that read what a Transpose makes read its source, so that it is needed for others only."""
+    maker = value.producer()
+    made = permutation(maker) if maker is not None and is_onnx(maker, "Transpose") else None
+    if maker is None or made is None or maker.graph is not graph:
+        return
+    for use in tuple(value.uses()):
+        taken = permutation(use.node) if is_onnx(use.node, "Transpose") and use.node.graph is graph else None
+        if taken is not None and len(taken) == len(made):
+            use.node.attributes["perm"] = ir.AttrInt64s("perm", composed(made, taken))
+            use.node.replace_input_with(0, maker.inputs[0])
 
 
 def _permuted(value: ir.Value, graph: ir.Graph, perm: tuple[int, ...], inverse: list[int], editor: Editor) -> ir.Value:

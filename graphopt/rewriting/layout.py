@@ -21,6 +21,8 @@ RESHAPES = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
 
 def permutation(node: ir.Node) -> list[int] | None:
     """The permutation of a Transpose, also where it is left out (the reverse); None where the rank is unknown."""
+    if any(attribute.is_ref() for attribute in node.attributes.values()):
+        return None  # the caller of a function gives it
     found = node.attributes.get_ints("perm", None)
     if found is not None:
         return list(found)

@@ -91,6 +91,16 @@ def test_in_bodies() -> None:
     expect(text, after, MOVE, feeds={"c": np.array(True), "x": random_feeds(parse(text))["x"]})
 
 
+def test_another_transpose_of_the_same_tensor_is_merged() -> None:
+    expect(
+        "g (float[2,3,4] x) => (float[A,B,C] y, float[D,E,F] z) { a = Transpose <perm: ints = [0,2,1]> (x) b = Neg(a) "
+        "c = Transpose <perm: ints = [2,0,1]> (a) d = Transpose <perm: ints = [0,2,1]> (b) y = Abs(c) z = Exp(d) }",
+        "g (float[2,3,4] x) => (float[A,B,C] y, float[D,E,F] z) { b = Neg(x) "
+        "c = Transpose <perm: ints = [1,0,2]> (x) y = Abs(c) z = Exp(b) }",
+        MOVE,
+    )
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_random_layouts(seed: int) -> None:
