@@ -62,9 +62,11 @@ class Quantize(Pass):
 
     scheme=auto: the fastest mixture of float, int8, int8-dynamic and integer weights on the target that stays within
     `--max-drop` (1 % where none is given). Layers that share kernels get one format; whole models are timed beside each
-    other on short and long samples of the calibration data, one kind of layer changed at a time; layers that cost more
-    accuracy than time go back to float. What is not shown to be faster than float is not done, and the measured ratios
-    are the reason. Timing decides, so that two runs may differ; the report tells what `assignment` repeats a choice.
+    other on short and long samples of the calibration data, one at a time or `batch` of them, one kind of layer changed
+    after the other; layers that cost more accuracy than time go back to float. What is not shown to be faster than
+    float is not done, and the measured ratios are the reason. Timing decides, so that two runs may differ; the report
+    tells what `assignment` repeats a choice. A search takes a minute or two, and as long as some hundred runs of the
+    model where those take longer.
 
     size=, latency=, drop=: budgets, with any scheme of integers; each layer then is in float or in that format (with
     scheme=auto: in any), so that bytes and time stay within what is given and the noise at the outputs is least, or,

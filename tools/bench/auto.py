@@ -57,7 +57,7 @@ def row(name: str, passes: str, max_drop: float | None, work: Path) -> tuple[str
     result.save(file)
     record, report = result.report.passes[-1], result.report
     confirmed = next((found[1] for note in record.notes if (found := CONFIRMED.match(note))), "")
-    formats = next((note for note in record.notes if FORMATS.fullmatch(note)), "float")
+    formats = next((note for note in record.notes if FORMATS.fullmatch(note)), "" if record.changed else "float")
     cells = [
         name, record.status, formats, _ratio(report.latency), confirmed,
         "" if report.fidelity is None or report.fidelity.cosine is None else f"{report.fidelity.cosine:.5f}",

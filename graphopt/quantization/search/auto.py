@@ -48,6 +48,7 @@ from graphopt.rewriting.norm_sums import FUSED, keep_sums_apart
 
 if TYPE_CHECKING:
     from graphopt.data.feeds import Call
+    from graphopt.target import Target
 
 TRIES = 3
 """Mixtures that are repaired and confirmed at most."""
@@ -111,14 +112,14 @@ def quantise_auto(
     scheme = ctx.target.quant
     if scheme is None:
         reason = f"target {ctx.target.name} computes in floating point only: the model stays in float"
-        return PassResult(changed=False, notes=[reason])
+        return PassResult(changed=False, notes=[reason, *_half(ctx.target)])
     copy = private_clone(model)
     prepared, doubts = prepare(copy, ctx, scheme, options)
     prepared.smooth = options.prepare == "auto"
     prepared.block, prepared.symmetric = block, symmetric
     listed = candidates(copy, ctx.target, options.exclude, block=block, symmetric=symmetric)
     found = _possible(listed, prepared)
-    result = PassResult(changed=False)
+    result = PassResult(changed=False, notes=_half(ctx.target))
     work = _Auto(model, ctx, Writer(ctx, options, prepared), found, result, batch)
     if given:
         chosen = resolve(found.values(), given)
@@ -366,6 +367,14 @@ class _Auto:
         self.writer.round()
         reference, progress = self.prepared.reference, self.ctx.progress
         return repair(chosen, self.build, reference, work, speedup, self.drop, self._limit, progress, seconds)
+
+
+def _half(target: Target) -> list[str]:
+    """What is to be told of half types, which are no candidates: a model has one of them whole or not at all."""
+    if not target.half.faster:
+        return []
+    schemes = " and ".join(f"scheme={'fp16' if name == 'float16' else 'bf16'}" for name in target.half.faster)
+    return [f"formats of 8 bits or less were compared; on target {target.name} {schemes} are faster than float32 too"]
 
 
 def _possible(found: Mapping[str, Candidate], prepared: Prepared) -> dict[str, Candidate]:

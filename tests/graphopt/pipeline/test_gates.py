@@ -302,6 +302,16 @@ def test_a_slower_model_is_told_with_what_the_pass_advises(monkeypatch: pytest.M
     assert told.endswith("no gate was set (--max-latency 1); make less of it")
 
 
+def test_where_noise_hides_that_a_model_is_slower_it_is_timed_for_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = FakeBackend([1.2, 1.2, 1.2, 1.0], spread=[2.0, 0.01, 2.0, 2.0])
+    fake(monkeypatch, backend)
+    slower, *_ = run([Noise(0.01)], lambda m: [Regressions(m, drop=True, latency=True)], data=feeds())
+    assert any("slower: 1.20x" in w for w in warnings(slower))
+    unclear, *_ = run([Noise(0.01)], lambda m: [Regressions(m, drop=True, latency=True)], data=feeds())
+    assert not any("slower" in w for w in warnings(unclear))
+    assert backend.seconds[1] == 4 * backend.seconds[0]
+
+
 def test_a_lower_score_without_a_gate_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     fake(monkeypatch, FakeBackend([0.9]))
 
