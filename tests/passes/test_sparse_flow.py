@@ -18,6 +18,7 @@ from graphopt.model import check
 from graphopt.numerics.sparsity.patterns import holds, parse
 from graphopt.passes.armor import Armor
 from graphopt.passes.sparsify import Sparsify
+from graphopt.rewriting import layer_moments
 from graphopt.sparsity import moments
 from graphopt.target import SparseKernels, Target
 
@@ -92,11 +93,13 @@ def test_published_methods_do_not_propagate_unless_asked_to() -> None:
 def test_little_memory_means_more_passes_over_the_data_and_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     passes = []
     monkeypatch.setattr(
-        moments, "activations", lambda *a, original=moments.activations, **o: passes.append(1) or original(*a, **o)
+        layer_moments,
+        "activations",
+        lambda *a, original=layer_moments.activations, **o: passes.append(1) or original(*a, **o),
     )
     whole, _ = run(Sparsify(propagate=False))
     assert len(passes) == 1
-    monkeypatch.setattr(moments, "_portions", lambda inputs, memory, own=moments._portions: own(inputs, 1))
+    monkeypatch.setattr(moments, "portions", lambda items, layer, _, own=moments.portions: own(items, layer, 1))
     parts, _ = run(Sparsify(propagate=False))
     assert len(passes) == 1 + 4  # x, c, r, g
     assert weights(parts) == weights(whole)
