@@ -45,7 +45,7 @@ MEMBERS = (
 """In the order of a round: constants first, because the other members need them."""
 
 _NODE = 128
-"""Bytes that may be paid for every node that goes: a Reshape or Slice that stands for several needs sizes of its own."""
+"""Bytes that may be paid for every node that goes: a Reshape that stands for several needs sizes of its own."""
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,9 @@ class MergeReshapes(Pass):
 
 
 def _fix_target(node: ir.Node, editor: Editor, result: PassResult) -> bool:
-    if not is_onnx(node, "Reshape") or array(node.inputs[1]) is not None or node.attributes.get_int("allowzero", 0) != 0:
+    if not is_onnx(node, "Reshape") or array(node.inputs[1]) is not None:
+        return False
+    if node.attributes.get_int("allowzero", 0) != 0:
         return False
     told = entries(node.inputs[1])
     if told is None or told.ndim != 1:
