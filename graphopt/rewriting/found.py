@@ -45,18 +45,18 @@ class Found:
 
     def with_node(self, node: ir.Node) -> Found:
         """This, and `node` belongs to it."""
-        return replace(self, nodes=self.nodes | {node})
+        return Found(self.values, self.numbers, self.axes, self.nodes | {node}, self.scalars)
 
     def with_scalar(self, tensor: ir.TensorProtocol) -> Found:
         """This, and the scalar was read."""
-        return replace(self, scalars=(*self.scalars, tensor))
+        return Found(self.values, self.numbers, self.axes, self.nodes, (*self.scalars, tensor))
 
     def with_value(self, name: str, value: ir.Value) -> Found | None:
         """This with a tensor named; None where another tensor has the name."""
         known = self.values.get(name)
         if known is not None:
             return self if known is value else None
-        return replace(self, values={**self.values, name: value})
+        return Found({**self.values, name: value}, self.numbers, self.axes, self.nodes, self.scalars)
 
     def with_number(self, wanted: float | Free, number: float) -> Found | None:
         """This, if `number` is the one that is wanted, or free and from now on known."""

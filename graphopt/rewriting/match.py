@@ -37,6 +37,10 @@ class Pattern:
         """The operators that a node computing this formula may have."""
         raise NotImplementedError
 
+    def needs(self) -> frozenset[str]:
+        """Operators without which no graph holds this formula."""
+        raise NotImplementedError
+
     def __mul__(self, other: Pattern | Free | float) -> Pattern:
         return _product(self, other)
 
@@ -83,6 +87,10 @@ class Tensor(Pattern):
         if bound is not None:
             yield bound
 
+    def needs(self) -> frozenset[str]:
+        """None."""
+        return frozenset()
+
     def operators(self) -> frozenset[str]:
         """Any: a rule must not have it at its root."""
         return frozenset()
@@ -101,6 +109,10 @@ class Parameter(Pattern):
             bound = found.with_value(self.name, value)
             if bound is not None:
                 yield bound
+
+    def needs(self) -> frozenset[str]:
+        """None."""
+        return frozenset()
 
     def operators(self) -> frozenset[str]:
         """None: no operator makes it."""
@@ -123,6 +135,10 @@ class Scalar(Pattern):
             if isinstance(self.number, Free) and self.number.name not in bound.values:
                 bound = replace(bound, values={**bound.values, self.number.name: value})
             yield bound
+
+    def needs(self) -> frozenset[str]:
+        """None."""
+        return frozenset()
 
     def operators(self) -> frozenset[str]:
         """None: no operator makes it."""
@@ -161,6 +177,10 @@ class Op(Pattern):
             for patterns in permutations(self.inputs) if self.commutes else (self.inputs,):
                 yield from _each(patterns, inputs, start)
 
+    def needs(self) -> frozenset[str]:
+        """Its own, and those of what it reads."""
+        return frozenset({self.op_type}).union(*(pattern.needs() for pattern in self.inputs))
+
     def operators(self) -> frozenset[str]:
         """Its own."""
         return frozenset({self.op_type})
@@ -180,6 +200,10 @@ class CastTo(Pattern):
             return
         if self.to is None or number_attribute(node, "to", 0) == self.to:
             yield from self.of.match(node.inputs[0], found.with_node(node))
+
+    def needs(self) -> frozenset[str]:
+        """Its own, and those of what it reads."""
+        return frozenset({"Cast"}) | self.of.needs()
 
     def operators(self) -> frozenset[str]:
         """Cast."""
@@ -204,6 +228,10 @@ class Reduce(Pattern):
         if start is not None:
             yield from self.of.match(node.inputs[0], start)
 
+    def needs(self) -> frozenset[str]:
+        """Its own, and those of what it reads."""
+        return frozenset({self.op_type}) | self.of.needs()
+
     def operators(self) -> frozenset[str]:
         """Its own."""
         return frozenset({self.op_type})
@@ -219,6 +247,10 @@ class Either(Pattern):
         """See the class."""
         for form in self.forms:
             yield from form.match(value, found)
+
+    def needs(self) -> frozenset[str]:
+        """Those of every form."""
+        return frozenset.intersection(*(form.needs() for form in self.forms))
 
     def operators(self) -> frozenset[str]:
         """Those of all forms."""
@@ -236,6 +268,10 @@ class Inverse(Pattern):
         for factor, further in _factors(value, (self,), found):
             if further.close(factor, 1.0):
                 yield further
+
+    def needs(self) -> frozenset[str]:
+        """Those of its parts; how it is written itself is open."""
+        return self.of.needs()
 
     def operators(self) -> frozenset[str]:
         """A quotient's."""
@@ -259,6 +295,10 @@ class Root(Pattern):
                 return
         yield from self.of.match(node.inputs[0], found.with_node(node))
 
+    def needs(self) -> frozenset[str]:
+        """Those of its parts; how it is written itself is open."""
+        return self.of.needs()
+
     def operators(self) -> frozenset[str]:
         """Those of a root."""
         return frozenset({"Sqrt", "Pow"})
@@ -278,6 +318,10 @@ class Product(Pattern):
             bound = further.with_number(self.free or 1.0, factor / self.factor)
             if bound is not None:
                 yield bound
+
+    def needs(self) -> frozenset[str]:
+        """Those of its parts; how it is written itself is open."""
+        return frozenset().union(*(element.needs() for element in self.elements))
 
     def operators(self) -> frozenset[str]:
         """Those that multiply, and those of an only element whose factor may be 1."""
@@ -300,6 +344,10 @@ class Sum(Pattern):
             if bound is not None:
                 yield bound
 
+    def needs(self) -> frozenset[str]:
+        """Those of its parts; how it is written itself is open."""
+        return frozenset().union(*(element.needs() for element in self.elements))
+
     def operators(self) -> frozenset[str]:
         """Those that add."""
         return frozenset({"Add", "Sub", "Sum"})
@@ -315,6 +363,9 @@ def either(*forms: Pattern) -> Pattern:
     """One of several formulas."""
     return Either(forms)
 
+
+_Part = tuple[ir.Value, Sequence[Pattern]]
+"""An operand, and the elements that it should consist of."""
 
 # -- products and sums -----------------------------------------------------------------------------------------------
 
@@ -381,8 +432,9 @@ def _factors_of(node: ir.Node, elements: Sequence[Pattern], found: Found) -> Ite
                     read = inside.with_scalar(number)
                     yield from ((f * number_of(number), further) for f, further in _factors(data, elements, read))
             for left, right in _splits(elements):
-                for factor, further in _factors(a, left, inside):
-                    yield from ((factor * f, last) for f, last in _factors(b, right, further))
+                (first, here), (second, there) = _easier_first((a, left), (b, right))
+                for factor, further in _factors(first, here, inside):
+                    yield from ((factor * f, last) for f, last in _factors(second, there, further))
         case "Div" if b is not None:
             number = scalar(b)
             if number is not None and number_of(number) != 0.0:
@@ -442,13 +494,20 @@ def _addends_of(node: ir.Node, elements: Sequence[Pattern], found: Found) -> Ite
         for addend, further in _addends(b, _negated(elements) if subtracted else elements, read):
             yield number_of(number) + (-addend if subtracted else addend), further
     for left, right in _splits(elements):
-        for addend, further in _addends(a, left, inside):
-            for other, last in _addends(b, _negated(right) if subtracted else right, further):
-                yield addend + (-other if subtracted else other), last
+        (first, here), (second, there) = _easier_first((a, left), (b, _negated(right) if subtracted else right))
+        for addend, further in _addends(first, here, inside):
+            for other, last in _addends(second, there, further):
+                at_a, at_b = (addend, other) if first is a else (other, addend)
+                yield at_a + (-at_b if subtracted else at_b), last
 
 
 def _negated(elements: Sequence[Pattern]) -> tuple[Pattern, ...]:
     return tuple(-element for element in elements)
+
+
+def _easier_first(one: _Part, other: _Part) -> tuple[_Part, _Part]:
+    """A constant is told from another tensor at once, so it is looked for before the other operand is searched."""
+    return (other, one) if isinstance(other[1][0], Parameter) and len(other[1]) == 1 else (one, other)
 
 
 def _splits(elements: Sequence[Pattern]) -> Iterator[tuple[tuple[Pattern, ...], tuple[Pattern, ...]]]:

@@ -100,16 +100,17 @@ def recognise(
         What was written, and for each formula that was found and left: why.
     """
     result = PassResult(changed=False)
+    present = {node.op_type for graph, _ in scopes(model) for node in graph}
     by_root: dict[str, list[tuple[Rule, Pattern]]] = {}
     for rule in rules:
         for form in rule.forms:
-            for op_type in form.operators():
+            for op_type in form.operators() if form.needs() <= present else ():
                 by_root.setdefault(op_type, []).append((rule, form))
     names: Names | None = None
     done = Counter[str]()
     for graph, opset in scopes(model):
         for node in reversed(tuple(graph)):
-            if node.graph is not graph or not is_onnx(node, *by_root):
+            if node.op_type not in by_root or node.graph is not graph or not is_onnx(node, node.op_type):
                 continue
             matching = [(rule, form) for rule, form in by_root[node.op_type] if _matches(node, rule, form)]
             if not matching:
@@ -219,7 +220,8 @@ class _Writer:
 
 def _know_shapes(model: ir.Model) -> None:
     """Infer shapes where a value of the main graph has none: inference takes longer than everything else here."""
-    if any(value.shape is None or value.dtype is None for node in model.graph for value in node.outputs):
+    nodes = (node for node in model.graph if not is_onnx(node, "Constant"))
+    if any(value.shape is None or value.dtype is None for node in nodes for value in node.outputs):
         infer_shapes(model)
 
 
