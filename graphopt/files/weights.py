@@ -19,6 +19,8 @@ from typing import IO, Any
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.files.scaled import ScaledTensor
+
 RESIDENT_BUDGET = 96 << 20
 """Bytes of one file that may be handed out before its pages are given back."""
 
@@ -130,6 +132,9 @@ def chunks(tensor: ir.TensorProtocol, size: int = CHUNK) -> Iterator[memoryview]
         for position in range(start, end, size):
             yield tensor.file.view(position, min(size, end - position))
         return
+    if isinstance(tensor, ScaledTensor):
+        yield from (memoryview(piece) for piece in tensor.byte_pieces())
+        return
     view = memoryview(_plain_bytes(tensor))
     for position in range(0, len(view), size):
         yield view[position : position + size]
@@ -151,6 +156,8 @@ def contains_nan(tensor: ir.TensorProtocol) -> bool:
     if isinstance(tensor, MappedTensor) and tensor.dtype in _STREAMED and tensor.nbytes > CHUNK:
         dtype = np.dtype(tensor.dtype.numpy()).newbyteorder("<")
         return any(bool(_isnan(np.frombuffer(chunk, dtype=dtype))) for chunk in chunks(tensor))
+    if isinstance(tensor, ScaledTensor):
+        return any(_isnan(piece) for piece in tensor.pieces())
     return bool(_isnan(tensor.numpy()))
 
 

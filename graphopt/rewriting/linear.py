@@ -19,10 +19,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.errors import ModelError
@@ -39,6 +37,8 @@ from graphopt.rewriting.edit import (
     set_constant,
     sole_use,
 )
+from graphopt.rewriting.large_weights import LARGE, carried, scaled
+from graphopt.rewriting.precision import misfit, misfit_of_bias
 
 LINEAR_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
@@ -106,7 +106,7 @@ class Linear:
         Returns:
             None where it was done, otherwise the reason why it cannot be, and then nothing changed.
         """
-        reason = _misfit(weight, bias, self._dtype)
+        reason = misfit(weight, bias, self._dtype)
         if reason:
             return reason
         if is_onnx(self.node, "Conv", "ConvTranspose"):
@@ -146,18 +146,26 @@ class Linear:
             None where it was done, otherwise the reason why it cannot be, and then nothing changed.
         """
         scale, shift = np.broadcast_to(scale, self.outputs), np.broadcast_to(shift, self.outputs)
-        weight = self._weight() * scale.reshape(self.groups, -1, 1, 1)
-        return self._store(weight, self._bias() * scale + shift, names, origin)
+        bias = self._bias() * scale + shift
+        if self._is_large:
+            return self._store_large(scale, self._output_axis, bias, names, origin)
+        return self._store(self._weight() * scale.reshape(self.groups, -1, 1, 1), bias, names, origin)
 
     def fold_before(self, scale: Float64, shift: Float64, names: Names, origin: Iterable[str]) -> str | None:
         """Make the node compute y(scale * x + shift); arguments (per input channel) and result as in `fold_after`."""
         reason = self.before_blocked(scale, shift)
+        if self._is_large and not reason:
+            scale = np.broadcast_to(scale, self.inputs)
+            return self._store_large(scale, 1 - self._output_axis, self._shifted(shift), names, origin)
         return reason or self._store(*self._folded_before(scale, shift), names, origin)
 
     def before_blocked(self, scale: Float64, shift: Float64) -> str | None:
         """Why `fold_before` would refuse; None where it would not. Changes nothing."""
         blocked = self.shift_blocked() if shift.any() else None
-        return blocked or _misfit(*self._folded_before(scale, shift), self._dtype)
+        if self._is_large and not blocked:
+            found = scaled(self._tensor, np.broadcast_to(scale, self.inputs), 1 - self._output_axis, self._output_axis)
+            return found if isinstance(found, str) else misfit_of_bias(self._shifted(shift), self._dtype)
+        return blocked or misfit(*self._folded_before(scale, shift), self._dtype)
 
     def _folded_before(self, scale: Float64, shift: Float64) -> tuple[Float64, Float64]:
         scale, shift = np.broadcast_to(scale, self.inputs), np.broadcast_to(shift, self.inputs)
@@ -180,10 +188,44 @@ class Linear:
                 return (data if self._transposed else data.T)[None, :, :, None]
 
     @property
-    def _dtype(self) -> ir.DataType:
+    def _tensor(self) -> ir.TensorProtocol:
         tensor = constant(self.node.inputs[1])
         assert tensor is not None  # linear_view checked it
-        return tensor.dtype
+        return tensor
+
+    @property
+    def _dtype(self) -> ir.DataType:
+        return self._tensor.dtype
+
+    # -- large weights: scaled in pieces, when they are read ----------------------------------------------------------
+
+    @property
+    def _is_large(self) -> bool:
+        weight = self.node.inputs[1]
+        return self._tensor.nbytes >= LARGE and self.groups == 1 and weight is not None and weight.is_initializer()
+
+    @property
+    def _output_axis(self) -> int:
+        return 0 if self._transposed or is_onnx(self.node, "Conv") else 1
+
+    def _shifted(self, shift: Float64) -> Float64:
+        """The bias where `shift` is added to the inputs."""
+        moved = carried(self._tensor, np.broadcast_to(shift, self.inputs), self._output_axis) if shift.any() else 0.0
+        return self._bias() + self.factor * moved
+
+    def _store_large(self, scale: Float64, axis: int, bias: Float64, names: Names, origin: Iterable[str]) -> str | None:
+        weight, origin = self.node.inputs[1], list(origin)
+        found = scaled(self._tensor, scale, axis, self._output_axis)
+        reason = found if isinstance(found, str) else misfit_of_bias(bias, self._dtype)
+        if reason or isinstance(found, str) or weight is None:
+            return reason
+        weight.const_value = found
+        for changed in (self.node, weight):
+            mark_origin(changed, origin)
+        self._store_bias(bias, self._dtype, names, origin)
+        return None
+
+    # -- layouts ------------------------------------------------------------------------------------------------------
 
     @property
     def _transposed(self) -> bool:
@@ -208,7 +250,7 @@ class Linear:
 
     def _store(self, weight: Float64, bias: Float64, names: Names, origin: Iterable[str]) -> str | None:
         dtype = self._dtype
-        reason = _misfit(weight, bias, dtype)
+        reason = misfit(weight, bias, dtype)
         if reason:
             return reason
         origin = list(origin)
@@ -348,30 +390,3 @@ def _view_matmul(node: ir.Node, shape: tuple[int, ...]) -> Linear | str:
         if fits and data is not None and (data.ndim < 2 or (rank is not None and data.ndim <= rank)):
             return Linear(node, use.node, other, use.node.outputs[0], 1, inputs, outputs)
     return Linear(node, None, 2, product, 1, inputs, outputs)
-
-
-def _misfit(weight: Float64, bias: Float64, dtype: ir.DataType) -> str | None:
-    """Why a folded weight (groups, outputs, inputs, positions) or bias cannot be stored in `dtype`."""
-    for what, data, axes in (("weight", weight, (2, 3)), ("bias", bias, ())):
-        reason = _does_not_fit(data, dtype, axes)
-        if reason:
-            return f"the folded {what} {reason}"
-    return None
-
-
-def _does_not_fit(data: Float64, dtype: ir.DataType, channel_axes: tuple[int, ...]) -> str | None:
-    """Why `data` cannot be stored in `dtype`: not finite, or (per channel) less precise than the dtype promises."""
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        stored = data.astype(dtype.numpy()).astype(np.float64)
-        if not np.isfinite(stored).all():
-            return f"is not finite in {dtype.name}"
-        norm: npt.NDArray[Any] = np.sqrt((data**2).sum(axis=channel_axes) if channel_axes else data**2)
-        error: npt.NDArray[Any] = np.sqrt(
-            ((stored - data) ** 2).sum(axis=channel_axes) if channel_axes else (stored - data) ** 2
-        )
-        # Half an ulp per element is normal; subnormal channels lose more. Values below the scale of the largest
-        # channel by the precision itself do not matter to the sum they enter.
-        ulp = float(dtype.eps)
-        negligible = float(norm.max(initial=0.0)) * ulp
-        bad = (error > ulp * norm) & (norm > negligible)
-    return f"loses precision in {dtype.name} (subnormal numbers)" if bad.any() else None

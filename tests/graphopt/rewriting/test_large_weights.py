@@ -1,0 +1,89 @@
+"""Large weights are scaled in pieces: what comes out is what small ones give, and memory stays bounded."""
+
+from __future__ import annotations
+
+import io
+import tracemalloc
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from fold_checks import context
+from text_graph import graph
+
+from graphopt.files.scaled import ScaledTensor
+from graphopt.files.weights import chunks, contains_nan
+from graphopt.model import load, save
+from graphopt.passes.fold_batchnorm import FoldBatchNorm
+from graphopt.rewriting import large_weights, linear
+from graphopt.verify import compare, random_feeds
+
+STATISTICS = {"scale": (5,), "bias": (5,), "mean": (5,), "var": np.linspace(0.5, 2, 5).astype(np.float32)}
+NORM = "BatchNormalization ({}, scale, bias, mean, var)"
+
+
+def model(kind: str) -> ir.Model:
+    match kind:
+        case "gemm":
+            body, shape = f"h = Gemm (x, w)  y = {NORM.format('h')}", (7, 5)
+        case "gemm transposed":
+            body, shape = f"h = Gemm <transB: int = 1, alpha: float = 0.5> (x, w)  y = {NORM.format('h')}", (5, 7)
+        case "matmul":
+            body, shape = f"h = MatMul (x, w)  y = {NORM.format('h')}", (7, 5)
+        case "before gemm":
+            body, shape = f"h = {NORM.format('x')}  y = Gemm <transB: int = 1> (h, w)", (6, 5)
+        case "before matmul":
+            body, shape = f"h = {NORM.format('x')}  y = MatMul (h, w)", (5, 6)
+        case "conv":
+            text = "(float[2, 3, 6, 6] x) => (float[2, 5, 4, 4] y)"
+            return graph(text, f"h = Conv (x, w)  y = {NORM.format('h')}", w=(5, 3, 3, 3), **STATISTICS)
+    inputs = 5 if kind.startswith("before") else 7
+    outputs = 6 if kind.startswith("before") else 5
+    return graph(f"(float[3, {inputs}] x) => (float[3, {outputs}] y)", body, w=shape, **STATISTICS)
+
+
+@pytest.mark.parametrize("kind", ["gemm", "gemm transposed", "matmul", "before gemm", "before matmul", "conv"])
+def test_pieces_give_what_the_whole_gives(kind, monkeypatch, tmp_path):
+    original = model(kind)
+    small, large = original.clone(), original.clone()
+    FoldBatchNorm().run(small, context())
+    monkeypatch.setattr(linear, "LARGE", 1)
+    monkeypatch.setattr("graphopt.files.scaled.ELEMENTS", 8)
+    assert FoldBatchNorm().run(large, context()).changed
+    weight = large.graph.initializers["w"].const_value
+    assert isinstance(weight, ScaledTensor)
+    np.testing.assert_array_equal(weight.numpy(), small.graph.initializers["w"].const_value.numpy())
+    assert compare(original, large, random_feeds(original, 0)).equal
+    save(large, tmp_path / "m.onnx")
+    np.testing.assert_array_equal(load(tmp_path / "m.onnx").graph.initializers["w"].const_value.numpy(), weight.numpy())
+
+
+def test_what_the_type_cannot_hold_is_refused():
+    weight = ir.Tensor(np.ones((4, 3), np.float16))
+    scale = np.array([1.0, 1e6, 1.0])
+    assert "not finite in FLOAT16" in large_weights.scaled(weight, scale, 1, 1)
+    assert "loses precision" in large_weights.scaled(
+        ir.Tensor(np.full((4, 3), 0.3, np.float16)), scale * 0 + 1e-7, 1, 1
+    )
+
+
+def test_two_scales_are_rounded_once():
+    weight = ir.Tensor(np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32))
+    a, b = np.array([0.1, 0.2, 0.3]), np.array([3.0, 7.0, 9.0])
+    twice = ScaledTensor(ScaledTensor(weight, a, 1), b, 1)
+    np.testing.assert_array_equal(twice.numpy(), (weight.numpy().astype(np.float64) * (a * b)).astype(np.float32))
+    assert twice.source is weight
+
+
+def test_memory_is_that_of_a_piece():
+    weight = ir.Tensor(np.ones((1 << 13, 1 << 11), np.float32), name="w")
+    tracemalloc.start()
+    found = large_weights.scaled(weight, np.full(1 << 11, 0.5), 1, 1)
+    assert isinstance(found, ScaledTensor) and not contains_nan(found)
+    written = sum(len(chunk) for chunk in chunks(found))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert written == weight.nbytes
+    assert peak < 0.75 * weight.nbytes
+    found.tofile(sink := io.BytesIO())
+    assert sink.getbuffer().nbytes == weight.nbytes
