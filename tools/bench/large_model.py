@@ -3,10 +3,10 @@
     python tools/bench/large_model.py [--layers 20] [--rows 4096] [--columns 8192] [--onnxslim PYTHON]
 
 Generates a chain of MatMul + Add + Identity + Relu (80 nodes, 2.7 GB of float32 weights as external data) in a
-temporary folder, runs every tool in a process of its own, and prints a markdown table. Peak memory is the high-water mark of the
-resident set of the process (VmHWM), file-backed pages included. onnxslim runs under the interpreter that is named; by
-default a virtual environment is made for it, since it is no dependency of ours. Its shape inference is off: with it on,
-onnxslim 0.1.98 ends in an error above 2 GB.
+temporary folder, runs every tool in a process of its own, and prints a markdown table. Peak memory is the high-water
+mark of the resident set of the process (VmHWM), file-backed pages included. onnxslim runs under the interpreter that is
+named; by default a virtual environment is made for it, since it is no dependency of ours. Its shape inference is off:
+with it on, onnxslim 0.1.98 ends in an error above 2 GB.
 """
 
 from __future__ import annotations
