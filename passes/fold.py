@@ -74,36 +74,38 @@ class Fold(Pass):
         """Run the members until none of them changes the model."""
         result = PassResult(changed=False)
         skipped: dict[str, list[Skip]] = {}
-        undone: set[str] = set()
+        undone: dict[str, str] = {}
         asked = {"merge-factors": self.merge_factors, "dequantize-constants": self.dequantize}
         chosen = (*(name for name, wanted in asked.items() if wanted), *MEMBERS)
         members = [self._member(name, ctx) for name in chosen]
         rows = []
-        # A member whose work is undone is rare, a clone of a large graph slow: one is made, and the members before that
-        # one run again on it. They are deterministic.
-        original = model.clone()
-        applied: list[Pass] = []
+        # A member whose work is undone is rare, a clone of a large graph slow: one is made, and the members since then
+        # run again on it. They are deterministic.
+        backup = model.clone()
+        since: list[Pass] = []
+        changes = 0
         settled: dict[str, int] = {}
         before = size(model)
         for round_number in range(1, self.rounds + 1):
             changed = False
             for member in members:
-                # Nothing has changed since it last found nothing.
-                if member.name in undone or settled.get(member.name) == len(applied):
+                # Nothing has changed since it last found nothing, or was undone.
+                if settled.get(member.name) == changes:
                     continue
                 outcome = member.run(model, ctx)
                 skipped[member.name] = outcome.skipped
                 if not outcome.changed:
-                    settled[member.name] = len(applied)
+                    settled[member.name] = changes
                     continue
                 after = size(model)
                 excess = self._excess(member, before, after)
                 if excess:
-                    _restore(model, original.clone())
-                    for earlier in applied:
+                    _restore(model, backup)
+                    for earlier in since:
                         earlier.run(model, ctx)
-                    undone.add(member.name)
-                    result.notes.append(f"{member.name} undone: it made the model larger ({excess})")
+                    backup, since = model.clone(), []
+                    settled[member.name] = changes
+                    undone[member.name] = excess
                     continue
                 changed = result.changed = True
                 result.notes.extend(note for note in outcome.notes if note not in result.notes)
@@ -115,7 +117,8 @@ class Fold(Pass):
                         "bytes": after.bytes - before.bytes,
                     }
                 )
-                applied.append(member)
+                since.append(member)
+                changes += 1
                 before = after
             if not changed:
                 break
@@ -124,6 +127,8 @@ class Fold(Pass):
                 f"warning: stopped after {self.rounds} rounds although the last one still changed the model "
                 "(rounds=N allows more)"
             )
+        for name, excess in undone.items():
+            result.notes.append(f"{name} undone: it made the model larger ({excess})")
         if rows:
             result.details["what each member changed"] = rows
         result.skipped = [skip for skips in skipped.values() for skip in skips]
