@@ -34,9 +34,10 @@ class MergeCommonSubexpressions(Pass):
     effect: ClassVar[Effect] = Effect.EXACT
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
-        """Merge in the main graph and all bodies."""
+        """Merge in the main graph, model-local functions and all bodies."""
         result = PassResult(changed=False)
         merged = _merge(model.graph, {}, result)
+        merged += sum(_merge(function.graph, {}, result) for function in model.functions.values())
         if merged:
             result.changed = True
             result.notes.append(f"{merged} nodes merged with an equal one")

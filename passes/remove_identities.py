@@ -17,7 +17,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult, Skip, option
-from graphopt.rewriting.edit import Names, bypass, graphs, label
+from graphopt.rewriting.edit import Names, bypass, label, scopes, settle_functions
 from graphopt.rewriting.identities import identity_of, merge_with_producer
 
 
@@ -39,13 +39,13 @@ class RemoveIdentities(Pass):
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         """Remove until nothing more is found; each node is visited once, its producers before it."""
         result = PassResult(changed=False)
-        opset = model.graph.opset_imports.get("", 1)
         removed: Counter[str] = Counter()
         names = Names(model)
         merged = 0
-        for graph in graphs(model):
+        for graph, opset in scopes(model):
             for node in tuple(graph):
-                if node.graph is not graph:
+                # What a caller of the function gives is not known here.
+                if node.graph is not graph or any(a.is_ref() for a in node.attributes.values()):
                     continue
                 found = identity_of(node, opset, keep_signed_zero=self.keep_signed_zero)
                 if found is None:
@@ -59,6 +59,7 @@ class RemoveIdentities(Pass):
                 else:
                     reason = found
                 result.skipped.append(Skip(label(node), reason))
+        settle_functions(model)
         if removed:
             result.changed = True
             listing = ", ".join(f"{count} {op}" for op, count in sorted(removed.items()))

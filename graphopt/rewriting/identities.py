@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.rewriting.choices import CHOICES
 from graphopt.rewriting.edit import (
     Names,
     array,
@@ -108,7 +109,7 @@ def _before(node: ir.Node, *op_types: str) -> ir.Node | None:
     producer = value.producer() if value is not None else None
     if producer is None or producer.graph is not node.graph or not is_onnx(producer, *op_types):
         return None
-    return producer
+    return None if any(attribute.is_ref() for attribute in producer.attributes.values()) else producer
 
 
 def _ints(node: ir.Node, name: str, index: int) -> list[int] | None:
@@ -360,4 +361,5 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(("Relu", "Abs", "Ceil", "Floor", "Round", "Sign"), _idempotent),
     **dict.fromkeys(("Neg", "Not"), _involution),
     **dict.fromkeys(_NEUTRAL, _neutral),
+    **CHOICES,
 }

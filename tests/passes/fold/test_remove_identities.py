@@ -171,3 +171,56 @@ def test_old_opset_attributes() -> None:
       c = Dropout <ratio: float = 0.5> (b) y = Relu(c) }"""
     )
     expect(text, old + "g (float[N,2,3] x) => (float[N,2,3] y) { y = Relu(x) }", REMOVE)
+
+
+LOGIC = "g (float[N,3] x, float[N,3] z) => (float[A,B] y) <bool t = {1}, bool f = {0}, bool[1,3] all = {1, 1, 1}> "
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("a = Neg(x) b = Where(t, a, z) y = Relu(b)", "a = Neg(x) y = Relu(a)"),
+        ("a = Neg(x) b = Where(f, z, a) y = Relu(b)", "a = Neg(x) y = Relu(a)"),
+        ("c = Less(x, z) a = Neg(x) b = Where(c, a, a) y = Relu(b)", "c = Less(x, z) a = Neg(x) y = Relu(a)"),
+        ("c = Less(x, z) d = And(c, t) e = Or(f, d) y = Where(e, x, z)", "c = Less(x, z) y = Where(c, x, z)"),
+        ("c = Less(x, z) d = Xor(c, f) e = Equal(all, d) y = Where(e, x, z)", "c = Less(x, z) y = Where(c, x, z)"),
+    ],
+)
+def test_choices(before: str, after: str) -> None:
+    # What is dead afterwards is another pass's business: the golden graph keeps it.
+    model = parse(LOGIC + "{" + before + "}")
+    feeds = {name: np.random.default_rng(k).standard_normal((2, 3)).astype(np.float32) for k, name in enumerate("xz")}
+    reference = run(model, feeds)[0]
+    assert REMOVE.run(model, context()).changed
+    assert [n.op_type for n in model.graph] == [n.op_type for n in parse(LOGIC + "{" + after + "}").graph]
+    np.testing.assert_array_equal(run(model, feeds)[0], reference)
+
+
+def test_a_choice_that_broadcasts() -> None:
+    text = LOGIC.replace("float[N,3] x", "float[1,3] x") + "{ b = Where(t, x, z) y = Relu(b) }"
+    assert "larger shape" in reasons(expect(text, None, REMOVE))
+
+
+def test_in_a_function() -> None:
+    text = """<ir_version: 9, opset_import: ["" : 17, "local" : 1]>
+    g (float[2,3] x) => (float[A,B] y) { y = local.f <way = [1, 0]> (x) }
+    <domain: "local", opset_import: ["" : 17]> f <way> (v) => (w)
+    { a = Neg(v) b = Neg(a) c = Identity(b) d = Transpose <perm: ints = @way> (c) e = Transpose <perm: ints = @way> (d)
+      w = Relu(e) }"""
+    model = parse(text)
+    x = np.random.default_rng(0).standard_normal((2, 3)).astype(np.float32)
+    reference = run(model, {"x": x})[0]
+    assert REMOVE.run(model, context()).changed
+    function = next(iter(model.functions.values()))
+    assert "Identity" not in [node.op_type for node in function]
+    assert [node.op_type for node in function].count("Transpose") == 2
+    np.testing.assert_array_equal(run(model, {"x": x})[0], reference)
+
+
+def test_equal_nodes_of_a_function() -> None:
+    text = """<ir_version: 9, opset_import: ["" : 17, "local" : 1]>
+    g (float[2,3] x) => (float[A,B] y) { y = local.f(x) }
+    <domain: "local", opset_import: ["" : 17]> f (v) => (w) { a = Exp(v) b = Exp(v) w = Add(a, b) }"""
+    model = parse(text)
+    assert pass_class("merge-common-subexpressions")().run(model, context()).changed
+    assert [node.op_type for node in next(iter(model.functions.values()))] == ["Exp", "Add"]
