@@ -1,4 +1,4 @@
-"""Mark and sweep over a graph and all its bodies.
+"""Mark and sweep over a graph and all its bodies, and over every model-local function.
 
 Reachability is followed from the outputs instead of trusting use counts, because a body that was cut out of the graph
 (the branch of an If that is never taken) still counts as a reader of the outer values it captures.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from graphopt.rewriting.edit import bodies, graphs
+from graphopt.rewriting.edit import bodies
 
 
 def remove_dead(model: ir.Model) -> tuple[int, int]:
@@ -17,8 +17,16 @@ def remove_dead(model: ir.Model) -> tuple[int, int]:
     Returns:
         How many nodes and how many initializers went.
     """
-    everything = list(graphs(model))
-    live_nodes, live_values = _reachable(model.graph)
+    nodes = initializers = 0
+    for root in (model.graph, *(function.graph for function in model.functions.values())):
+        gone = _sweep([root, *root.subgraphs()])
+        nodes, initializers = nodes + gone[0], initializers + gone[1]
+    return nodes, initializers
+
+
+def _sweep(everything: list[ir.Graph]) -> tuple[int, int]:
+    """Remove what the outputs of the first graph, which holds the others, do not depend on."""
+    live_nodes, live_values = _reachable(everything[0])
     nodes = initializers = 0
     for graph in everything:
         dead = [n for n in graph if n not in live_nodes and n.outputs]
@@ -30,7 +38,7 @@ def remove_dead(model: ir.Model) -> tuple[int, int]:
             if value not in live_values and not value.is_graph_input():
                 graph.initializers.pop(str(value.name))
                 initializers += 1
-    _forget_stale_uses(model)
+    _forget_stale_uses([everything[0], *everything[0].subgraphs()])
     return nodes, initializers
 
 
@@ -62,9 +70,9 @@ def _detach(node: ir.Node) -> None:
             _detach(inner)
 
 
-def _forget_stale_uses(model: ir.Model) -> None:
-    present = {node for graph in graphs(model) for node in graph}
-    for graph in graphs(model):
+def _forget_stale_uses(everything: list[ir.Graph]) -> None:
+    present = {node for graph in everything for node in graph}
+    for graph in everything:
         values = [*graph.inputs, *graph.initializers.values(), *(v for n in graph for v in n.outputs)]
         for value in values:
             for use in tuple(value.uses()):

@@ -217,6 +217,15 @@ def test_in_a_function() -> None:
     np.testing.assert_array_equal(run(model, {"x": x})[0], reference)
 
 
+def test_dead_nodes_of_a_function() -> None:
+    text = """<ir_version: 9, opset_import: ["" : 17, "local" : 1]>
+    g (float[2,3] x) => (float[A,B] y) { y = local.f(x) }
+    <domain: "local", opset_import: ["" : 17]> f (v) => (w) { a = Exp(v) b = Neg(a) w = Abs(v) }"""
+    model = parse(text)
+    assert pass_class("remove-dead-code")().run(model, context()).changed
+    assert [node.op_type for node in next(iter(model.functions.values()))] == ["Abs"]
+
+
 def test_equal_nodes_of_a_function() -> None:
     text = """<ir_version: 9, opset_import: ["" : 17, "local" : 1]>
     g (float[2,3] x) => (float[A,B] y) { y = local.f(x) }
