@@ -38,6 +38,7 @@ from graphopt.rewriting.edit import (
     settle_functions,
     sole_use,
 )
+from graphopt.rewriting.growth import grows
 from graphopt.rewriting.linear import LINEAR_OPS, Linear, linear_giving, linear_view
 
 _AFFINE = ("Mul", "Div", "Add", "Sub", "BatchNormalization")
@@ -173,8 +174,8 @@ def _into_writer(affine: _Affine, linear: Linear, start: ir.Value, path: list[ir
     scale, shift = (_by_channel(a, channels) for a in (affine.scale, affine.shift))
     if scale is None or shift is None:
         return f"its constant of shape {affine.scale.shape} is not one number per channel there"
-    reason = cannot_replace(node.outputs[0], source) or linear.fold_after(scale, shift, names, [label(node)])
-    return reason or bypass(node, source)
+    reason = cannot_replace(node.outputs[0], source) or grows([(linear, shift)], node)
+    return reason or linear.fold_after(scale, shift, names, [label(node)]) or bypass(node, source)
 
 
 def _by_channel(numbers: Float64, channels: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> Float64 | None:
@@ -240,7 +241,7 @@ def _into_readers(
         if reason := linear.before_blocked(scale, shift):
             return f"{label(reader)} reads it: {reason}"
         views.append((linear, scale, shift))
-    if reason := cannot_replace(node.outputs[0], source):
+    if reason := cannot_replace(node.outputs[0], source) or grows([(view, shift) for view, _, shift in views], node):
         return reason
     for linear, scale, shift in views:
         if reason := linear.fold_before(scale, shift, names, [label(node)]):

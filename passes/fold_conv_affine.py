@@ -33,6 +33,7 @@ from graphopt.rewriting.edit import (
     settle_functions,
     sole_use,
 )
+from graphopt.rewriting.growth import grows
 from graphopt.rewriting.linear import LINEAR_OPS, Linear, linear_view
 
 
@@ -148,7 +149,8 @@ def _into_producer(
     scale, shift = (per_channel(a, rank, linear.channel_axis(rank), linear.outputs) for a in affine)
     if scale is None or shift is None:
         return f"its constant of shape {affine[0].shape} is not one number per output channel ({linear.outputs})"
-    reason = cannot_replace(node.outputs[0], source) or linear.fold_after(scale, shift, names, [label(node)])
+    reason = cannot_replace(node.outputs[0], source) or grows([(linear, shift)], node)
+    reason = reason or linear.fold_after(scale, shift, names, [label(node)])
     if reason:
         return reason
     new = next(v for v in node.inputs if constant(v) is None)
@@ -173,7 +175,8 @@ def _into_consumer(
     scale, shift = (per_channel(a, rank, axis, linear.inputs) for a in affine)
     if scale is None or shift is None:
         return f"its constant of shape {affine[0].shape} is not one number per input channel ({linear.inputs})"
-    return linear.fold_before(scale, shift, names, [label(node)]) or bypass(node, source)
+    reason = grows([(linear, shift)], node)
+    return reason or linear.fold_before(scale, shift, names, [label(node)]) or bypass(node, source)
 
 
 def _rank(linear: Linear, value: ir.Value) -> int | None:

@@ -60,7 +60,7 @@ def composable(first: Linear, second: Linear) -> str | None:
     outer, inner = _windows(second), _windows(first)
     if isinstance(outer, str) or isinstance(inner, str):
         return outer if isinstance(outer, str) else str(inner)
-    if is_onnx(first.node, "Conv") and inner.pointwise and all(s == 1 for s in inner.strides):
+    if _plain(first):
         if first.bias().any() and (outer.padded or is_onnx(second.node, "ConvTranspose")):
             return "the padding between the two does not carry the bias of the first"
         if is_onnx(second.node, "Conv") and any(e > 0 for e in outer.excess):
@@ -76,14 +76,16 @@ def composable(first: Linear, second: Linear) -> str | None:
 def keeps_second(first: Linear, second: Linear) -> bool:
     """Whether the second node takes over: the one with the larger kernel; without kernels the one that holds a bias."""
     if first.kernel:
-        return math.prod(first.kernel) == 1 and _plain(first)
+        return _plain(first)
     has_room = second.add is not None or is_onnx(second.node, "Gemm")
     return has_room or not (first.add is not None or is_onnx(first.node, "Gemm"))
 
 
 def _plain(linear: Linear) -> bool:
+    """Whether a convolution computes every position of its result from the same position of its input alone."""
     found = _windows(linear)
-    return is_onnx(linear.node, "Conv") and isinstance(found, Windows) and all(s == 1 for s in found.strides)
+    plain = isinstance(found, Windows) and found.pointwise and all(s == 1 for s in found.strides)
+    return plain and is_onnx(linear.node, "Conv")
 
 
 def _windows(linear: Linear) -> Windows | str:

@@ -81,8 +81,9 @@ def test_into_the_linear_operator_behind() -> None:
         ["Relu", "Flatten", "Gemm"],
     )
     check(
-        f"""g (float[N,3,2,2] x) => (float[N,5] y) <{tensor("k", 3, 1, 1)}, {tensor("w", 3, 5)}>
-        {{ r = Relu(x) m = Mul(r, k) n = Add(m, k) a = GlobalAveragePool(n) f = Flatten(a) y = Gemm(f, w) }}""",
+        f"""g (float[N,3,2,2] x) => (float[N,5] y) <{tensor("k", 3, 1, 1)}, {tensor("c", 3, 1, 1)},
+        {tensor("w", 3, 5)}>
+        {{ r = Relu(x) m = Mul(r, k) n = Add(m, c) a = GlobalAveragePool(n) f = Flatten(a) y = Gemm(f, w) }}""",
         ["Relu", "GlobalAveragePool", "Flatten", "Gemm"],
     )
 

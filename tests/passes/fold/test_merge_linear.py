@@ -83,6 +83,7 @@ def test_low_rank_stays() -> None:
     [
         (((4, 4, 1, 1), (2, 4, 3, 3)), "", "<strides: ints = [2,2], pads: ints = [1,1,1,1]>"),
         (((3, 4, 3, 3), (2, 3, 1, 1)), "<pads: ints = [1,0,1,0], strides: ints = [2,1]>", "<strides: ints = [1,2]>"),
+        (((3, 4, 1, 1), (2, 3, 1, 1)), "<pads: ints = [1,0,0,1]>", ""),
         (((4, 2, 1, 1), (4, 2, 1, 1)), "<group: int = 2>", "<group: int = 2>"),
         (((4, 2, 1, 1), (2, 4, 1, 1)), "<group: int = 2>", ""),
         (((4, 1, 3, 3), (4, 1, 1, 1)), "<group: int = 4, dilations: ints = [2,2]>", "<group: int = 4>"),
