@@ -27,6 +27,7 @@ MEMBERS = (
     "merge-slices",
     "cancel-concats",
     "move-transposes",
+    "absorb-transposes",
     "merge-bounds",
     "recognise-norms",
     "recognise-softmax",
