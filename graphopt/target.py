@@ -52,7 +52,8 @@ class HalfTypes:
     Attributes:
         types: half types that its runtime executes.
         faster: those among them in which models run faster than in float32.
-        float_ops: operators without a kernel of a half type, which stay in float32.
+        float_ops: operators without a kernel of a half type, which stay in float32; "Transpose>MatMul" is a product by
+            a constant together with a Transpose before it that moves the first axis.
         note: why a type is not faster, or what else must hold, for the reader of a report.
     """
 

@@ -110,7 +110,24 @@ def _asked(node: ir.Node, exclude: Collection[str], float_ops: Collection[str], 
             return f"excluded by {pattern!r}"
     if node.op_type in float_ops:
         return f"the target has no {dtype.name.lower()} kernel for {node.op_type}"
+    if "Transpose>MatMul" in float_ops and _multiplies_moved_batches(node):
+        return f"the target cannot load {dtype.name.lower()} products behind a Transpose that moves the first axis"
     return None
+
+
+def _multiplies_moved_batches(node: ir.Node) -> bool:
+    """Whether a product by a constant reads a Transpose of three or more axes that moves the first, or is read so."""
+    if is_onnx(node, "Transpose"):
+        return _moves_batches(node) and any(_multiplies_moved_batches(use.node) for use in node.outputs[0].uses())
+    if not is_onnx(node, "MatMul") or all(array(value) is None for value in node.inputs):
+        return False
+    producers = (value.producer() for value in node.inputs if value is not None)
+    return any(p is not None and is_onnx(p, "Transpose") and _moves_batches(p) for p in producers)
+
+
+def _moves_batches(transpose: ir.Node) -> bool:
+    order = transpose.attributes.get_ints("perm", ())
+    return not order or (len(order) > 2 and order[0] != 0)
 
 
 def _foreign(node: ir.Node) -> str | None:
