@@ -95,6 +95,9 @@ class Fold(Pass):
                     continue
                 outcome = member.run(model, ctx)
                 skipped[member.name] = outcome.skipped
+                if member.name == "fold-constants":
+                    # It infers shapes, and by these the others may see more.
+                    settled.clear()
                 if not outcome.changed:
                     settled[member.name] = changes
                     continue
