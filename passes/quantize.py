@@ -4,8 +4,8 @@
     w^ = clip(round(w / s_o)) s_o               weights: zero point 0, one scale per output channel o
     b^ = round(b / (s s_o)) s s_o               biases: int32, in units of the accumulator
 
-The work is done by graphopt/quantization/: `static.py` for int8, `schemes.py` for what gives every layer one format,
-`half_scheme.py` for fp16 and bf16, `mixed.py` for budgets.
+The work is done by graphopt/quantization/: `static` for int8, `schemes.py` for what gives every layer one format,
+`half` for fp16 and bf16, `search` for auto and budgets.
 """
 
 from __future__ import annotations

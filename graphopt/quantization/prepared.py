@@ -123,7 +123,7 @@ class Prepared:
     def planned(
         self, in_float: Collection[str], outputs: Collection[str] | None = (), model: ir.Model | None = None
     ) -> Plan:
-        """The plan without the units that stay in float; see `graphopt.quantization.plan.plan`.
+        """The plan without the units that stay in float; see `graphopt.quantization.static.plan.plan`.
 
         A tensor that became a root because the data movement before it is in float now has its source's range.
 

@@ -8,7 +8,6 @@ recurrent layers as ONNX Runtime's own operator (`recurrent`).
 from __future__ import annotations
 
 from collections.abc import Collection
-from fnmatch import fnmatchcase
 
 import numpy as np
 import onnx_ir as ir
@@ -19,6 +18,7 @@ from graphopt.quantization.back.recognised import quantised_already
 from graphopt.quantization.dynamic.products import ProductWriter
 from graphopt.quantization.dynamic.recurrent import RecurrentWriter, recurrent_reason
 from graphopt.quantization.rounding.interface import Rounding, nearest
+from graphopt.quantization.static.plan import excluded
 from graphopt.rewriting.edit import array, constant, graphs, is_onnx, label
 from graphopt.sparsity.marks import is_wrapper
 from graphopt.target import QuantScheme
@@ -63,7 +63,7 @@ def dynamic_layers(
             if not is_onnx(node, *PRODUCTS, *RECURRENT, *CONVOLUTIONS) or not _key(node):
                 continue
             key = _key(node)
-            reason = _excluded(node, exclude) or dynamic_reason(node, ops, products=products)
+            reason = excluded(node, exclude) or dynamic_reason(node, ops, products=products)
             if reason is None:
                 found[key] = label(node)
             else:
@@ -158,10 +158,6 @@ def _reason_of_two(node: ir.Node, right: ir.Value, products: bool) -> str | None
     if is_onnx(node, "Gemm") or right.is_initializer() or not products:
         return "its weight is not a constant"
     return None
-
-
-def _excluded(node: ir.Node, exclude: tuple[str, ...]) -> str | None:
-    return next((f"excluded by {p!r}" for p in exclude if fnmatchcase(label(node), p)), None)
 
 
 def _key(node: ir.Node) -> str:

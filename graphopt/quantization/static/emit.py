@@ -28,7 +28,6 @@ from graphopt.numerics.rounding import (
 from graphopt.quantization.rounding.interface import Rounded, Rounding, WeightGrid, nearest
 from graphopt.quantization.rounding.matrices import from_matrices, to_matrices
 from graphopt.quantization.static.plan import Plan, Unit, name_of
-from graphopt.quantization.static.rules import Kind
 from graphopt.quantization.weights.tied import Stored, share
 from graphopt.rewriting.edit import Names, array, drop_if_unused, new_initializer, remove_node
 from graphopt.target import QuantScheme
@@ -347,8 +346,3 @@ def _becomes_gemm(node: ir.Node) -> bool:
     if shape is None:
         return False
     return len(shape) == 2 or all(isinstance(d, int) for d in shape)
-
-
-def kinds(plan: Plan) -> dict[Kind, int]:
-    """How many units of each kind a plan has."""
-    return {kind: sum(u.rule.kind is kind for u in plan.units.values()) for kind in Kind}

@@ -11,8 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from graphopt.quantization.back.recognised import QUANTISED_OPS  # noqa: F401 (dynamic.py takes it from here)
-
 
 class Kind(Enum):
     """How the output of an integer kernel relates to its input."""
@@ -38,7 +36,6 @@ class Rule:
         needs_output: True where an integer kernel exists with a quantised output only.
         integers_only: True where the pair around the operator is not absorbed, and the operator itself must be written
             on the integer tensor (allowed by ONNX for all data movement).
-        min_opset: the operator accepts integers from here on.
     """
 
     kind: Kind
@@ -48,7 +45,6 @@ class Rule:
     channel_axis: int | None = None
     needs_output: bool = True
     integers_only: bool = False
-    min_opset: int = 13
 
 
 MOVE = Rule(Kind.MOVE)
