@@ -26,8 +26,8 @@ _TYPES = (ir.DataType.FLOAT, ir.DataType.DOUBLE)
 class AbsorbTransposes(Pass):
     """Let Gemm transpose its operands itself, and make a Gemm of a MatMul of a transposed matrix.
 
-    Algebra: see the head of the file. Does not fire: where something else reads the transposed tensor, which would still
-    be made, on stacks of matrices, on types without Gemm. Preserves: the name of the result.
+    Algebra: see the head of the file. Does not fire: where something else reads the transposed tensor, on stacks of
+    matrices, on types without Gemm. Preserves: the name of the result.
     """
 
     name: ClassVar[str] = "absorb-transposes"

@@ -72,7 +72,8 @@ def _rearrange(graph: ir.Graph, found: Region, chosen: set[ir.Node], editor: Edi
     perm = found.perm
     inverse = [int(k) for k in np.argsort(perm)]
     offered: dict[ir.Value, ir.Value] = {}
-    for node in [n for n in graph if n in chosen]:
+    operators = [node for node in found.operators if node in chosen]
+    for node in operators:
         permute(node, perm, editor)
         for place in moving_inputs(node):
             value = node.inputs[place]
@@ -81,7 +82,7 @@ def _rearrange(graph: ir.Graph, found: Region, chosen: set[ir.Node], editor: Edi
                 if value not in offered:
                     offered[value] = _permuted(value, graph, perm, inverse, editor)
                 node.replace_input_with(place, offered[value])
-    for node in [n for n in graph if n in chosen]:
+    for node in operators:
         for output in node.outputs:
             _restore(output, graph, perm, inverse, chosen, editor)
     for value, other in offered.items():

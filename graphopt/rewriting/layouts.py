@@ -131,7 +131,8 @@ def best(found: Region) -> tuple[set[ir.Node], int]:
         edges[one, other] = 1
         for member in members:
             edges[member, one] = edges[other, member] = _INFINITE
-    if not now or not edges:
+    # A region is connected: one Transpose stays as long as anything in it has to be plain.
+    if not now or not edges or (now == 1 and any(PLAIN in members for members in found.tensors.values())):
         return set(), 0
     rows, columns = zip(*edges, strict=True)
     capacity = csr_array((np.array(list(edges.values()), dtype=np.int32), (rows, columns)), shape=(size, size))
