@@ -34,11 +34,11 @@ def _bias_bytes(linear: Linear) -> int:
     holder = linear.add or linear.node
     value = holder.inputs[linear.bias_index] if linear.bias_index < len(holder.inputs) else None
     tensor = constant(linear.node.inputs[1])
-    size = linear.outputs * (tensor.dtype.itemsize if tensor is not None else 4)
+    size = int(linear.outputs * (tensor.dtype.itemsize if tensor is not None else 4))
     if value is not None:
         old = constant(value)
         own = old is not None and sole_use(value) is not None
         return max(0, size - old.nbytes) if own and old is not None else size + _OVERHEAD
     weight = linear.node.inputs[1]
-    bias = int(size) + 2 * (len(str(weight.name)) if weight is not None else 0) + _OVERHEAD
+    bias = size + 2 * (len(str(weight.name)) if weight is not None else 0) + _OVERHEAD
     return bias + (node_bytes(linear.node) if is_onnx(linear.node, "MatMul") else 0)
