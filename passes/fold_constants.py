@@ -43,6 +43,7 @@ from graphopt.rewriting.edit import (
     new_initializer,
     remove_node,
     replace_value,
+    scopes,
 )
 
 _TINY = 16
@@ -58,8 +59,9 @@ class FoldConstants(Pass):
 
     Does not fire: where the result takes more room than what it replaces (`max_growth`; Expand, Tile, ConstantOfShape,
     Range and tables stay computed), on tensors above `max_bytes`, on QuantizeLinear and DequantizeLinear, on random
-    operators, on nodes that make a graph output, inside model-local functions. Preserves: graph inputs except the
-    overridable initializers, graph outputs, symbolic dimensions, names.
+    operators, on nodes that make a graph output. In model-local functions, where nothing is known of the shapes that a
+    caller brings, what depends on constants alone is computed and stays a Constant node. Preserves: graph inputs except
+    the overridable initializers, graph outputs, symbolic dimensions, names.
     Source: onnxscript's constant folding; the limits and the choice of nodes are ours.
     """
 
@@ -94,7 +96,7 @@ class FoldConstants(Pass):
             dead = remove_dead(model)
             result.changed = result.changed or bool(known or modified or again or any(dead))
             folded += max(0, before - _count(model))
-            if not (known or modified or again):
+            if not (known or modified or again or (sweep == 0 and plan.unsized)):
                 break
             if self.static:
                 # It knows more than the inference of single nodes: what is told by readers, in bodies, by arithmetic.
@@ -113,14 +115,12 @@ class FoldConstants(Pass):
         result.changed = result.changed or bool(lifted)
         if result.changed and (note := allow_private_initializers(model)):
             result.notes.append(note)
-        if model.functions:
-            result.notes.append(f"{len(model.functions)} model-local functions were not looked into")
         result.skipped.extend(Skip(name, reason) for name, reason in tell(plan.refused))
         return result
 
 
 def _count(model: ir.Model) -> int:
-    return sum(1 for graph in graphs(model) for node in graph if not is_onnx(node, "Constant"))
+    return sum(1 for graph, _ in scopes(model) for node in graph if not is_onnx(node, "Constant"))
 
 
 def _lift_constants(model: ir.Model) -> int:
@@ -214,7 +214,7 @@ def _onnxscript_sweep(model: ir.Model, plan: Plan, failures: list[str], *, infer
             return False
         if node in plan.fold:
             return True
-        if node in plan.refused:
+        if node in plan.refused and node not in plan.unsized:
             return False
         # It became constant in this sweep; the next plan decides unless the result is tiny.
         shape = node.outputs[0].shape

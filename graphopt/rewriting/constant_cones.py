@@ -14,7 +14,7 @@ from collections.abc import Container
 
 import onnx_ir as ir
 
-from graphopt.rewriting.edit import constant, graphs, initializer_bytes, is_onnx, label, node_bytes
+from graphopt.rewriting.edit import constant, initializer_bytes, is_onnx, label, node_bytes, scopes
 
 NEVER = frozenset(
     {
@@ -28,6 +28,7 @@ NEVER = frozenset(
 )
 """Operators that are not computed ahead."""
 
+_UNSIZED = "the size of its result is not known"
 _OVERHEAD = 24
 """Bytes of an initializer in a file besides its data and its name, about."""
 
@@ -38,13 +39,15 @@ class Plan:
     Attributes:
         fold: nodes to fold.
         refused: reason by node.
+        unsized: those of them whose size inference has not told yet, as in model-local functions.
     """
 
     def __init__(self, model: ir.Model, *, max_growth: int, max_bytes: int) -> None:
         self.fold: set[ir.Node] = set()
         self.refused: dict[ir.Node, str] = {}
+        self.unsized: set[ir.Node] = set()
         self._max_growth = max_growth
-        for graph in graphs(model):
+        for graph, _ in scopes(model):
             candidates: dict[ir.Node, None] = {}
             for node in graph:
                 if not self._depends_on_constants(node, candidates):
@@ -54,6 +57,8 @@ class Plan:
                     candidates[node] = None
                 elif reason:
                     self.refused[node] = reason
+                    if reason == _UNSIZED:
+                        self.unsized.add(node)
             for cone in _connected(candidates):
                 self._decide(cone)
 
@@ -97,7 +102,7 @@ def _not_computable(node: ir.Node, max_bytes: int) -> str | None:
         return "it computes an output of the graph"
     size = _known_bytes(node.outputs[0])
     if size is None:
-        return "the size of its result is not known"
+        return _UNSIZED
     largest = max([size, *(_known_bytes(v) or 0 for v in node.inputs if v is not None)])
     return f"a tensor above max_bytes={max_bytes} is involved" if largest > max_bytes else None
 

@@ -378,7 +378,7 @@ class Size:
     """How large a model is.
 
     Attributes:
-        nodes: nodes in the main graph and all bodies, without Constant nodes, which are only a way to store a tensor.
+        nodes: nodes in the main graph, all bodies and functions, without Constant nodes, which only store a tensor.
         bytes: about what the file takes: tensors plus names and attributes, without the provenance we add.
     """
 
@@ -413,9 +413,9 @@ def initializer_bytes(value: ir.Value) -> int:
 
 
 def size(model: ir.Model) -> Size:
-    """Measure `model` in O(nodes); no weight is read."""
+    """Measure `model`, model-local functions included, in O(nodes); no weight is read."""
     nodes = total = 0
-    for graph in graphs(model):
+    for graph, _ in scopes(model):
         for node in graph:
             nodes += not is_onnx(node, "Constant")
             total += node_bytes(node)
