@@ -117,7 +117,7 @@ def recognise(
                 continue
             if names is None:
                 names = Names(model)
-                _know_shapes(model)
+                know_shapes(model)
             writer = _Writer(graph, opset, names, target, fast_math, slow)
             reasons: dict[str, str] = {}
             for rule, form in matching:
@@ -218,7 +218,7 @@ class _Writer:
         return new_initializer(self.graph, self.names.fresh(f"{root.outputs[0].name}_constant"), data, dtype)
 
 
-def _know_shapes(model: ir.Model) -> None:
+def know_shapes(model: ir.Model) -> None:
     """Infer shapes where a value of the main graph has none: inference takes longer than everything else here."""
     nodes = (node for node in model.graph if not is_onnx(node, "Constant"))
     if any(value.shape is None or value.dtype is None for node in nodes for value in node.outputs):
