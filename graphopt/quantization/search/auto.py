@@ -44,11 +44,12 @@ from graphopt.quantization.search.tradeoff import Price
 from graphopt.quantization.search.writer import Writer
 from graphopt.quantization.static.scheme import StaticOptions, prepare
 from graphopt.quantization.static.sensitive import work_of
+from graphopt.rewriting.edit import constant, graphs, is_onnx
 from graphopt.rewriting.norm_sums import FUSED, keep_sums_apart
 
 if TYPE_CHECKING:
     from graphopt.data.feeds import Call
-    from graphopt.target import Target
+    from graphopt.target import Target, WeightKernels
 
 TRIES = 3
 """Mixtures that are repaired and confirmed at most."""
@@ -173,12 +174,13 @@ class _Auto:
     def formats(self) -> dict[str, tuple[Format, ...]]:
         """What nodes may be that have a choice, without the formats that can save no time.
 
-        Looking up a row of a table takes none, and only matrix products compute from weights that are integers: others
-        become floats when the model is loaded.
+        Looking up a row of a table takes none, and only matrix products of some width compute from weights that are
+        integers: others become floats when the model is loaded.
         """
         found: dict[str, tuple[Format, ...]] = {}
+        wide = _wide_products(self.prepared.model, self.ctx.target.weights)
         for key, c in self.found.items():
-            formats = tuple(f for f in c.formats if f not in BITS or c.op_type in PRODUCTS)
+            formats = tuple(f for f in c.formats if f not in BITS or key in wide)
             if c.kind != "table" and len(formats) > 1:
                 found[key] = formats
         return found
@@ -367,6 +369,22 @@ class _Auto:
         self.writer.round()
         reference, progress = self.prepared.reference, self.ctx.progress
         return repair(chosen, self.build, reference, work, speedup, self.drop, self._limit, progress, seconds)
+
+
+def _wide_products(model: ir.Model, kernels: WeightKernels) -> set[str]:
+    """Keys of products with as many channels as kernels that compute from integer weights ask for."""
+    found = set()
+    for graph in graphs(model):
+        for node in graph:
+            weight = constant(node.inputs[1]) if is_onnx(node, *PRODUCTS) and len(node.inputs) > 1 else None
+            if weight is None or len(weight.shape) != 2:
+                continue
+            inputs, outputs = weight.shape.numpy()
+            if node.attributes.get_int("transB", 0):
+                inputs, outputs = outputs, inputs
+            if inputs >= kernels.inputs and outputs >= kernels.outputs:
+                found |= {v.name for v in node.outputs[:1] if v.name}
+    return found
 
 
 def _half(target: Target) -> list[str]:
