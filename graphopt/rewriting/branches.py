@@ -42,8 +42,8 @@ class Branch:
 def branch_of(value: ir.Value, base: Linear, opset: int) -> Branch | str | None:
     """`value` as a linear map of what `base` reads; the reason where it nearly is one, None where it is not.
 
-    Followed are: the input itself, a linear operator, two of them in a row (LoRA), and BatchNormalization or
-    arithmetic with constants behind any of these.
+    Followed are: the input itself, an average pool, a linear operator, two of them in a row (LoRA), and
+    BatchNormalization or arithmetic with constants behind any of these.
     """
     source = base.input
     if value is source:
@@ -51,6 +51,8 @@ def branch_of(value: ir.Value, base: Linear, opset: int) -> Branch | str | None:
     node = value.producer()
     if node is None or node.graph is not base.node.graph:
         return None
+    if is_onnx(node, "AveragePool"):
+        return _average(node, base) if node.inputs[0] is source else None
     last = linear_giving(value, opset=opset, shared=True)
     if isinstance(last, Linear):
         return _direct(last) if last.input is source else _in_a_row(last, base, opset)
@@ -104,6 +106,22 @@ def _identity(base: Linear) -> Branch | str:
     ones, zeros = (1,) * rank, (0,) * rank
     weight = np.ones((base.inputs, 1, 1, 1))
     return Branch(weight, np.zeros(base.outputs), Windows(ones, ones, ones, zeros, zeros))
+
+
+def _average(node: ir.Node, base: Linear) -> Branch | str | None:
+    """An average over windows: a kernel of equal numbers for each channel, where it counts its padding."""
+    kernel = tuple(node.attributes.get_ints("kernel_shape", ()))
+    if not is_onnx(base.node, "Conv") or base.inputs != base.outputs or len(kernel) != len(base.kernel):
+        return None
+    found = windows(node, kernel)
+    if isinstance(found, str):
+        return found
+    if node.attributes.get_int("ceil_mode", 0) or (
+        found.padded and not node.attributes.get_int("count_include_pad", 0)
+    ):
+        return "an average that does not count its padding has other weights at the border"
+    positions = math.prod(kernel)
+    return Branch(np.full((base.inputs, 1, 1, positions), 1 / positions), np.zeros(base.outputs), found, False)
 
 
 def _direct(linear: Linear) -> Branch | str:

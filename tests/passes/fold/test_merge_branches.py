@@ -124,6 +124,18 @@ def test_same_padding() -> None:
     )
 
 
+@pytest.mark.parametrize("counted", [0, 1])
+def test_an_average_is_a_kernel_where_it_counts_its_padding(counted: int) -> None:
+    text = f"""g (float[N,3,6,6] x) => (float[N,3,6,6] y) <{tensor("w", 3, 3, 3, 3)}>
+        {{ a = Conv <{PAD}> (x, w)
+           b = AveragePool <kernel_shape: ints = [3,3], {PAD}, count_include_pad: int = {counted}> (x)
+           y = Add(a, b) }}"""
+    if counted:
+        check(text, ["Conv"])
+    else:
+        assert "does not count its padding" in reasons(expect(text, None, MERGE))
+
+
 def test_lora_by_matmul_and_by_convolution() -> None:
     check(
         f"""g (float[N,3,6] x) => (float[N,3,5] y) <{tensor("w", 6, 5)}, {tensor("bias", 5)}, {tensor("a", 6, 2)},
