@@ -58,6 +58,19 @@ def test_pieces_give_what_the_whole_gives(kind, monkeypatch, tmp_path):
     np.testing.assert_array_equal(load(tmp_path / "m.onnx").graph.initializers["w"].const_value.numpy(), weight.numpy())
 
 
+def test_a_weight_of_a_data_file_goes_to_a_data_file(tmp_path):
+    big = graph("(float[2, 64] x) => (float[2, 64] y)", "y = MatMul (x, w)", w=(64, 64))
+    save(big, tmp_path / "in.onnx", external=True)
+    large = load(tmp_path / "in.onnx")
+    weight = large.graph.initializers["w"]
+    weight.const_value = ScaledTensor(weight.const_value, np.full(64, 0.5), 1)
+    save(large, tmp_path / "out.onnx")
+    assert (tmp_path / "out.onnx.data").is_file()
+    np.testing.assert_array_equal(
+        load(tmp_path / "out.onnx").graph.initializers["w"].const_value.numpy(), weight.const_value.numpy()
+    )
+
+
 def test_what_the_type_cannot_hold_is_refused():
     weight = ir.Tensor(np.ones((4, 3), np.float16))
     scale = np.array([1.0, 1e6, 1.0])
