@@ -35,8 +35,8 @@ from graphopt.rewriting.edit import (
     settle_functions,
     sole_use,
 )
+from graphopt.rewriting.formulas import Pattern
 from graphopt.rewriting.found import Found
-from graphopt.rewriting.match import Pattern
 from graphopt.target import Target
 
 Array = npt.NDArray[Any]

@@ -9,8 +9,9 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.rewriting.edit import array, constant
+from graphopt.rewriting.formulas import Pattern
 from graphopt.rewriting.found import Found, Free
-from graphopt.rewriting.match import Attribute, Parameter, Pattern, Scalar, Tensor, either, op
+from graphopt.rewriting.match import Attribute, Parameter, Scalar, Tensor, either, op
 from graphopt.rewriting.recognise import Rule, Written, plain
 
 x = Tensor("x")

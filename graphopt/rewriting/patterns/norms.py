@@ -16,8 +16,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.rewriting.edit import array
+from graphopt.rewriting.formulas import Inverse, Pattern, Root
 from graphopt.rewriting.found import Found, Free
-from graphopt.rewriting.match import CastTo, Inverse, Parameter, Pattern, Reduce, Root, Tensor
+from graphopt.rewriting.match import CastTo, Parameter, Reduce, Tensor
 from graphopt.rewriting.recognise import Plan, Rule, Written
 
 x = Tensor("x")

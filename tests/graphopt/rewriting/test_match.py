@@ -11,8 +11,9 @@ import pytest
 from golden import assert_close, context, parse, random_feeds, run
 
 from graphopt.registry import pass_class
+from graphopt.rewriting.formulas import Pattern, Root
 from graphopt.rewriting.found import Found, Free
-from graphopt.rewriting.match import Parameter, Pattern, Reduce, Root, Tensor, either, op
+from graphopt.rewriting.match import Parameter, Reduce, Tensor, either, op
 
 X, Z = Tensor("x"), Tensor("z")
 CONSTANTS = (
