@@ -40,6 +40,7 @@ MEMBERS = (
     "merge-linear",
     "unstack-means",
     "merge-branches",
+    "merge-scales",
     "fold-wrappers",
     "merge-common-subexpressions",
     "dedupe-initializers",
