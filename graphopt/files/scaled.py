@@ -33,7 +33,8 @@ class ScaledTensor(ir.LazyTensor):
 
     def __init__(self, source: ir.TensorProtocol, scale: npt.NDArray[np.float64], axis: int) -> None:
         if isinstance(source, ScaledTensor) and source.axis == axis:
-            source, scale = source.source, source.scale * scale
+            scale = source.scale * scale
+            source = source.source
         self.source, self.scale, self.axis = source, scale, axis
         super().__init__(
             lambda: ir.Tensor(self.numpy(), dtype=source.dtype),

@@ -52,22 +52,26 @@ OPERATORS = (*_ARITHMETIC, *_REDUCTIONS, "Transpose", "Reshape", "Unsqueeze", "S
 def formula_nodes(value: ir.Value) -> list[ir.Node] | None:
     """The nodes that compute `value` from constants, inputs before readers; None where anything else is in it."""
     order: dict[ir.Node, None] = {}
-
-    def visit(v: ir.Value | None) -> bool:
-        if v is None or constant(v) is not None:
-            return True
-        node = v.producer()
-        if node is None or len(node.outputs) != 1 or not is_onnx(node, *OPERATORS) or len(order) > _LONGEST:
-            return False
-        if any(a.is_ref() for a in node.attributes.values()):
-            return False
-        if node not in order:
-            if not all(visit(i) for i in node.inputs):
-                return False
+    entered: set[ir.Node] = set()
+    todo: list[ir.Value | None] = [value]
+    # A stack of its own: a graph may be deeper than Python's. A formula is short, so most walks end after a few steps.
+    while todo:
+        v = todo[-1]
+        node = None if v is None or constant(v) is not None else v.producer()
+        if v is None or constant(v) is not None or node in order:
+            todo.pop()
+            continue
+        if node is None or len(node.outputs) != 1 or not is_onnx(node, *OPERATORS):
+            return None
+        if node in entered:
             order[node] = None
-        return True
-
-    return list(order) if visit(value) and order else None
+            todo.pop()
+            continue
+        if len(entered) > _LONGEST or any(a.is_ref() for a in node.attributes.values()):
+            return None
+        entered.add(node)
+        todo.extend(reversed(node.inputs))
+    return list(order) or None
 
 
 def computed(nodes: Sequence[ir.Node], opset: int) -> Array | None:
