@@ -22,6 +22,8 @@ NEVER = frozenset(
         *("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"),
         # they carry the quantisation, which a folded tensor would lose
         *("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"),
+        # below opset 14 the reference evaluator takes mean and variance of what it normalises (onnx 1.23)
+        "BatchNormalization",
         # slow or imprecise in the reference evaluator, and hardly ever constant
         *("Conv", "ConvTranspose", "LSTM", "GRU", "RNN", "Resize", "Upsample", "Dropout", "If", "Loop", "Scan"),
     }
