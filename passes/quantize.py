@@ -156,7 +156,6 @@ class Quantize(Pass):
     batch: int = option(
         1, "for auto and latency=: samples of the calls that are timed; what is fast for one may not be for many", low=1
     )
-    keep_io: bool = option(True, "for fp16 and bf16: inputs and outputs of the model stay float32")
 
     def __post_init__(self) -> None:
         """Check the options, and ask for data before any work where the scheme needs it.
@@ -215,9 +214,7 @@ class Quantize(Pass):
             )  # fmt: skip
         match self.scheme:
             case "fp16" | "bf16":
-                return quantise_half(
-                    model, ctx, self.scheme, keep_io=self.keep_io, exclude=self.exclude, samples=self.samples
-                )
+                return quantise_half(model, ctx, self.scheme, exclude=self.exclude, samples=self.samples)
             case "int8-dynamic" | "int8-weights" | "int4-weights":
                 return self._uniformly(model, ctx, self.scheme)
             case "auto":

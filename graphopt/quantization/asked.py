@@ -21,7 +21,6 @@ SERVES: dict[str, tuple[str, ...]] = {
     "prepare": (*STATIC, "int8-dynamic"),
     "rounding": (*STATIC, *WEIGHTS, "int8-dynamic"),
     "assignment": ("auto",),
-    "keep_io": HALF,
 }
 """Schemes that read an option; an option that is not here is checked elsewhere, or serves all."""
 

@@ -19,16 +19,13 @@ if TYPE_CHECKING:
 NAMES = {"fp16": "float16", "bf16": "bfloat16"}
 
 
-def quantise_half(
-    model: ir.Model, ctx: Context, scheme: str, *, keep_io: bool, exclude: tuple[str, ...], samples: int
-) -> PassResult:
+def quantise_half(model: ir.Model, ctx: Context, scheme: str, *, exclude: tuple[str, ...], samples: int) -> PassResult:
     """Convert the float32 part of `model` to half, in place.
 
     Args:
         model: any model; what is quantised already stays.
         ctx: target, and calibration data where there is some.
         scheme: "fp16" or "bf16".
-        keep_io: inputs and outputs stay float32.
         exclude: globs over node names that stay in float32.
         samples: of the calibration data, for the ranges of activations.
 
@@ -48,7 +45,7 @@ def quantise_half(
     largest = None
     if ctx.calibration is not None:
         largest = magnitudes(model, ctx.calibration, samples=samples, threads=ctx.jobs)
-    done = to_half(model, TYPES[name], keep_io=keep_io, exclude=exclude, float_ops=half.float_ops, largest=largest)
+    done = to_half(model, TYPES[name], exclude=exclude, float_ops=half.float_ops, largest=largest)
     notes = [f"{done.nodes} nodes compute in {name}, {len(done.kept)} stay in float32; {done.casts} casts between them"]
     notes += done.notes
     quantised = holds_quantised(model)

@@ -47,7 +47,7 @@ def test_the_pass_warns(options: str, told: str) -> None:
 def test_what_counts_is_not_warned_of() -> None:
     told = warnings("exclude=('MatMul*(h)',),ranges=mse,rounding=gptq,correct_bias=true")
     assert not any("no effect" in warning or "fits" in warning for warning in told)
-    assert without_effect("fp16", ["keep_io", "samples", "exclude"]) == []
+    assert without_effect("fp16", ["samples", "exclude"]) == []
     assert without_effect("auto", [name for name, schemes in SERVES.items() if schemes != HALF]) == []
 
 

@@ -337,7 +337,7 @@ def ctx(model: ir.Model, target: str, data: dict[str, Any] | None = None) -> Any
 
 
 def half(model: ir.Model, scheme: str, target: str, data: dict[str, Any] | None = None) -> PassResult:
-    return quantise_half(model, ctx(model, target, data), scheme, keep_io=True, exclude=(), samples=64)
+    return quantise_half(model, ctx(model, target, data), scheme, exclude=(), samples=64)
 
 
 def test_activations_beyond_the_range_stay_in_float32_with_the_reason() -> None:
