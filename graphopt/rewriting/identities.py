@@ -26,6 +26,7 @@ from graphopt.rewriting.edit import (
     set_constant,
     sole_use,
 )
+from graphopt.sparsity.marks import is_wrapper
 
 Outcome = ir.Value | str | None
 Rule = Callable[[ir.Node, int], Outcome]
@@ -54,17 +55,18 @@ def merge_with_producer(node: ir.Node, names: Names) -> bool:
 
     Transpose q after Transpose p is Transpose [p[q0], p[q1], ...]. A Reshape whose target copies no dimension of its
     input gives the same from any shape of the same elements, so the reshape before it goes; a Squeeze, Unsqueeze or
-    Flatten goes where the Reshape before it can make its shape. Only where nothing else reads the tensor between.
+    Flatten goes where the Reshape before it can make its shape. Only where nothing else reads the tensor between. The
+    wrapper of a sparse core stays as it is: other passes know it by its form.
 
     Returns:
         True where it was done.
     """
-    if not is_onnx(node, "Transpose", *_RESHAPES):
+    if not is_onnx(node, "Transpose", *_RESHAPES) or is_wrapper(node):
         return False
     if not is_onnx(node, "Transpose", "Reshape"):
         return _into_reshape_before(node, names)
     inner = _before(node, *(_RESHAPES if is_onnx(node, "Reshape") else ("Transpose",)))
-    if inner is None or not sole_use(inner.outputs[0]):
+    if inner is None or is_wrapper(inner) or not sole_use(inner.outputs[0]):
         return False
     if is_onnx(node, "Transpose"):
         first, second = inner.attributes.get_ints("perm"), node.attributes.get_ints("perm")
@@ -84,7 +86,9 @@ def merge_with_producer(node: ir.Node, names: Names) -> bool:
 def _into_reshape_before(node: ir.Node, names: Names) -> bool:
     inner, output = _before(node, "Reshape"), node.outputs[0]
     dims = _dims(output)
-    if inner is None or dims is None or not sole_use(inner.outputs[0]) or not isinstance(node.graph, ir.Graph):
+    if inner is None or is_wrapper(inner) or dims is None or not isinstance(node.graph, ir.Graph):
+        return False
+    if not sole_use(inner.outputs[0]):
         return False
     # One open dimension can be left to -1; a dimension of 0 would mean "copy".
     if sum(d is None for d in dims) > 1 or 0 in dims or array(_input(inner, 1)) is None or not dims:

@@ -2,7 +2,7 @@
 
 An axis of size 1 can stand anywhere: a Transpose that moves only such axes is a reshape, and a reshape that moves only
 such axes can become part of a Transpose beside it. What stands for sizes in all of this are the *tokens* of a shape:
-its dimensions but the ones, in order.
+its dimensions but the ones, in order. The wrapper of a sparse core stays as it is: other passes know it by its form.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from graphopt.rewriting.cuts import made_by, sizes
 from graphopt.rewriting.edit import is_onnx
+from graphopt.sparsity.marks import is_wrapper
 
 Dims = Sequence[int | str | None]
 
@@ -20,9 +21,9 @@ RESHAPES = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
 
 
 def permutation(node: ir.Node) -> list[int] | None:
-    """The permutation of a Transpose, also where it is left out (the reverse); None where the rank is unknown."""
-    if any(attribute.is_ref() for attribute in node.attributes.values()):
-        return None  # the caller of a function gives it
+    """The permutation of a Transpose, also where none is written (the reverse); None where unknown, or it must stay."""
+    if is_wrapper(node) or any(attribute.is_ref() for attribute in node.attributes.values()):
+        return None  # the second: the caller of a function gives it
     found = node.attributes.get_ints("perm", None)
     if found is not None:
         return list(found)
@@ -79,5 +80,6 @@ def carried(source: Dims, perm: Sequence[int], wanted: Dims) -> list[int] | None
 
 
 def before(node: ir.Node) -> ir.Node | None:
-    """The reshape or Transpose that makes the first input of `node`."""
-    return made_by(node.inputs[0], node, "Transpose", *RESHAPES)
+    """The reshape or Transpose that makes the first input of `node`, and can be merged with it."""
+    found = made_by(node.inputs[0], node, "Transpose", *RESHAPES)
+    return None if found is None or is_wrapper(found) or is_wrapper(node) else found
