@@ -113,7 +113,9 @@ def _prepared(source: Path, out: Path) -> Path:
     try:
         if _opset(source) < OPSET:
             model = onnx.version_converter.convert_version(model, OPSET)
-        quant_pre_process(model, str(path), skip_symbolic_shape=True)
+        onnx.save(model, path)
+        # A path: of a model in memory it makes one that refers to a file, and then loses that file.
+        quant_pre_process(str(path), str(path), skip_symbolic_shape=True)
         model = onnx.load(path)
     except Exception as error:
         print(f"{source.stem}: not preprocessed for onnxruntime.quantization: {_first_line(error)}", file=sys.stderr)
