@@ -133,3 +133,17 @@ def test_random_chains(seed: int) -> None:
     MERGE.run(model, context())
     np.testing.assert_array_equal(run(model, {"x": x})[0], before)
     assert len(model.graph) <= count
+
+
+def test_the_wrapper_of_a_sparse_core_keeps_its_form() -> None:
+    """It is known by its Reshapes and Transposes: what `merge-factors` makes of another form would be wrong."""
+    model = parse(
+        """g (float[N,2,3] x) => (float[N,2,3] y) <int64[3] k = {-1, 2, 3}>
+        { s = Flatten(x) t = Reshape(s, k) y = Relu(t) }"""
+    )
+    free = model.clone()
+    for node in model.graph:
+        if node.op_type == "Reshape":
+            node.metadata_props["graphopt.sparsity.role"] = "in"
+    assert not MERGE.run(model, context()).changed
+    assert MERGE.run(free, context()).changed
