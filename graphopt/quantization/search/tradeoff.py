@@ -34,7 +34,7 @@ class Price:
         each: what a layer in float costs besides its work: kernels that convert, and one exception more to know.
         ruin: noise-to-signal power that costs 1. At 2e-2 (17 dB) the outputs have a cosine of .99 with the float
             model's: one per cent of fidelity, the drop that presets allow.
-        decibel: what each dB below `enough` costs: 10 dB are worth eight tenths of the time.
+        decibel: what each dB below `enough` costs: 10 dB are worth half of the time.
         enough: signal to noise in dB beyond which a dB costs a tenth of that.
         exact: signal to noise in dB beyond which nothing is gained.
     """
@@ -42,7 +42,7 @@ class Price:
     speedup: float = 2.5
     each: float = 0.03
     ruin: float = 2e-2
-    decibel: float = 0.08
+    decibel: float = 0.05
     enough: float = 35.0
     exact: float = 60.0
 
