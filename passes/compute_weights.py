@@ -19,10 +19,7 @@ import onnx_ir as ir
 from graphopt.base import Context, Effect, Pass, PassResult, Skip, option
 from graphopt.rewriting.edit import (
     Names,
-    allow_private_initializers,
     constant,
-    freeze_note,
-    freeze_overridable,
     initializer_bytes,
     is_onnx,
     label,
@@ -32,10 +29,10 @@ from graphopt.rewriting.edit import (
     remove_unread,
     replace_value,
     scopes,
-    settle_functions,
 )
 from graphopt.rewriting.linear import LINEAR_OPS
 from graphopt.rewriting.weight_formulas import computed, formula_nodes
+from graphopt.rewriting.weight_pass import begun, finish
 
 
 @dataclass(frozen=True)
@@ -56,10 +53,7 @@ class ComputeWeights(Pass):
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         """Compute the weights of all linear operators."""
-        result = PassResult(changed=False)
-        if not self.keep_overridable and (frozen := freeze_overridable(model)):
-            result.changed = True
-            result.notes.append(freeze_note(frozen))
+        result = begun(model, keep_overridable=self.keep_overridable)
         names = Names(model)
         count = 0
         for graph, opset in scopes(model):
@@ -76,11 +70,7 @@ class ComputeWeights(Pass):
                 else:
                     count += 1
         if count:
-            result.changed = True
-            result.notes.append(f"{count} weights computed ahead")
-            settle_functions(model)
-            if note := allow_private_initializers(model):
-                result.notes.append(note)
+            finish(model, result, f"{count} weights computed ahead")
         return result
 
 

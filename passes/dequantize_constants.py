@@ -18,7 +18,6 @@ from graphopt.base import Context, Effect, Pass, PassResult, Skip
 from graphopt.rewriting.edit import (
     Float64,
     Names,
-    allow_private_initializers,
     cannot_replace,
     constant,
     is_onnx,
@@ -28,8 +27,8 @@ from graphopt.rewriting.edit import (
     remove_node,
     replace_value,
     scopes,
-    settle_functions,
 )
+from graphopt.rewriting.weight_pass import finish
 
 
 @dataclass(frozen=True)
@@ -62,11 +61,7 @@ class DequantizeConstants(Pass):
                 else:
                     count += 1
         if count:
-            result.changed = True
-            result.notes.append(f"{count} integer constants written as the floats that they stand for")
-            settle_functions(model)
-            if note := allow_private_initializers(model):
-                result.notes.append(note)
+            finish(model, result, f"{count} integer constants written as the floats that they stand for")
         return result
 
 

@@ -25,21 +25,18 @@ from graphopt.rewriting.carried import AVERAGES, MOVES, carry, carry_along, path
 from graphopt.rewriting.edit import (
     Float64,
     Names,
-    allow_private_initializers,
     bypass,
     cannot_replace,
     constant,
     float64,
-    freeze_note,
-    freeze_overridable,
     is_onnx,
     label,
     scopes,
-    settle_functions,
     sole_use,
 )
 from graphopt.rewriting.growth import grows
 from graphopt.rewriting.linear import LINEAR_OPS, Linear, linear_giving, linear_view
+from graphopt.rewriting.weight_pass import begun, finish
 
 _AFFINE = ("Mul", "Div", "Add", "Sub", "BatchNormalization")
 
@@ -63,10 +60,7 @@ class FoldCarriedAffine(Pass):
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         """Fold every affine node of `model` whose linear operators are found."""
-        result = PassResult(changed=False)
-        if not self.keep_overridable and (frozen := freeze_overridable(model)):
-            result.changed = True
-            result.notes.append(freeze_note(frozen))
+        result = begun(model, keep_overridable=self.keep_overridable)
         names = Names(model)
         count = 0
         for graph, opset in scopes(model):
@@ -83,11 +77,7 @@ class FoldCarriedAffine(Pass):
                     reasons[node] = outcome
             result.skipped.extend(Skip(label(node), reason) for node, reason in reasons.items())
         if count:
-            result.changed = True
-            result.notes.append(f"{count} affine maps folded into linear operators across data movement")
-            settle_functions(model)
-            if note := allow_private_initializers(model):
-                result.notes.append(note)
+            finish(model, result, f"{count} affine maps folded into linear operators across data movement")
         return result
 
 

@@ -34,8 +34,6 @@ from graphopt.rewriting.edit import (
     array,
     cannot_replace,
     constant_node_tensor,
-    freeze_note,
-    freeze_overridable,
     graphs,
     is_onnx,
     label,
@@ -45,6 +43,7 @@ from graphopt.rewriting.edit import (
     replace_value,
     scopes,
 )
+from graphopt.rewriting.weight_pass import begun
 
 _TINY = 16
 """Elements: a result this small takes less room than the node that makes it."""
@@ -74,10 +73,7 @@ class FoldConstants(Pass):
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         """Fold until nothing more becomes constant."""
-        result = PassResult(changed=False)
-        if not self.keep_overridable and (frozen := freeze_overridable(model)):
-            result.changed = True
-            result.notes.append(freeze_note(frozen))
+        result = begun(model, keep_overridable=self.keep_overridable)
         lifted = _lift_constants(model)
         folded = 0
         failures: list[str] = []

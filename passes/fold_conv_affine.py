@@ -25,8 +25,6 @@ from graphopt.rewriting.edit import (
     cannot_replace,
     constant,
     float64,
-    freeze_note,
-    freeze_overridable,
     is_onnx,
     label,
     scopes,
@@ -35,6 +33,7 @@ from graphopt.rewriting.edit import (
 )
 from graphopt.rewriting.growth import grows
 from graphopt.rewriting.linear import LINEAR_OPS, Linear, linear_view
+from graphopt.rewriting.weight_pass import begun
 
 
 @dataclass(frozen=True)
@@ -56,10 +55,7 @@ class FoldConvAffine(Pass):
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         """Fold every affine node of `model` that can be folded exactly, chains link by link."""
-        result = PassResult(changed=False)
-        if not self.keep_overridable and (frozen := freeze_overridable(model)):
-            result.changed = True
-            result.notes.append(freeze_note(frozen))
+        result = begun(model, keep_overridable=self.keep_overridable)
         names = Names(model)
         count = 0
         for graph, opset in scopes(model):

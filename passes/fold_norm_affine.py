@@ -20,20 +20,17 @@ from graphopt.errors import ModelError
 from graphopt.rewriting.edit import (
     Float64,
     Names,
-    allow_private_initializers,
     constant,
     drop_if_unused,
     float64,
-    freeze_note,
-    freeze_overridable,
     is_onnx,
     label,
     mark_origin,
     new_initializer,
     scopes,
-    settle_functions,
 )
 from graphopt.rewriting.linear import LINEAR_OPS, Linear, linear_view
+from graphopt.rewriting.weight_pass import begun, finish
 
 _CONTRIB = "SimplifiedLayerNormalization"
 
@@ -58,10 +55,7 @@ class FoldNormAffine(Pass):
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         """Fold the affine part of every normalisation of `model`."""
-        result = PassResult(changed=False)
-        if not self.keep_overridable and (frozen := freeze_overridable(model)):
-            result.changed = True
-            result.notes.append(freeze_note(frozen))
+        result = begun(model, keep_overridable=self.keep_overridable)
         names = Names(model)
         count = 0
         for graph, opset in scopes(model):
@@ -74,11 +68,7 @@ class FoldNormAffine(Pass):
                 else:
                     count += 1
         if count:
-            result.changed = True
-            result.notes.append(f"scale and shift of {count} normalisations folded into the layers behind them")
-            settle_functions(model)
-            if note := allow_private_initializers(model):
-                result.notes.append(note)
+            finish(model, result, f"scale and shift of {count} normalisations folded into the layers behind them")
         return result
 
 

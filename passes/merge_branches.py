@@ -20,19 +20,16 @@ from graphopt.errors import ModelError
 from graphopt.rewriting.branches import base_windows, branch_of, embedded
 from graphopt.rewriting.edit import (
     Names,
-    allow_private_initializers,
     bypass,
     constant,
-    freeze_note,
-    freeze_overridable,
     is_onnx,
     label,
     remove_unread,
     scopes,
-    settle_functions,
     sole_use,
 )
 from graphopt.rewriting.linear import Linear, linear_giving
+from graphopt.rewriting.weight_pass import begun, finish
 from graphopt.sparsity.marks import declared_pattern, role_of
 
 
@@ -56,10 +53,7 @@ class MergeBranches(Pass):
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         """Merge in every sum of `model`."""
-        result = PassResult(changed=False)
-        if not self.keep_overridable and (frozen := freeze_overridable(model)):
-            result.changed = True
-            result.notes.append(freeze_note(frozen))
+        result = begun(model, keep_overridable=self.keep_overridable)
         names = Names(model)
         merged = 0
         for graph, opset in scopes(model):
@@ -71,11 +65,7 @@ class MergeBranches(Pass):
                 merged += count
                 result.skipped.extend(Skip(label(node), reason) for reason in reasons)
         if merged:
-            result.changed = True
-            result.notes.append(f"{merged} parallel branches added into the weights of others")
-            settle_functions(model)
-            if note := allow_private_initializers(model):
-                result.notes.append(note)
+            finish(model, result, f"{merged} parallel branches added into the weights of others")
         return result
 
 

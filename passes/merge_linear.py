@@ -18,21 +18,18 @@ from graphopt.base import Context, Effect, Pass, PassResult, Skip, option
 from graphopt.rewriting.edit import (
     Float64,
     Names,
-    allow_private_initializers,
     cannot_replace,
     constant,
-    freeze_note,
-    freeze_overridable,
     is_onnx,
     label,
     remove_node,
     replace_value,
     scopes,
-    settle_functions,
     sole_use,
 )
 from graphopt.rewriting.linear import LINEAR_OPS, Linear, linear_view
 from graphopt.rewriting.products import composable, composed, composed_size, keeps_second
+from graphopt.rewriting.weight_pass import begun, finish
 from graphopt.rewriting.windows import Windows, store_windows, windows
 from graphopt.sparsity.marks import declared_pattern, role_of
 
@@ -56,10 +53,7 @@ class MergeLinear(Pass):
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         """Merge chains link by link, from the inputs on."""
-        result = PassResult(changed=False)
-        if not self.keep_overridable and (frozen := freeze_overridable(model)):
-            result.changed = True
-            result.notes.append(freeze_note(frozen))
+        result = begun(model, keep_overridable=self.keep_overridable)
         names = Names(model)
         count = 0
         for graph, opset in scopes(model):
@@ -69,11 +63,7 @@ class MergeLinear(Pass):
                 if outcome is not None:
                     result.skipped.append(Skip(label(node), outcome))
         if count:
-            result.changed = True
-            result.notes.append(f"{count} pairs of linear operators multiplied into one")
-            settle_functions(model)
-            if note := allow_private_initializers(model):
-                result.notes.append(note)
+            finish(model, result, f"{count} pairs of linear operators multiplied into one")
         return result
 
 

@@ -18,10 +18,7 @@ import onnx_ir as ir
 from graphopt.base import Context, Effect, Pass, PassResult, Skip, option
 from graphopt.rewriting.edit import (
     Names,
-    allow_private_initializers,
     constant,
-    freeze_note,
-    freeze_overridable,
     is_onnx,
     label,
     mark_origin,
@@ -29,9 +26,9 @@ from graphopt.rewriting.edit import (
     remove_node,
     replace_value,
     scopes,
-    settle_functions,
 )
 from graphopt.rewriting.linear import Linear, linear_view
+from graphopt.rewriting.weight_pass import begun, finish
 from graphopt.sparsity.marks import declared_pattern, role_of
 
 
@@ -54,10 +51,7 @@ class MergeProjections(Pass):
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         """Merge in every graph of `model`."""
-        result = PassResult(changed=False)
-        if not self.keep_overridable and (frozen := freeze_overridable(model)):
-            result.changed = True
-            result.notes.append(freeze_note(frozen))
+        result = begun(model, keep_overridable=self.keep_overridable)
         names = Names(model)
         merged = 0
         for graph, opset in scopes(model):
@@ -75,11 +69,7 @@ class MergeProjections(Pass):
                     merged += 0 if reason else len(family)
                     result.skipped.extend(Skip(label(linear.node), reason) for linear in family if reason)
         if merged:
-            result.changed = True
-            result.notes.append(f"{merged} projections merged with others of the same tensor")
-            settle_functions(model)
-            if note := allow_private_initializers(model):
-                result.notes.append(note)
+            finish(model, result, f"{merged} projections merged with others of the same tensor")
         return result
 
 

@@ -17,7 +17,6 @@ import onnx_ir as ir
 from graphopt.base import Context, Effect, Pass, PassResult, Skip
 from graphopt.rewriting.edit import (
     Names,
-    allow_private_initializers,
     array,
     constant,
     is_onnx,
@@ -27,9 +26,9 @@ from graphopt.rewriting.edit import (
     remove_unread,
     replace_value,
     scopes,
-    settle_functions,
     sole_use,
 )
+from graphopt.rewriting.weight_pass import finish
 
 
 @dataclass(frozen=True)
@@ -62,11 +61,7 @@ class UnstackMeans(Pass):
                 else:
                     count += 1
         if count:
-            result.changed = True
-            result.notes.append(f"{count} means and sums of stacks taken without the stack")
-            settle_functions(model)
-            if note := allow_private_initializers(model):
-                result.notes.append(note)
+            finish(model, result, f"{count} means and sums of stacks taken without the stack")
         return result
 
 

@@ -6,6 +6,7 @@ gathered on the way. Formulas have three parts or four, so these are few.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -17,23 +18,23 @@ from graphopt.rewriting.edit import constant
 from graphopt.rewriting.found import Found, Free, computed_by, number_of, scalar
 
 
-class Pattern:
+class Pattern(ABC):
     """A formula. Arithmetic on patterns, numbers and `Free` numbers makes larger ones."""
 
     constant: ClassVar[bool] = False
     """Whether it stands for constants only, so that one look tells whether a tensor is it."""
 
+    @abstractmethod
     def match(self, value: ir.Value, found: Found) -> Iterator[Found]:
         """Every way in which `value` is this formula, given what was found so far."""
-        raise NotImplementedError
 
+    @abstractmethod
     def operators(self) -> frozenset[str]:
         """The operators that a node computing this formula may have."""
-        raise NotImplementedError
 
+    @abstractmethod
     def needs(self) -> frozenset[str]:
         """Operators without which no graph holds this formula."""
-        raise NotImplementedError
 
     def __mul__(self, other: Pattern | Free | float) -> Pattern:
         return _product(self, other)
