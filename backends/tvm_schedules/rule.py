@@ -1,0 +1,28 @@
+"""What a schedule rule is, and the note that one leaves where it could not finish."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tvm import s_tir, tirx
+
+from graphopt.backends.tvm_schedules.machine import Machine
+
+Rule = Callable[[tirx.PrimFunc, Machine], s_tir.Schedule | None]
+"""Takes a function without a schedule; gives its schedule, or None where the function is not of the rule's kind.
+
+A rule transforms by the primitives of `tvm.s_tir.Schedule` alone: each of them checks that it changes nothing about
+what is computed. A rule may raise; the dispatcher notes it and tries the next."""
+
+
+@dataclass(frozen=True)
+class Unscheduled:
+    """A rule that took a function and failed: which function, which rule, why."""
+
+    function: str
+    rule: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.function}: {self.rule}: {self.reason}"
