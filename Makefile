@@ -13,12 +13,14 @@ BIN := $(VENV)/bin
 PACKAGES := graphopt passes backends
 SOURCES := $(PACKAGES) tests tools
 OUT ?= out/demo
+ARM64 ?= $(HOME)/.cache/graphopt/arm64
 
-.PHONY: help setup demo test lint types check format clean FORCE
+.PHONY: help setup demo test test-arm64 lint types check format clean FORCE
 
 help:
 	@echo 'make demo    optimise the digits network and print what that did'
 	@echo 'make test    ruff, mypy --strict, pytest'
+	@echo 'make test-arm64  run bundles for arm64 in an emulated system (900 MB in $(ARM64))'
 	@echo 'make format  rewrite the sources in the house style'
 	@echo 'make clean   remove what the other targets made'
 
@@ -60,6 +62,11 @@ test: setup
 	$(MAKE) --no-print-directory lint
 	$(MAKE) --no-print-directory types
 	$(MAKE) --no-print-directory check
+
+# Once made, the system stays outside the repository; the models are the shared ones (GRAPHOPT_DATA).
+test-arm64: setup
+	PIP="$(abspath $(BIN))/python -m pip" tools/arm64/prepare.sh $(ARM64)
+	GRAPHOPT_ARM64=$(ARM64) $(BIN)/pytest -n $(WORKERS) tests/arm64
 
 format: setup
 	$(BIN)/ruff check --fix $(SOURCES)
