@@ -1,6 +1,7 @@
 """simplify-bodies: If and Loop that always do the same, and what their bodies make or carry for nobody.
 
     If(c, A, A) = A                              two branches that compute the same
+    If(c, A, B) = A                              where the shapes that B gives make every run fail behind the If
     Loop(0 times, x) = x                         also where the condition starts as false
     Loop(once, x) = body(0, true, x)             where nothing is scanned out
     outputs of If and Loop that nobody reads     go, with what is computed for them
@@ -22,14 +23,16 @@ from graphopt.base import Context, Effect, Pass, PassResult, Skip
 from graphopt.rewriting.body_edit import drop_output, equal_graphs, inline
 from graphopt.rewriting.edit import array, bodies, cannot_replace, is_onnx, label, replace_value
 from graphopt.rewriting.editor import Editor
+from graphopt.rewriting.suppositions import branch, only_branch
 
 
 @dataclass(frozen=True)
 class SimplifyBodies(Pass):
     """Inline If and Loop nodes whose course is known, and drop outputs and carried values that nothing needs.
 
-    Algebra: see the head of the file. Does not fire: where branches hold random operators or nodes without outputs,
-    where a Loop that runs once scans values out, on a Loop of more runs (it would inflate the model).
+    Algebra: see the head of the file; equal for every input that the model runs with.
+    Does not fire: where branches hold random operators or nodes without outputs, where a Loop that runs once scans
+    values out, on a Loop of more runs (it would inflate the model).
     Preserves: names of graph outputs; names in a body that are taken outside are changed.
     """
 
@@ -41,10 +44,13 @@ class SimplifyBodies(Pass):
         result = PassResult(changed=False)
         editor = Editor(model)
         done: Counter[str] = Counter()
-        for node, _ in editor.nodes():
+        for node, opset in editor.nodes():
             if is_onnx(node, "If"):
                 done["outputs of If dropped"] += _drop_unread(node, 0)
-                done["Ifs with equal branches inlined"] += _same_branches(node, editor, result)
+                if _same_branches(node, editor, result):
+                    done["Ifs with equal branches inlined"] += 1
+                else:
+                    done["Ifs with one branch that can be taken inlined"] += _one_branch(node, opset, editor, result)
             elif is_onnx(node, "Loop"):
                 done["outputs of Loop dropped"] += _drop_scans(node) + _drop_carried(node)
                 done["constant values no longer carried by Loops"] += _carry_outside(node, result)
@@ -79,6 +85,17 @@ def _same_branches(node: ir.Node, editor: Editor, result: PassResult) -> int:
             result.skipped.append(Skip(label(node), reason))
         return 0
     return _inlined(node, then, [], editor, result)
+
+
+def _one_branch(node: ir.Node, opset: int, editor: Editor, result: PassResult) -> int:
+    found = only_branch(node, opset)
+    if found is None:
+        return 0
+    taken, where = found
+    count = _inlined(node, branch(node, taken), [], editor, result)
+    if count:
+        result.notes.append(f"{label(node)} was always {str(taken).lower()}: else {where} fails")
+    return count
 
 
 def _inlined(

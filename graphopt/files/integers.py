@@ -76,6 +76,8 @@ class _Follower:
             return None
         if node.op_type == "Shape":
             return _shape(node)
+        if node.op_type == "Size":
+            return _size(node)
         rule = _RULES.get(node.op_type)
         if rule is None:
             return None
@@ -109,6 +111,14 @@ def _shape(node: ir.Node) -> Entries | None:
         return None
     start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", None)
     return np.array(found, dtype=object)[start:end]
+
+
+def _size(node: ir.Node) -> Entries | None:
+    source = node.inputs[0]
+    found = dimensions(source) if source is not None else None
+    if found is None or not all(isinstance(dim, int) for dim in found):
+        return None
+    return _objects(np.array(math.prod(int(dim) for dim in found if dim is not None)))
 
 
 # Operators -----------------------------------------------------------------------------------------------------------

@@ -14,12 +14,28 @@ Result = tuple[ir.TypeProtocol, list[int | str | None]]
 """Type and dimensions."""
 
 
+class Contradiction(Exception):
+    """The operands of a node do not fit together: where it is computed, it fails."""
+
+
 def results(node: ir.Node, opset: int) -> list[Result | None]:
     """What onnx infers for the results of a node of the standard domain; None for one of which it tells no shape.
 
     Args:
-        node: the node; operands without a type tell nothing.
+        node: the node; operands without a type tell nothing, and neither do operands that do not fit.
         opset: version of the standard operator set.
+    """
+    try:
+        return fitting_results(node, opset)
+    except Contradiction:
+        return [None] * len(node.outputs)  # for the inference of the whole graph to say
+
+
+def fitting_results(node: ir.Node, opset: int) -> list[Result | None]:
+    """The same as `results`.
+
+    Raises:
+        Contradiction: its operands do not fit together.
     """
     import onnx
 
@@ -39,8 +55,10 @@ def results(node: ir.Node, opset: int) -> list[Result | None]:
     try:
         schema = onnx.defs.get_schema(node.op_type, opset, "")
         inferred = onnx.shape_inference.infer_node_outputs(schema, ir.to_proto(node), types, data)
-    except (onnx.defs.SchemaError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError, RuntimeError):
-        return unknown  # an operator that onnx does not know, or operands that do not fit: for the whole graph to say
+    except onnx.shape_inference.InferenceError as error:
+        raise Contradiction(" ".join(str(error).split())) from error
+    except (onnx.defs.SchemaError, onnx.checker.ValidationError, RuntimeError):
+        return unknown  # an operator that onnx does not know
     return [_told(inferred.get(value.name or "")) for value in node.outputs]
 
 

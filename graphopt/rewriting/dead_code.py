@@ -26,7 +26,7 @@ def remove_dead(model: ir.Model) -> tuple[int, int]:
 
 def _sweep(everything: list[ir.Graph]) -> tuple[int, int]:
     """Remove what the outputs of the first graph, which holds the others, do not depend on."""
-    live_nodes, live_values = _reachable(everything[0])
+    live_nodes, live_values = reachable(everything[0])
     nodes = initializers = 0
     for graph in everything:
         dead = [n for n in graph if n not in live_nodes and n.outputs]
@@ -42,7 +42,8 @@ def _sweep(everything: list[ir.Graph]) -> tuple[int, int]:
     return nodes, initializers
 
 
-def _reachable(graph: ir.Graph) -> tuple[set[ir.Node], set[ir.Value]]:
+def reachable(graph: ir.Graph) -> tuple[set[ir.Node], set[ir.Value]]:
+    """Nodes and values, those of bodies too, that the outputs of a graph depend on."""
     nodes: set[ir.Node] = set()
     values: set[ir.Value] = set()
     # A node without outputs has an effect we cannot see (custom operators), so it and what it reads stay.

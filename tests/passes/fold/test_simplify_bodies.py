@@ -124,3 +124,42 @@ def test_names_that_are_taken_outside() -> None:
     before = run(model, feeds)[0]
     assert SIMPLIFY.run(model, context()).changed
     np.testing.assert_array_equal(run(model, feeds)[0], before)
+
+
+SIZE = "sizes = Shape(x) n = Gather<axis = 0>(sizes, one) c = Equal(n, one)"
+SQUEEZED = f"""g (float[2,N,3] x) => (float[A,B] y) <int64[1] one = {{{{1}}}}, int64[1] axis = {{{{1}}}}> {{{{ {SIZE}
+  t = If (c) <then_branch = yes () => (float[2,3] p) {{{{ p = Squeeze(x, axis) }}}},
+              else_branch = no () => (float[2,N,3] q) {{{{ q = Identity(x) }}}}>
+  {{behind}} }}}}"""
+"""What a squeeze of an axis of unknown size becomes."""
+TAKEN = f"""g (float[2,N,3] x) => (float[A,B] y) <int64[1] one = {{{{1}}}}, int64[1] axis = {{{{1}}}}> {{{{ {SIZE}
+  t = Squeeze(x, axis) {{behind}} }}}}"""
+RANKS = """r = Shape(t) s = Size(r) three = Constant <value = int64 {3}> () d = Equal(s, three)
+  u = If (d) <then_branch = lift () => (float[K,L,M,O] a) { a = Unsqueeze(t, axis) },
+              else_branch = keep () => (float[K,L] b) { b = Identity(t) }>
+  v = Unsqueeze(u, axis) z = Concat<axis = 1>(v, x) y = ReduceSum<keepdims = 0>(z, one)"""
+"""The rank that is supposed of t decides the second condition, and what is made then does not go with x."""
+
+
+@pytest.mark.parametrize("behind", ["row = ReduceSum<keepdims = 0>(x, axis) y = Concat<axis = 0>(t, row)", RANKS])
+def test_the_branch_that_what_follows_can_read(behind: str) -> None:
+    result = expect(
+        SQUEEZED.format(behind=behind),
+        TAKEN.format(behind=behind),
+        SIMPLIFY,
+        feeds={"x": np.ones((2, 1, 3), np.float32)},
+    )
+    assert any("was always true" in note for note in result.notes)
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [
+        "y = Relu(t)",
+        "y = Softmax<axis = 1>(t)",
+        "y = Identity(x) row = ReduceSum<keepdims = 0>(x, axis) dead = Concat<axis = 0>(t, row)",
+    ],
+)
+def test_either_branch_may_be_taken(behind: str) -> None:
+    text = SQUEEZED.format(behind=behind).replace("float[A,B] y", "float[A,B,C] y")
+    expect(text, None, SIMPLIFY, feeds={"x": np.ones((2, 4, 3), np.float32)}, runnable="dead" not in behind)
