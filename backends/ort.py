@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from graphopt import bundle
-from graphopt.backend import BenchResult
-from graphopt.errors import DataError, MissingBackendError, ModelError
+from graphopt.backend import Artefacts, BenchResult
+from graphopt.errors import DataError, MissingBackendError
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from graphopt.bundle import Bundle
     from graphopt.data.feeds import Array
     from graphopt.executor import Session
     from graphopt.target import Target
@@ -55,6 +56,10 @@ class OrtBackend:
         here = ARCHITECTURES.get(platform.machine().lower(), platform.machine().lower())
         if target.device == "cpu" and here != target.arch:
             return f"this machine is {here}, the target {target.arch}"
+        return None
+
+    def missing(self, target: Target) -> str | None:
+        """Nothing: bundles are ONNX files."""
         return None
 
     def session(self, model: ir.Model | Path, target: Target, *, threads: int = 1) -> Session:
@@ -131,47 +136,61 @@ class OrtBackend:
         target: Target,
         folder: Path,
         *,
-        report: Mapping[str, Any] | None = None,
         feeds: Mapping[str, Array] | None = None,
         compress: bool = False,
-    ) -> list[Path]:
-        """Write model.onnx, run.py, bench.py and manifest.json; see `graphopt.bundle`.
+    ) -> Artefacts:
+        """Write model.onnx, run.py and bench.py.
 
         The model stays portable ONNX: what the runtime makes of it when it loads it belongs to one machine and version.
 
         Args:
             model: what to deploy; not changed.
             target: what it is deployed on.
-            folder: created where it does not exist.
-            report: JSON form of the report that made the model.
+            folder: gets the files.
             feeds: one batch of real inputs for timing.
             compress: store weights with many zeros as values and positions, which the runtime unpacks when it loads.
 
         Raises:
-            ModelError: newer than the target's runtime reads, or ONNX Runtime cannot load it.
+            ModelError: ONNX Runtime cannot load it.
         """
-        portable = strip_unused_imports(model)
-        check_caps(portable, target)
+        from graphopt.model import save
+
         runs_here = self.unavailable(target) is None
-        measured = self._measure(portable, target, feeds) if runs_here else None
-
-        def fill(stage: Path) -> dict[str, Any]:
-            from graphopt.model import save
-
-            save(portable, stage / "model.onnx", compress=compress)
-            self._loads(stage / "model.onnx", target, runs_here=runs_here)
-            for name in ("run", "bench"):
-                text = importlib.resources.files("graphopt.backends").joinpath(f"ort_{name}.txt").read_text("utf-8")
-                (stage / f"{name}.py").write_text(text, encoding="utf-8")
-            session = {
+        save(model, folder / "model.onnx", compress=compress)
+        self._loads(folder / "model.onnx", target, runs_here=runs_here)
+        for name in ("run", "bench"):
+            text = importlib.resources.files("graphopt.backends").joinpath(f"ort_{name}.txt").read_text("utf-8")
+            (folder / f"{name}.py").write_text(text, encoding="utf-8")
+        return Artefacts(
+            model="model.onnx",
+            run=("python3", "run.py"),
+            bench=("python3", "bench.py"),
+            about={
+                "model.onnx": "the model, portable ONNX",
+                "run.py": "runs the model: numpy and onnxruntime, nothing else",
+                "bench.py": "times the model; one line of JSON",
+            },
+            needs=needs(target),
+            session={
                 "providers": list(target.providers),
                 "graph_optimization_level": "ORT_ENABLE_ALL",
                 "intra_op_num_threads": 1,
                 "inter_op_num_threads": 1,
-            }
-            return bundle.manifest(portable, target, session=session, measured=measured, report=report)
+            },
+            measured=self._measure(model, target, feeds) if runs_here else None,
+        )
 
-        return bundle.write(folder, fill)
+    def open(self, bundle: Bundle, *, threads: int = 1) -> Session:
+        """A session of the bundle's model, set up as its manifest says."""
+        return self.session(bundle.model, bundle.target, threads=threads)
+
+    def stand_in(self, bundle: Bundle, *, threads: int = 1) -> tuple[Session, str]:
+        """The same file on this machine's processor."""
+        from graphopt.executor import Session
+
+        here = ARCHITECTURES.get(platform.machine().lower(), platform.machine().lower())
+        session = Session(bundle.model, optimize=True, threads=threads)
+        return session, f"the bundle's model.onnx by ONNX Runtime on this {here} processor"
 
     def _measure(self, model: ir.Model, target: Target, feeds: Mapping[str, Array] | None) -> dict[str, Any]:
         found = self.bench([model], target, feeds, seconds=LOWER_SECONDS)
@@ -189,32 +208,11 @@ class OrtBackend:
         Session(path, optimize=True, providers=providers).close()
 
 
-def strip_unused_imports(model: ir.Model) -> ir.Model:
-    """A copy without the operator sets that no node uses; optimisers of runtimes leave a dozen of them behind."""
-    copy = model.clone()
-    used = {""}
-    for graph in (*copy.graphs(), *(f.graph for f in copy.functions.values())):
-        used |= {node.domain for node in graph}
-    used |= {domain for domain, _, _ in copy.functions}
-    for domain in list(copy.opset_imports):
-        if domain not in used:
-            del copy.opset_imports[domain]
-    return copy
-
-
-def check_caps(model: ir.Model, target: Target) -> None:
-    """Check that the target's runtime reads this operator set and IR version.
-
-    Raises:
-        ModelError: it does not.
-    """
-    opset = model.opset_imports.get("", 0)
-    for what, have, cap in (("opset", opset, target.opset_max), ("IR version", model.ir_version, target.ir_max)):
-        if cap is not None and have > cap:
-            raise ModelError(
-                f"the model has {what} {have}, and target {target.name!r} reads up to {cap}",
-                hint=f"export it with {what} {cap} or older",
-            )
+def needs(target: Target) -> tuple[str, ...]:
+    """What must be on a device of the target."""
+    packages = dict.fromkeys(PACKAGES.get(provider, "") for provider in target.providers)
+    package = next(filter(None, packages), "onnxruntime")
+    return (f"Python 3.9 or newer with numpy and {package} (`pip install numpy {package}`)",)
 
 
 def _call(session: Session, feeds: Mapping[str, Array]) -> Callable[[], object]:

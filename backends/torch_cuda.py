@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from graphopt import bundle
-from graphopt.backend import BenchResult
+from graphopt.backend import Artefacts, BenchResult
 from graphopt.errors import DataError, MissingBackendError, ModelError
 from graphopt.fx.extra import require_torch, torch_threads
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
 
+    from graphopt.bundle import Bundle
     from graphopt.data.feeds import Array
     from graphopt.fx.semi_structured.lower import Lowered
     from graphopt.fx.semi_structured.replay import Runner
@@ -33,8 +34,7 @@ if TYPE_CHECKING:
 LOWER_SECONDS = 1.0
 """Time that `lower` spends on measuring, where the target can run here."""
 
-FILES = {"run.py": "torch_cuda_run.txt", "bench.sh": "torch_cuda_bench.txt", "README.md": "torch_cuda_readme.txt"}
-"""Files of a bundle beside model and manifest, and where their text is."""
+NEEDS = ("Python 3.11 with `graphopt[torch]`", "an NVIDIA GPU of compute capability 8.0 or newer")
 
 
 class TorchSession:
@@ -95,13 +95,20 @@ class TorchBackend:
 
     def unavailable(self, target: Target) -> str | None:
         """Why models for `target` cannot run on this machine; None where they can."""
-        if importlib.util.find_spec("torch") is None:
-            return "torch is not installed (pip install 'graphopt[torch]')"
+        missing = self.missing(target)
+        if missing is not None:
+            return missing
         import torch
 
         if target.device == "cpu" or torch.cuda.is_available():
             return None
         return f"torch {torch.__version__} finds no CUDA device here; target torch-cpu runs the same module densely"
+
+    def missing(self, target: Target) -> str | None:
+        """Torch: whether it covers a model is found out by making its module."""
+        if importlib.util.find_spec("torch") is None:
+            return "torch is not installed (pip install 'graphopt[torch]')"
+        return None
 
     def session(self, model: ir.Model | Path, target: Target, *, threads: int = 1) -> TorchSession:
         """A session; the module is made now, kernels are recorded at the first run of each set of input sizes.
@@ -183,17 +190,15 @@ class TorchBackend:
         target: Target,
         folder: Path,
         *,
-        report: Mapping[str, Any] | None = None,
         feeds: Mapping[str, Array] | None = None,
         compress: bool = False,
-    ) -> list[Path]:
-        """Write model.onnx, run.py, bench.sh, README.md and manifest.json; see `graphopt.bundle`.
+    ) -> Artefacts:
+        """Write model.onnx and run.py.
 
         Args:
             model: what to deploy; not changed.
             target: what it is deployed on.
-            folder: created where it does not exist.
-            report: JSON form of the report that made the model.
+            folder: gets the files.
             feeds: one batch of real inputs for timing.
             compress: store weights with many zeros as values and positions.
 
@@ -203,28 +208,48 @@ class TorchBackend:
         """
         require_torch(f"target {target.name!r}")
         from graphopt.fx.semi_structured.lower import fate_rows
+        from graphopt.model import save
 
         runs_here = self.unavailable(target) is None
         made = _lowered(model, target if runs_here else on_cpu(target))
-        measured = self._measure(model, target, feeds) if runs_here else None
+        save(model, folder / "model.onnx", compress=compress)
+        text = importlib.resources.files("graphopt.backends").joinpath("torch_cuda_run.txt").read_text("utf-8")
+        (folder / "run.py").write_text(text, encoding="utf-8")
+        return Artefacts(
+            model="model.onnx",
+            run=("python3", "run.py"),
+            bench=("graphopt", "bench", "model.onnx", "--target", target.name),
+            about={
+                "model.onnx": "the model, portable ONNX, its zeros in place: the packed form of 2:4 weights belongs to "
+                "one device and its libraries, and is made there",
+                "run.py": "runs the model; where there is no GPU, densely on the CPU, and says so",
+            },
+            needs=NEEDS if target.device == "gpu" else NEEDS[:1],
+            session={"device": target.device, "dtype": target.dtype},
+            measured=self._measure(model, target, feeds) if runs_here else None,
+            versions={"torch": _torch_version()},
+            details={"layers": fate_rows(made.fates)},
+        )
 
-        def fill(stage: Path) -> dict[str, Any]:
-            from graphopt.model import save
+    def open(self, bundle: Bundle, *, threads: int = 1) -> TorchSession:
+        """A session of the bundle's model."""
+        return self.session(bundle.model, bundle.target, threads=threads)
 
-            save(model, stage / "model.onnx", compress=compress)
-            texts = importlib.resources.files("graphopt.backends")
-            for name, source in FILES.items():
-                (stage / name).write_text(texts.joinpath(source).read_text("utf-8"), encoding="utf-8")
-            session = {"device": target.device, "dtype": target.dtype}
-            layers = fate_rows(made.fates)
-            return bundle.manifest(model, target, session=session, measured=measured, report=report, layers=layers)
-
-        return bundle.write(folder, fill)
+    def stand_in(self, bundle: Bundle, *, threads: int = 1) -> tuple[TorchSession, str] | None:
+        """The same module, dense, on this processor, in the model's own types."""
+        session = self.session(bundle.model, on_cpu(bundle.target), threads=threads)
+        return session, "the bundle's module, dense, by torch on this processor"
 
     def _measure(self, model: ir.Model, target: Target, feeds: Mapping[str, Array] | None) -> dict[str, Any]:
         found = self.bench([model], target, feeds, seconds=LOWER_SECONDS)
         told = bundle.measurement(found, real=feeds is not None)
         return {key: value for key, value in told.items() if key != "layers"}  # the manifest has them
+
+
+def _torch_version() -> str:
+    import torch
+
+    return str(torch.__version__)
 
 
 def on_cpu(target: Target) -> Target:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphopt import registry
-from graphopt.backend import compresses
 from graphopt.base import Context, Pass
 from graphopt.errors import UsageError
 from graphopt.given import called, opened
@@ -34,6 +33,7 @@ from graphopt.version import versions
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from graphopt.bundle import Bundle
     from graphopt.files.stored import Storage
 
 
@@ -79,33 +79,53 @@ class Result:
         return [path / "model.onnx", *self._write_reports(path)]
 
     def lower(
-        self, path: str | os.PathLike[str], target: Target | str | None = None, *, compress: bool = False
-    ) -> list[Path]:
+        self,
+        path: str | os.PathLike[str],
+        target: Target | str | None = None,
+        *,
+        compress: bool = False,
+        verify: bool = False,
+        tolerance: float | None = None,
+        **options: Any,
+    ) -> Bundle:
         """Write the deployable bundle of a target (default: the one the model was made for) into a folder.
 
         Args:
             path: the folder.
             target: whose bundle.
             compress: as `save`, where the backend writes ONNX files; else the report has a warning.
+            verify, tolerance, **options: as in `graphopt.lower`.
 
         Returns:
-            The files written.
+            The bundle; what it warns of is in the report as well.
 
         Raises:
             MissingBackendError: a tool that the target needs is not installed.
+            ModelError: the target cannot take the model; names the node.
+            VerificationError: the bundle computes something else; nothing was written.
             GraphoptError: something cannot be written.
         """
+        from graphopt.lowering.options import options_of
+        from graphopt.lowering.steps import lower
+
         chosen = self.target if target is None else as_target(target)
-        feeds = None
-        if self.context.calibration is not None:
-            feeds = next(iter(self.context.calibration.batches(batch_size=1, limit=1)), None)
-        backend = registry.backend(chosen.backend)
-        more: dict[str, Any] = {}
-        if compress and compresses(backend):
-            more["compress"] = True
+        if compress and "compress" in options_of(registry.backend(chosen.backend)):
+            options["compress"] = True
         elif compress:
             self.report.warnings.append(f"the bundle is not compressed: backend {chosen.backend!r} cannot")
-        return backend.lower(self.model, chosen, Path(path), report=self.report.to_dict(), feeds=feeds, **more)
+        made = lower(
+            self.model,
+            chosen,
+            Path(path),
+            report=self.report.to_dict(),
+            calibration=self.context.calibration,
+            verify=verify,
+            tolerance=tolerance,
+            seed=self.context.seed,
+            options=options,
+        )
+        self.report.warnings += made.manifest["warnings"]
+        return made
 
     def _note_storage(self, storage: Storage | None) -> None:
         self.report.storage = storage

@@ -1,8 +1,7 @@
-"""What a runtime must offer to be a backend: tell whether it can run here, run, measure, and write a bundle."""
+"""What a runtime must offer to be a backend: tell whether it can run here, run, measure, and make what is deployed."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
 
+    from graphopt.bundle import Bundle
     from graphopt.target import Target
 
 
@@ -49,6 +49,41 @@ class BenchResult:
     details: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Artefacts:
+    """What `Backend.lower` wrote into the folder of a bundle, and what its manifest and README tell of it.
+
+    `run` and `bench` are commands as words; one that names a file of the bundle, or begins with "./", is a path in it.
+
+    Attributes:
+        model: the file that is executed.
+        run: takes `in.npz out.npz`; prints errors, exits with 0 where it wrote the outputs.
+        bench: what bench.sh calls; () where the backend wrote a bench.sh of its own.
+        about: what each file is, one line, by name; `model` among them.
+        needs: what must be on the device, a line each.
+        guide: what to do on the device before the first run, in Markdown; "" for nothing.
+        session: how the runtime is set up, for runner and reader.
+        measured: `graphopt.bundle.measurement`, with whatever else was measured; None where it cannot run here.
+        limits: what was not tried here or does not hold, a sentence each.
+        warnings: what the user must be told at once.
+        versions: of the tools that made it, beside `graphopt.version.versions`.
+        details: more keys of the manifest, JSON-serialisable.
+    """
+
+    model: str
+    run: tuple[str, ...]
+    bench: tuple[str, ...]
+    about: Mapping[str, str]
+    needs: tuple[str, ...] = ()
+    guide: str = ""
+    session: Mapping[str, Any] = field(default_factory=dict)
+    measured: Mapping[str, Any] | None = None
+    limits: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
 @runtime_checkable
 class Backend(Protocol):
     """A runtime. One stateless instance serves all targets whose table names it."""
@@ -57,6 +92,9 @@ class Backend(Protocol):
 
     def unavailable(self, target: Target) -> str | None:
         """Why models for `target` cannot run on this machine ("no CUDA device"); None where they can."""
+
+    def missing(self, target: Target) -> str | None:
+        """What must be installed here to make bundles for `target`, with the package that has it; None for nothing."""
 
     def session(self, model: ir.Model | Path, target: Target, *, threads: int = 1) -> RunnableSession:
         """Make a session with the target's own optimisations on.
@@ -95,26 +133,35 @@ class Backend(Protocol):
         target: Target,
         folder: Path,
         *,
-        report: Mapping[str, Any] | None = None,
         feeds: Mapping[str, np.ndarray[Any, Any]] | None = None,
-    ) -> list[Path]:
-        """Write the deployable bundle of the target into `folder` and return its files.
+    ) -> Artefacts:
+        """Write what is deployed into `folder`: the artefacts and the runner, but no manifest and no README.
 
-        A backend whose bundle holds an ONNX file may take one more option, `compress: bool = False`, which it hands to
-        `graphopt.save`; it is given only where the user asked for it.
+        Further keyword parameters, annotated `bool`, `int`, `float` or `str` (or one of them `| None`), are options of
+        this backend (`graphopt.lowering.options`); they are given only where the user asked for them.
 
         Args:
-            model: what to deploy.
+            model: what to deploy, as the target's `prepare` left it; not changed.
             target: what it is deployed on.
-            folder: created where it does not exist.
-            report: JSON form of the report that made the model; its measured numbers go into the manifest.
+            folder: exists and is empty; it becomes the bundle, or is thrown away where this raises.
             feeds: one batch of real inputs; a backend that times the model uses it, else random inputs.
 
         Raises:
             MissingBackendError: a tool that the target's artefacts need is not installed.
+            ModelError: the target cannot take the model; names the node, before anything is compiled.
         """
 
+    def open(self, bundle: Bundle, *, threads: int = 1) -> RunnableSession:
+        """A session of the bundle's own artefact.
 
-def compresses(backend: Backend) -> bool:
-    """Whether `lower` of a backend takes `compress`."""
-    return "compress" in inspect.signature(backend.lower).parameters
+        Raises:
+            MissingBackendError: it cannot run here.
+            ModelError: the runtime refuses it.
+        """
+
+    def stand_in(self, bundle: Bundle, *, threads: int = 1) -> tuple[RunnableSession, str] | None:
+        """What computes on this machine what the bundle computes on a device that is not here, for `lower --verify`.
+
+        Returns:
+            a session and a line that says what it is ("the same file on x86-64"); None where there is nothing.
+        """

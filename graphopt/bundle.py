@@ -1,9 +1,7 @@
 """Bundles: a folder with a model as it is deployed, its runner, and a manifest that vouches for every file.
 
-`manifest.json` (schema 1) holds: `target` (the table), `model` and `files` (sha256 and size of each), `inputs` and
-`outputs` (name, dtype, shape), `session` (how the model is run), `pipeline`, `versions`, `measured`, `report`. It is
-written last, so that a bundle with a manifest is complete. Hashes guard against damage and mix-ups; they are no
-signature.
+`manifest.json` (schema 2; `graphopt.lowering.describe` says what it holds) is written last, so that a bundle with a
+manifest is complete. Hashes guard against damage and mix-ups; they are no signature.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -27,7 +25,9 @@ if TYPE_CHECKING:
     from graphopt.target import Target
 
 MANIFEST = "manifest.json"
-SCHEMA = 1
+SCHEMA = 2
+"""Version of the manifest; raised when a field changes its meaning or goes away."""
+
 _CHUNK = 1 << 20
 
 
@@ -38,7 +38,7 @@ class Bundle:
     Attributes:
         folder: where it lies.
         manifest: the parsed manifest.
-        model: path of the model file.
+        model: path of the file that is executed.
         target: the target it was made for, as the manifest holds it.
     """
 
@@ -46,6 +46,11 @@ class Bundle:
     manifest: dict[str, Any]
     model: Path
     target: Target
+
+    @property
+    def files(self) -> list[Path]:
+        """Every file of the bundle, the manifest last."""
+        return [self.folder / name for name in (*self.manifest["files"], MANIFEST)]
 
 
 def read(folder: str | os.PathLike[str]) -> Bundle:
@@ -68,8 +73,11 @@ def read(folder: str | os.PathLike[str]) -> Bundle:
         raise ModelError(f"cannot be read: {error}", where=str(path), hint="lower the model again") from error
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
         got = manifest.get("schema") if isinstance(manifest, dict) else None
+        older = isinstance(got, int) and got < SCHEMA
         raise ModelError(
-            f"has schema {got!r}, and this version reads {SCHEMA}", where=str(path), hint="lower the model again"
+            f"has schema {got!r}, and this version of graphopt reads {SCHEMA}",
+            where=str(path),
+            hint=f"lower the model again{'' if older else ', or run it with the version that made the bundle'}",
         )
     files, name = manifest.get("files"), manifest.get("model")
     if not isinstance(files, dict) or not isinstance(name, str) or name not in files:
@@ -100,42 +108,6 @@ def _verify(folder: Path, name: str, entry: object) -> None:
         )  # fmt: skip
 
 
-def manifest(
-    model: ir.Model,
-    target: Target,
-    *,
-    session: Mapping[str, Any],
-    measured: Mapping[str, Any] | None,
-    report: Mapping[str, Any] | None,
-    **more: Any,
-) -> dict[str, Any]:
-    """What every manifest says.
-
-    Args:
-        model: as it is written to `model.onnx`.
-        target: what it is deployed on.
-        session: how the runtime is set up.
-        measured: `measurement`; None where the target cannot run here.
-        report: JSON form of the report that made the model.
-        **more: what only this backend has to say.
-    """
-    from graphopt.version import versions
-
-    return {
-        "target": target_table(target),
-        "model": "model.onnx",
-        **describe_model(model),
-        "opset": dict(sorted(model.opset_imports.items())),
-        "ir_version": model.ir_version,
-        "session": dict(session),
-        **more,
-        "pipeline": None if report is None else report.get("pipeline"),
-        "versions": versions(),
-        "measured": measured,
-        "report": report_summary(report),
-    }
-
-
 def measurement(found: BenchResult, *, real: bool) -> dict[str, Any]:
     """A bench of the model alone, as manifests tell it; `real`: not on random inputs."""
     return {
@@ -148,18 +120,17 @@ def measurement(found: BenchResult, *, real: bool) -> dict[str, Any]:
     }
 
 
-def write(folder: Path, fill: Callable[[Path], dict[str, Any]]) -> list[Path]:
+def write(folder: Path, fill: Callable[[Path], dict[str, Any]]) -> Bundle:
     """Make a bundle: complete or not at all.
 
     The files are made in a temporary folder beside the destination. A destination that does not exist appears with one
-    rename; into one that exists the files are moved one by one, the manifest last.
+    rename; into one that exists the files are moved one by one, the manifest last, and what an earlier bundle left
+    there unchanged and this one does not have is removed.
 
     Args:
         folder: the destination.
-        fill: writes the files into the folder that it is given, and returns the manifest without `schema` and `files`.
-
-    Returns:
-        the files of the bundle.
+        fill: writes the files into the folder that it is given, and returns the manifest without `schema` and `files`,
+            with `model` (the name of a file) and `target` (`target_table`) in it.
 
     Raises:
         UsageError: the destination is a file, or its parent does not exist.
@@ -178,18 +149,22 @@ def write(folder: Path, fill: Callable[[Path], dict[str, Any]]) -> list[Path]:
         ) from error
     try:
         manifest = {"schema": SCHEMA, **fill(stage)}
-        names = sorted(p.relative_to(stage).as_posix() for p in stage.rglob("*") if p.is_file())
-        manifest["files"] = {n: {"sha256": sha256(stage / n), "bytes": (stage / n).stat().st_size} for n in names}
+        manifest["files"] = _hashes(stage)
         text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         (stage / MANIFEST).write_text(text, encoding="utf-8")
         for path in stage.rglob("*"):
             _settle(path)
-        _place(stage, folder, [*names, MANIFEST])
+        _place(stage, folder, [*manifest["files"], MANIFEST])
     except OSError as error:
         raise GraphoptError(f"cannot be written: {error}", where=str(folder), hint="check space and rights") from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
-    return [folder / n for n in (*names, MANIFEST)]
+    return read(folder)
+
+
+def _hashes(stage: Path) -> dict[str, dict[str, Any]]:
+    names = sorted(p.relative_to(stage).as_posix() for p in stage.rglob("*") if p.is_file())
+    return {name: {"sha256": sha256(stage / name), "bytes": (stage / name).stat().st_size} for name in names}
 
 
 def _settle(path: Path) -> None:
@@ -197,7 +172,7 @@ def _settle(path: Path) -> None:
     if path.is_dir():
         path.chmod(0o755)
         return
-    path.chmod(0o644)
+    path.chmod(0o755 if path.suffix == ".sh" else 0o644)
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -210,11 +185,31 @@ def _place(stage: Path, folder: Path, names: list[str]) -> None:
         stage.chmod(0o755)
         stage.rename(folder)
         return
+    stale = [name for name in _left_by_us(folder) if name not in names]
     # an old manifest must not vouch for a mixture of old and new files
     (folder / MANIFEST).unlink(missing_ok=True)
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (stage / name).replace(folder / name)
+    for name in stale:
+        (folder / name).unlink()
+
+
+def _left_by_us(folder: Path) -> list[str]:
+    """Files that the manifest of a folder vouches for and that nobody changed since."""
+    try:
+        listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        return [name for name, entry in listed.items() if _vouched(folder, name, entry)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []  # no bundle of ours: nothing in there is ours to remove
+
+
+def _vouched(folder: Path, name: str, entry: object) -> bool:
+    try:
+        _verify(folder, name, entry)
+    except ModelError:
+        return False
+    return True
 
 
 def sha256(path: Path) -> str:
@@ -268,11 +263,3 @@ def describe_machine() -> dict[str, Any]:
             (x.partition(":")[2].strip() for x in lines if x.lower().startswith(("model name", "hardware"))), name
         )
     return {"machine": platform.machine(), "processor": name, "cores": os.cpu_count(), "system": platform.platform()}
-
-
-def report_summary(report: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What of a report (JSON form) belongs into a manifest: where the model comes from, and its measured numbers."""
-    if report is None:
-        return {}
-    keys = ("model", "pipeline", "seed", "input", "output", "latency", "fidelity", "accuracy", "gates", "warnings")
-    return {k: report[k] for k in keys if report.get(k) is not None}

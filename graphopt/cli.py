@@ -148,7 +148,7 @@ def optimize(
     if out is not None and not options["dry_run"]:
         written = [str(path) for path in result.save(out, compress=compress)]
         if not is_model_file(out):
-            written += [str(path) for path in result.lower(out, compress=compress)]
+            written += [str(path) for path in result.lower(out, compress=compress).files]
     if save_recipe is not None:
         from graphopt.pipeline.recipe import write_recipe
 
@@ -297,21 +297,43 @@ def _bench_layers(models: Sequence[str], target: str, as_json: bool, options: di
 @click.argument("model", type=click.Path())
 @click.option("--target", required=True, metavar="NAME", help="Device and runtime; see `graphopt targets`.")
 @click.option("-o", "--output", "out", required=True, type=click.Path(), metavar="OUT", help="Folder for the bundle.")
-@click.option("--calib", metavar="DATA", help="One real input for the time in the manifest; without: random.")
+@click.option("--calib", metavar="DATA", help=f"Real inputs, to time and to verify it; without: random. {DATA}")
+@click.option("--verify", is_flag=True, help="Run the bundle beside MODEL; where they differ, nothing is written.")
+@click.option(
+    "--tolerance", type=float, metavar="X", help="Relative difference --verify allows; without: by the number formats."
+)
+@click.option("--tune", type=click.FloatRange(1), metavar="SECONDS", help="Search so long for faster kernels (TVM).")
+@click.option(
+    "--set",
+    "more",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Another option of the target's backend, which `graphopt targets NAME` lists; repeatable.",
+)
 @size_options
+@seed_option
 @compress_option
 @force_option
 @common
-def lower(model: str, target: str, out: str, force: bool, as_json: bool, **options: Any) -> None:
+def lower(
+    model: str, target: str, out: str, more: Sequence[str], seed: int | None, force: bool, as_json: bool, **options: Any
+) -> None:
     """Write the deployable bundle of a target for MODEL."""
     from graphopt.jobs import lower as write
+    from graphopt.lowering.options import assignments
     from graphopt.pipeline.destination import check_folder
+    from graphopt.report import tables
 
-    files = write(model, target, check_folder(out, [model], force=force), **options)
+    folder = check_folder(out, [model], force=force)
+    made = write(model, target, folder, seed=seed or 0, **{**options, **assignments(more)})
+    files, verified, warnings = map(str, made.files), made.manifest["verified"], made.manifest["warnings"]
     if as_json:
-        _json({"files": [str(file) for file in files]})
+        _json({"files": list(files), "verified": verified, "warnings": warnings})
     else:
-        click.echo(f"wrote {', '.join(map(str, files))}")
+        if verified is not None:
+            click.echo(f"differs from MODEL by {verified['relative']:.2g} relative ({verified['ran']})")
+        click.echo(f"wrote {', '.join(files)}")
+    tables.print_warnings(tables.console(sys.stderr), warnings)
 
 
 @cli.command(short_help="Execute a bundle on this machine.")

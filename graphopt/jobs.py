@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphopt import registry
-from graphopt.backend import compresses
 from graphopt.errors import DataError, MissingBackendError, UsageError
 from graphopt.given import called, check_same_inputs, one_batch, opened
 from graphopt.pipeline.plan import as_target
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from graphopt.backend import BenchResult
+    from graphopt.bundle import Bundle
     from graphopt.diagnosis.layers import LayerErrors
     from graphopt.latency.report import Measured
     from graphopt.target import Target
@@ -168,32 +169,61 @@ def lower(
     calib: Any = None,
     dim: Mapping[str, int] | None = None,
     input_shape: Mapping[str, Sequence[int]] | None = None,
-    compress: bool = False,
-) -> list[Path]:
+    seed: int = 0,
+    verify: bool = False,
+    tolerance: float | None = None,
+    **options: Any,
+) -> Bundle:
     """Write the deployable bundle of a target.
 
     Args:
         model: an ONNX file or a loaded model.
         target: what it is deployed on.
         folder: gets the bundle.
-        calib: data to take one real input from, for the time in the manifest; None: random inputs.
+        calib: real inputs, for the time in the manifest, for `verify`, and for passes that prepare the model for the
+            target; None: random inputs.
         dim: fixed sizes of symbolic input dimensions.
         input_shape: fixed shapes of inputs, by name.
-        compress: store weights with many zeros as values and positions (`graphopt.save`).
+        seed: of random inputs.
+        verify: run the bundle beside the model; the difference goes into the manifest.
+        tolerance: relative difference that `verify` allows; None: by the number formats on the way.
+        **options: of the target's backend alone, such as `compress=True` or `tune=600`; `graphopt targets NAME` lists
+            them. None and False mean: not given.
+
+    Returns:
+        the bundle; `files` lists what was written, `manifest` tells about it.
 
     Raises:
         MissingBackendError: a tool that the target needs is not installed.
-        ModelError: the target's runtime refuses the model.
-        UsageError: the folder cannot be used, or the bundles of the backend cannot be compressed.
+        ModelError: the target cannot take the model; names the node.
+        VerificationError: the bundle computes something else; nothing was written.
+        UsageError: the folder cannot be used, or the backend has no such option.
     """
+    from graphopt import calibration
+    from graphopt.bundle import sha256
+    from graphopt.lowering.options import check_options
+    from graphopt.lowering.steps import check_tools
+    from graphopt.lowering.steps import lower as make
+
     chosen = as_target(target)
     backend = registry.backend(chosen.backend)
-    if compress and not compresses(backend):
-        raise UsageError(f"backend {chosen.backend!r} writes no compressed bundles", where="compress", hint="leave it")
+    check_options(backend, options)
+    check_tools(backend, chosen)
     loaded = opened(model, dim, input_shape)
-    feeds = None if calib is None else one_batch(calib, loaded, 1)
-    more: dict[str, Any] = {"compress": True} if compress else {}
-    return backend.lower(loaded, chosen, Path(folder), feeds=feeds, **more)
+    source = None
+    if isinstance(model, (str, os.PathLike)):
+        source = {"name": os.fspath(model), "sha256": sha256(Path(model))}
+    return make(
+        loaded,
+        chosen,
+        Path(folder),
+        source=source,
+        calibration=None if calib is None else calibration.load(calib, loaded, seed=seed),
+        verify=verify,
+        tolerance=tolerance,
+        seed=seed,
+        options=options,
+    )
 
 
 def run(
@@ -222,25 +252,31 @@ def run(
     reason = backend.unavailable(found.target)
     if reason is not None:
         raise MissingBackendError(
-            reason, where=f"target {found.target.name!r}", hint="copy the bundle to such a device and use its run.py"
+            reason,
+            where=f"target {found.target.name!r}",
+            hint=f"copy the bundle to such a device and use {shlex.join(found.manifest['run'])}",
         )
     arrays = read_npz(Path(inputs)) if isinstance(inputs, (str, os.PathLike)) else dict(inputs)
-    return dict(backend.session(found.model, found.target, threads=threads).run(arrays))
+    return dict(backend.open(found, threads=threads).run(arrays))
 
 
 def describe_target(name: str) -> dict[str, Any]:
-    """The table of a target, and whether this machine can run models made for it: True, or why not.
+    """The table of a target, and whether this machine can run it and write its bundles: True, or why not.
 
     Raises:
         UsageError: there is no such target.
     """
     from graphopt.bundle import target_table
+    from graphopt.lowering.options import options_of
 
     target = registry.target(name)
+    options: dict[str, str] = {}
     try:
-        reason = registry.backend(target.backend).unavailable(target)
+        backend = registry.backend(target.backend)
+        reason, missing = backend.unavailable(target), backend.missing(target)
+        options = options_of(backend)
     except MissingBackendError as error:
-        reason = str(error)
+        reason = missing = str(error)
     table = target_table(target)
     quant = table.pop("quant")
     sparse = table.pop("sparse")
@@ -249,7 +285,15 @@ def describe_target(name: str) -> dict[str, Any]:
     if target.sparsity_2_4:
         nested |= {f"sparse.{key}": value for key, value in sparse.items()}
         nested |= {f"sparse.sources.{key}": value for key, value in sources.items()}
-    return {**table, **nested, "runs here": reason is None, "why not": reason}
+    return {
+        **table,
+        **nested,
+        "lower options": options,
+        "runs here": reason is None,
+        "why not": reason,
+        "lowers here": missing is None,
+        "why not lowered": missing,
+    }
 
 
 def describe_passes() -> list[dict[str, Any]]:

@@ -125,7 +125,7 @@ def backend(name: str) -> Backend:
     point = _entry_point(BACKENDS, name)
     made = _load(point, "backend")
     made = made() if isinstance(made, type) else made
-    for member in ("name", "unavailable", "session", "bench", "lower"):
+    for member in ("name", "unavailable", "missing", "session", "bench", "lower", "open", "stand_in"):
         if not hasattr(made, member):
             raise UsageError(
                 f"{point.value} has no {member!r}",

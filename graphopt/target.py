@@ -54,12 +54,15 @@ class HalfTypes:
         faster: those among them in which models run faster than in float32.
         float_ops: operators without a kernel of a half type, which stay in float32; "Transpose>MatMul" is a product by
             a constant together with a Transpose before it that moves the first axis.
+        quantised: its Q and DQ read and write half types, too, and a layer must stand right behind its DQ: the float part
+            of a quantised model becomes half without a Cast in between (TensorRT, strongly typed).
         note: why a type is not faster, or what else must hold, for the reader of a report.
     """
 
     types: tuple[str, ...] = ("float16",)
     faster: tuple[str, ...] = ()
     float_ops: tuple[str, ...] = ()
+    quantised: bool = False
     note: str = ""
 
 
@@ -137,6 +140,10 @@ class Target:
         slow_operators: operators of the standard that its runtime executes slower than what they stand for, written
             out; a pass that recognises operators leaves these alone (`graphopt.rewriting.recognise`).
         artefacts: what `lower` writes besides the model.
+        prepare: pipeline (`graphopt.spec`) that a model goes through, on a copy, before its backend lowers it.
+        quant_refusal: why it takes no model that is quantised already; "": it does.
+        options: what its backend alone reads, by names of the backend's own.
+        limits: what does not hold of its bundles or was not tried, a sentence each, for their readers.
         description: one line for `graphopt targets`.
     """
 
@@ -157,6 +164,10 @@ class Target:
     slow_fusions: tuple[str, ...] = ()
     slow_operators: tuple[str, ...] = ()
     artefacts: tuple[str, ...] = ()
+    prepare: str = ""
+    quant_refusal: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    limits: tuple[str, ...] = ()
     description: str = ""
 
 
@@ -164,7 +175,7 @@ def parse_target(name: str, table: object, source: str) -> Target:
     """Make a target from its table.
 
     Keys are the fields of `Target`; `quant` is a sub-table of `QuantScheme` or false, `sparse` one of `SparseKernels`,
-    `half` one of `HalfTypes`, `weights` one of `WeightKernels`.
+    `half` one of `HalfTypes`, `weights` one of `WeightKernels`; `options` is a sub-table of anything.
 
     Args:
         name: name of the table, which becomes the target's.
@@ -225,9 +236,10 @@ def _typed(value: Any, wanted: Any, where: str) -> Any:
             return tuple(value)
         text = "an array of strings"
     elif get_origin(wanted) is Mapping:
-        if isinstance(value, Mapping) and all(isinstance(v, str) for v in value.values()):
+        anything = arguments[1] is Any
+        if isinstance(value, Mapping) and (anything or all(isinstance(v, str) for v in value.values())):
             return dict(value)
-        text = "a table of strings"
+        text = "a table" if anything else "a table of strings"
     else:
         kinds = tuple(a for a in (arguments or (wanted,)) if a is not type(None))
         # bool is a subclass of int, but `opset_max = true` is a mistake.

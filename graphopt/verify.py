@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -40,7 +40,12 @@ def tolerance(dtype: Any) -> float:
     About 2000 units in the last place for float32: what reassociated sums over a few hundred layers leave in practice,
     and orders of magnitude below what a wrong rewrite does. Integers, booleans and strings must be equal.
     """
-    return _TOLERANCE.get(np.dtype(dtype).name, 0.0)
+    return tolerance_of(np.dtype(dtype).name)
+
+
+def tolerance_of(dtype: str) -> float:
+    """As `tolerance`, by the name of the type, which numpy need not know ("bfloat16")."""
+    return _TOLERANCE.get(dtype, 0.0)
 
 
 @dataclass(frozen=True)
@@ -207,6 +212,16 @@ class _Sums:
         )
 
 
+@runtime_checkable
+class Candidate(Protocol):
+    """What a model is compared with: anything with named outputs that runs on feeds."""
+
+    output_names: list[str]
+
+    def run_all(self, feeds: Sequence[Mapping[str, Array]]) -> list[dict[str, Array]]:
+        """The outputs of every feed, by name."""
+
+
 class Runner:
     """A model that runs whole where its weights are small, and in slices where they are not.
 
@@ -240,7 +255,7 @@ class Runner:
 
 def compare(
     a: ir.Model | Path,
-    b: ir.Model | Path,
+    b: ir.Model | Path | Candidate,
     feeds: Iterable[Mapping[str, Array]],
     *,
     threads: int = 1,
@@ -250,7 +265,7 @@ def compare(
 
     Args:
         a: the reference.
-        b: the candidate; outputs are matched by name.
+        b: the candidate, a model or something that runs; outputs are matched by name.
         feeds: inputs, by name; read once.
         threads: threads of one operator.
         slice_bytes: weights above this many bytes are executed in slices.
@@ -260,7 +275,8 @@ def compare(
             shape or type.
         ModelError, DataError: the reference does not run on the feeds.
     """
-    first, second = Runner(a, threads, slice_bytes), runner_of_candidate(b, threads, slice_bytes)
+    first = Runner(a, threads, slice_bytes)
+    second = b if isinstance(b, Candidate) else runner_of_candidate(b, threads, slice_bytes)
     missing = [name for name in first.output_names if name not in second.output_names]
     if missing:
         raise VerificationError(
@@ -311,7 +327,7 @@ def run_reference(runner: Runner, batch: list[Mapping[str, Array]]) -> list[dict
         ) from error
 
 
-def run_candidate(runner: Runner, batch: list[Mapping[str, Array]]) -> list[dict[str, Array]]:
+def run_candidate(runner: Candidate, batch: list[Mapping[str, Array]]) -> list[dict[str, Array]]:
     """Run the second model; where it fails, the two do not compute the same."""
     try:
         return runner.run_all(batch)

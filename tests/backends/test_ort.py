@@ -13,12 +13,13 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from graphopt import bundle, model, registry
+from graphopt import bundle, calibration, model, registry
 from graphopt.backend import Backend
 from graphopt.backends import ort as backend_module
 from graphopt.backends.ort import OrtBackend
 from graphopt.errors import DataError, MissingBackendError, ModelError, UsageError
 from graphopt.executor import Session
+from graphopt.lowering.steps import lower
 from graphopt.target import Target
 
 NET = """<ir_version: 8, opset_import: ["" : 17, "ai.onnx.ml" : 3, "com.nobody" : 1]>
@@ -121,8 +122,8 @@ REPORT = {
 
 
 def lowered(net: ir.Model, folder: Path, target: Target = TARGET) -> Path:
-    files = ORT.lower(net, target, folder, report=REPORT, feeds=FEEDS)
-    assert {f.name for f in files} == {"model.onnx", "run.py", "bench.py", "manifest.json"}
+    files = lower(net, target, folder, report=REPORT, calibration=calibration.load([FEEDS], net)).files
+    assert {f.name for f in files} == {"model.onnx", "run.py", "bench.py", "bench.sh", "README.md", "manifest.json"}
     assert {f.name for f in folder.iterdir()} == {f.name for f in files}
     return folder
 
@@ -162,7 +163,7 @@ def test_manifest_says_what_is_in_the_bundle(net: ir.Model, tmp_path: Path) -> N
         {"name": "x", "dtype": "float32", "shape": ["N", 3, 8, 8]},
         {"name": "shift", "dtype": "float32", "shape": []},
     ]
-    assert manifest["pipeline"] == "fold,prune{macs=0.5}"
+    assert manifest["pipeline"] == {"optimize": "fold,prune{macs=0.5}", "prepare": []}
     assert manifest["report"]["accuracy"] == {"before": 0.9, "after": 0.89}
     assert "passes" not in manifest["report"]
     assert manifest["measured"]["latency_ms"] > 0
@@ -242,10 +243,10 @@ def test_an_existing_folder_keeps_its_other_files_and_gets_the_new_bundle(net: i
     made = lowered(net, tmp_path / "b")
     (made / "report.html").write_text("mine")
     net.graph.initializers["w"].const_value = ir.tensor(np.zeros((4, 3, 3, 3), np.float32), name="w")
-    ORT.lower(net, TARGET, made)
+    lower(net, TARGET, made)
     assert (made / "report.html").read_text() == "mine"
     again = bundle.read(made)
-    assert again.manifest["pipeline"] is None
+    assert again.manifest["pipeline"]["optimize"] is None
     assert not Session(again.model).run(FEEDS)["out/y:0"].any()
     assert [p.name for p in tmp_path.iterdir()] == ["b"]  # no temporary folder is left
 
@@ -253,22 +254,22 @@ def test_an_existing_folder_keeps_its_other_files_and_gets_the_new_bundle(net: i
 def test_failure_leaves_nothing(net: ir.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     capped = dataclasses.replace(TARGET, opset_max=16)
     with pytest.raises(ModelError, match="opset 17"):
-        ORT.lower(net, capped, tmp_path / "b")
+        lower(net, capped, tmp_path / "b")
     with pytest.raises(ModelError, match="IR version 8"):
-        ORT.lower(net, dataclasses.replace(TARGET, ir_max=7), tmp_path / "b")
+        lower(net, dataclasses.replace(TARGET, ir_max=7), tmp_path / "b")
 
     def fail(*_: object, **__: object) -> None:
         raise ModelError("no")
 
     monkeypatch.setattr(OrtBackend, "_loads", fail)
     with pytest.raises(ModelError):
-        ORT.lower(net, TARGET, tmp_path / "b", feeds=FEEDS)
+        lower(net, TARGET, tmp_path / "b")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="is a file"):
-        ORT.lower(net, TARGET, tmp_path / "file", feeds=FEEDS)
+        lower(net, TARGET, tmp_path / "file")
     with pytest.raises(UsageError, match="parent"):
-        ORT.lower(net, TARGET, tmp_path / "no" / "b", feeds=FEEDS)
+        lower(net, TARGET, tmp_path / "no" / "b")
 
 
 @pytest.mark.data
@@ -276,7 +277,7 @@ def test_real_model_lowered_and_run(data_dir: Path, tmp_path: Path) -> None:
     network = model.load(data_dir / "models" / "silero_vad_v5_if.onnx")
     with np.load(data_dir / "inputs" / "silero_vad_v5_if.npz") as raw:
         feeds = {k.partition("|")[2]: raw[k] for k in raw.files if k.startswith("3|")}
-    ORT.lower(network, TARGET, tmp_path / "b", feeds=feeds)
+    lower(network, TARGET, tmp_path / "b", calibration=calibration.load([feeds], network), verify=True)
     np.savez(tmp_path / "in.npz", **feeds)
     done = run(tmp_path / "b", tmp_path / "in.npz", tmp_path / "out.npz")
     assert done.returncode == 0, done.stderr

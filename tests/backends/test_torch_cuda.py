@@ -17,13 +17,14 @@ from click.testing import CliRunner
 from sparse_models import make_factorised
 from text_graph import graph
 
-from graphopt import bundle, jobs, model, registry
+from graphopt import bundle, calibration, jobs, model, registry
 from graphopt.backend import Backend
 from graphopt.backends import torch_cuda
 from graphopt.backends.torch_cuda import TorchBackend, on_cpu
 from graphopt.cli import cli
 from graphopt.errors import DataError, MissingBackendError, ModelError
 from graphopt.executor import Session
+from graphopt.lowering.steps import lower
 
 BACKEND = TorchBackend()
 CUDA, CPU = registry.target("torch-cuda"), registry.target("torch-cpu")
@@ -133,7 +134,8 @@ def test_bench_runs_in_pairs_and_says_how(net: ir.Model) -> None:
 
 
 def lowered(net: ir.Model, folder: Path) -> Path:
-    files = BACKEND.lower(net, CUDA, folder, report={"pipeline": "armor", "model": "net.onnx"}, feeds=FEEDS)
+    report = {"pipeline": "armor", "model": "net.onnx"}
+    files = lower(net, CUDA, folder, report=report, calibration=calibration.load([FEEDS], net)).files
     assert {f.name for f in files} == {"model.onnx", "run.py", "bench.sh", "README.md", "manifest.json"}
     return folder
 
@@ -144,7 +146,9 @@ def test_a_bundle_holds_the_model_and_its_layers(net: ir.Model, tmp_path: Path) 
     assert found.manifest["session"] == {"device": "gpu", "dtype": "float16"}
     assert [row["layer"] for row in found.manifest["layers"]] == ["u", "v"]
     assert (found.manifest["measured"] is None) == (not torch.cuda.is_available())
-    assert found.manifest["pipeline"] == "armor"
+    assert found.manifest["pipeline"]["optimize"] == "armor"
+    script = (tmp_path / "made" / "bench.sh").read_text()
+    assert 'exec graphopt bench "$here"/model.onnx --target torch-cuda' in script
     np.testing.assert_array_equal(Session(model.load(found.model)).run(FEEDS)["y"], Session(net).run(FEEDS)["y"])
 
 

@@ -16,6 +16,7 @@ import pytest
 from manager_passes import Blank, DropIdentity, Grow, Hungry, Liar, NewOpset, Noise, Raises, feeds, small_model
 
 import graphopt
+from graphopt.backend import Artefacts
 from graphopt.errors import DataError, GateRefused, GraphoptError, ModelError, PassFailure, UsageError
 from graphopt.pipeline.presets import expand
 from graphopt.pipeline.recipe import Recipe
@@ -37,15 +38,22 @@ def test_a_backend_that_cannot_compress_is_not_asked_to(tmp_path: Path, monkeypa
         name = "plain"
         asked: ClassVar[list[Any]] = []
 
-        def lower(self, model: Any, target: Any, folder: Path, *, report: Any = None, feeds: Any = None) -> list[Path]:
+        def unavailable(self, target: Any) -> None:
+            return None
+
+        missing = unavailable
+
+        def lower(self, model: Any, target: Any, folder: Path, *, feeds: Any = None) -> Artefacts:
             self.asked.append(folder)
-            return [folder]
+            (folder / "net").write_bytes(b"x")
+            return Artefacts("net", ("cat", "net"), ("cat", "net"), {"net": "the net"}, warnings=("it is slow",))
 
     result = optimize([DropIdentity()])
     monkeypatch.setattr("graphopt.registry.backend", lambda name: Plain())
-    assert result.lower(tmp_path, compress=True) == [tmp_path]
-    assert result.report.warnings[-1] == "the bundle is not compressed: backend 'ort' cannot"
-    with pytest.raises(UsageError, match="writes no compressed bundles"):
+    made = result.lower(tmp_path / "bundle", compress=True)
+    assert {f.name for f in made.files} == {"net", "bench.sh", "README.md", "manifest.json"}
+    assert result.report.warnings[-2:] == ["the bundle is not compressed: backend 'ort' cannot", "it is slow"]
+    with pytest.raises(UsageError, match="no such option"):
         graphopt.lower(small_model(), TARGET, tmp_path, compress=True)
     assert len(Plain.asked) == 1
 
@@ -348,9 +356,10 @@ def test_saving_where_nothing_can_be_made(tmp_path: Path) -> None:
 
 def test_lowering_writes_a_bundle(tmp_path: Path) -> None:
     result = graphopt.optimize(small_model(), "fold", units=False, bench=False)
-    files = result.lower(tmp_path / "bundle")
+    files = result.lower(tmp_path / "bundle", verify=True).files
     manifest = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
-    assert manifest["pipeline"] == "fold"
+    assert manifest["pipeline"]["optimize"] == "fold"
+    assert manifest["verified"]["relative"] < 1e-5
     assert {p.name for p in files} >= {"model.onnx", "manifest.json"}
 
 
