@@ -28,6 +28,7 @@ from graphopt.rewriting.edit import (
     is_onnx,
     label,
     new_initializer,
+    remove_node,
 )
 from graphopt.rewriting.prepare import prepare
 
@@ -38,6 +39,10 @@ LARGEST = {
 }
 MIN_OPSET = {ir.DataType.FLOAT16: 7, ir.DataType.BFLOAT16: 22}
 """Convolutions, poolings and recurrent layers admit bfloat16 from opset 22 on."""
+
+LINEAR = ("QuantizeLinear", "DequantizeLinear")
+HALF_LINEAR_OPSET = 19
+"""From this opset on they read and write float16 and bfloat16."""
 
 Carried = tuple[int | None, ir.Value | None, list[ir.Value], list[ir.Value]]
 """One thing that goes through an If, Loop or Scan: input index, output, inputs of the body, outputs of the bodies."""
@@ -68,6 +73,7 @@ def to_half(
     exclude: Collection[str] = (),
     float_ops: Collection[str] = (),
     largest: Mapping[str, float] | None = None,
+    quantised: bool = False,
 ) -> Converted:
     """Convert the float32 part of a model, in place: main graph, bodies of If, Loop and Scan, functions (inlined).
 
@@ -78,6 +84,7 @@ def to_half(
         exclude: globs over node names that stay in float32.
         float_ops: operators without a kernel of this type on the target.
         largest: largest magnitude of tensors of the main graph on calibration data; None: not measured.
+        quantised: Q and DQ read and write the half type, too (`graphopt.target.HalfTypes.quantised`).
 
     Raises:
         ModelError: the model contradicts itself.
@@ -87,11 +94,16 @@ def to_half(
 
     done = Converted(notes=prepare(model))
     least = MIN_OPSET[dtype]
+    quantised = quantised and any(is_onnx(node, *LINEAR) for graph in graphs(model) for node in graph)
+    if quantised:
+        least = max(least, HALF_LINEAR_OPSET)
     if (note := raise_opset(model, least, dtype.name.lower())) is not None:
         done.notes.append(note)
     infer_shapes(model)
-    kept = keep(model, dtype, LARGEST[dtype], exclude=exclude, float_ops=float_ops, measured=largest)
-    _Conversion(model, dtype, kept, keep_io, done).run()
+    kept = keep(
+        model, dtype, LARGEST[dtype], exclude=exclude, float_ops=float_ops, measured=largest, quantised=quantised
+    )
+    _Conversion(model, dtype, kept, keep_io, done, quantised=quantised).run()
     infer_shapes(model)
     done.kept = [Skip(label(node), reason) for node, reason in kept.reasons.items()]
     if largest is None:
@@ -105,7 +117,11 @@ def to_half(
 class _Conversion:
     """One run: the values that become half, and the edges between them and what stays."""
 
-    def __init__(self, model: ir.Model, dtype: ir.DataType, kept: Keep, keep_io: bool, done: Converted) -> None:
+    def __init__(
+        self, model: ir.Model, dtype: ir.DataType, kept: Keep, keep_io: bool, done: Converted, *, quantised: bool
+    ) -> None:
+        self._quantised = quantised
+        self._scales: dict[ir.Node, ir.Value | None] = {}
         self._model, self._dtype, self._kept, self._keep_io, self._done = model, dtype, kept, keep_io, done
         self._names = Names(model)
         self._half: set[ir.Value] = set()
@@ -169,12 +185,17 @@ class _Conversion:
         if is_onnx(node, *CONTROL_FLOW):
             self._connect_bodies(node)
             return
+        if self._quantised and is_onnx(node, "QuantizeLinear") and node not in self._kept.reasons:
+            self._connect_quantiser(node)
+            return
+        if self._quantised and is_onnx(node, "DequantizeLinear"):
+            self._scales[node] = node.inputs[1]
         signature = None if node in self._kept.reasons else self._kept.signatures.get(node)
         computes = False
         for index, value in enumerate(node.inputs):
             if value is None or not is_float32(value):
                 continue
-            if signature is not None and signature.free[index]:
+            if signature is not None and signature.free[index] and node not in self._scales:
                 continue
             wanted = signature is not None and signature.inputs[index]
             computes |= wanted
@@ -182,6 +203,19 @@ class _Conversion:
         if signature is not None:
             self._retype(node, signature)
             self._done.nodes += computes or any(v in self._half for v in node.outputs)
+
+    def _connect_quantiser(self, node: ir.Node) -> None:
+        """Q takes its input as it comes, with a scale of the same type: a Cast before it would round once more."""
+        value, scale = node.inputs[0], node.inputs[1]
+        if value is None or scale is None:
+            return
+        half = value in self._half
+        data = array(value)
+        if data is not None:  # a constant comes in the type of its scale
+            half = True
+            node.replace_input_with(0, self._as(value, half, node))
+        node.replace_input_with(1, self._as(scale, half, node))
+        self._done.nodes += half
 
     def _connect_bodies(self, node: ir.Node) -> None:
         handed = self._handed.get(node, [])
@@ -206,6 +240,11 @@ class _Conversion:
         if half == (value in self._half):
             return value
         key = (value, half)
+        producer = value.producer()
+        if self._quantised and body is None and not half and producer is not None and is_onnx(producer, LINEAR[1]):
+            if key not in self._casts:
+                self._casts[key] = self._twin(producer)
+            return self._casts[key]
         if key not in self._casts or (body is not None and value.graph is not body):
             cast = self._cast_in(body, value, half) if body is not None and value.graph is not body else None
             if cast is not None:
@@ -222,6 +261,21 @@ class _Conversion:
         return ir.node(
             "Cast", [value], {"to": int(kind)}, outputs=[output], name=self._names.fresh(f"{output.name}_Cast")
         )
+
+    def _twin(self, node: ir.Node) -> ir.Value:
+        """The same DequantizeLinear, giving float32 to those who read that."""
+        value, graph = node.outputs[0], node.graph
+        assert isinstance(graph, ir.Graph)
+        output = ir.Value(
+            name=self._names.fresh(f"{value.name}_float"), type=ir.TensorType(ir.DataType.FLOAT), shape=value.shape
+        )
+        made = ir.node(
+            node.op_type, [node.inputs[0], self._scales[node], *node.inputs[2:]],
+            {k: a.value for k, a in node.attributes.items() if k != "output_dtype"},
+            outputs=[output], name=self._names.fresh(f"{output.name}_{node.op_type}"),
+        )  # fmt: skip
+        graph.insert_after(node, made)
+        return output
 
     def _cast(self, value: ir.Value, half: bool) -> ir.Value:
         """A Cast right behind what makes the value."""
@@ -273,6 +327,9 @@ class _Conversion:
         """Let the attribute that gives a result its type give the half type."""
         if signature.attribute is None or not any(v in self._half for v in node.outputs):
             return
+        if node in self._scales:  # the type of its scale says it already
+            node.attributes.pop(signature.attribute, None)
+            return
         if signature.attribute != "value":
             node.attributes[signature.attribute] = ir.AttrInt64(signature.attribute, int(self._dtype))
             return
@@ -309,6 +366,9 @@ class _Conversion:
     def _tidy(self, nodes: list[ir.Node]) -> None:
         """Casts to the type that is there already go; constants in one type only keep their name."""
         for node in nodes:
+            if node in self._scales and not node.outputs[0].uses() and not node.outputs[0].is_graph_output():
+                remove_node(node)  # all its readers stay in float32 and have its twin
+                continue
             source = node.inputs[0] if is_onnx(node, "Cast") and node.graph is not None else None
             if source is not None and node.attributes.get_int("to", 0) == int(source.dtype or 0):
                 bypass(node, source)

@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.quantization.back.recognised import quantised_already
+from graphopt.quantization.back.recognised import is_quantised, quantised_already
 from graphopt.quantization.half.rules import (
     AFTER_SUMS,
     BOUNDS,
@@ -62,6 +62,7 @@ def keep(
     exclude: Collection[str],
     float_ops: Collection[str],
     measured: Mapping[str, float] | None,
+    quantised: bool = False,
 ) -> Keep:
     """Decide for all nodes.
 
@@ -72,12 +73,13 @@ def keep(
         exclude: globs over node names.
         float_ops: operators without a kernel of this type on the target.
         measured: largest magnitudes of tensors of the main graph on data.
+        quantised: Q and DQ, and what stands at them, become half, too.
     """
     found = Keep()
     nodes = [node for graph in graphs(model) for node in graph if not is_onnx(node, "Constant")]
     where = positional(nodes)
     for node in nodes:
-        reason = _asked(node, exclude, float_ops, dtype) or _foreign(node)
+        reason = _asked(node, exclude, float_ops, dtype) or _foreign(node, through=quantised)
         if is_onnx(node, "Scan") and model.opset_imports.get("", 1) < 9:
             reason = "Scan of opset 8 carries its states differently"
         if reason is None and not is_onnx(node, *CONTROL_FLOW):
@@ -93,6 +95,7 @@ def keep(
     _bodies_of_kept(found)
     if measured is not None:
         _overflowing(model, found, largest, measured, dtype)
+    _behind_kept(found)
     _spread(nodes, found)
     found.reasons = {node: found.reasons[node] for node in nodes if node in found.reasons}
     return found
@@ -130,9 +133,11 @@ def _moves_batches(transpose: ir.Node) -> bool:
     return not order or (len(order) > 2 and order[0] != 0)
 
 
-def _foreign(node: ir.Node) -> str | None:
+def _foreign(node: ir.Node, *, through: bool) -> str | None:
     if next(bodies(node), None) is not None and not is_onnx(node, *CONTROL_FLOW):
         return f"its bodies are those of {node.op_type}, of which nothing is known"
+    if through and (not is_quantised(node) or is_onnx(node, "QuantizeLinear", "DequantizeLinear")):
+        return None
     return quantised_already(node)
 
 
@@ -147,7 +152,8 @@ def _constants(node: ir.Node, read: Signature, dtype: ir.DataType, largest: floa
     """A constant operand that the half type cannot hold."""
     name = dtype.name.lower()
     for index, value in enumerate(node.inputs):
-        if value is None or not read.inputs[index] or read.free[index] or not is_float32(value):
+        scale = index == 1 and is_onnx(node, "QuantizeLinear", "DequantizeLinear")
+        if value is None or not read.inputs[index] or (read.free[index] and not scale) or not is_float32(value):
             continue
         data = array(value)
         if data is None or not data.size:
@@ -163,6 +169,13 @@ def _constants(node: ir.Node, read: Signature, dtype: ir.DataType, largest: floa
         if top == 0:
             continue
         half = finite.astype(dtype.numpy()).astype(np.float32)
+        if scale:
+            # of a norm, small scales of single channels would not show; one that becomes 0 is no scale
+            scales = finite[finite != 0]
+            off = float(np.abs(half[finite != 0] / scales - 1).max())
+            if off > WEIGHT_LOSS:
+                return f"a scale in {value.name!r} loses {off:.2%} in {name}: it is too small"
+            continue
         if not half.any():
             return f"its constant {value.name!r} ({top:.3g}) is zero in {name}"
         lost = float(np.linalg.norm((half - finite) / top) / np.linalg.norm(finite / top))
@@ -178,6 +191,15 @@ def _bodies_of_kept(found: Keep) -> None:
             for inner in body.all_nodes():
                 if _in_float32(inner) and not is_onnx(inner, "Constant"):
                     found.reasons.setdefault(inner, f"inside {label(node)}, which stays: {reason}")
+
+
+def _behind_kept(found: Keep) -> None:
+    """A layer computes in the type that its DequantizeLinear gives it: a Cast between them would part the two."""
+    for node, reason in list(found.reasons.items()):
+        if is_onnx(node, "DequantizeLinear"):
+            for use in node.outputs[0].uses():
+                if use.node in found.signatures:
+                    found.reasons.setdefault(use.node, f"it reads {label(node)}, which stays: {reason}")
 
 
 def _overflowing(

@@ -45,11 +45,15 @@ def quantise_half(model: ir.Model, ctx: Context, scheme: str, *, exclude: tuple[
     largest = None
     if ctx.calibration is not None:
         largest = magnitudes(model, ctx.calibration, samples=samples, threads=ctx.jobs)
-    done = to_half(model, TYPES[name], exclude=exclude, float_ops=half.float_ops, largest=largest)
+    quantised = holds_quantised(model)
+    done = to_half(
+        model, TYPES[name], exclude=exclude, float_ops=half.float_ops, largest=largest, quantised=half.quantised
+    )
     notes = [f"{done.nodes} nodes compute in {name}, {len(done.kept)} stay in float32; {done.casts} casts between them"]
     notes += done.notes
-    quantised = holds_quantised(model)
-    if quantised:
+    if quantised and half.quantised:
+        notes.append(f"QuantizeLinear and DequantizeLinear read and write {name}, with scales of that type")
+    elif quantised:
         counted = ", ".join(f"{count} {op}" for op, count in sorted(quantised.items()))
         notes.append(f"quantised already, and left as it is: {counted} (the pass dequantize takes it back)")
     if name not in half.faster:
