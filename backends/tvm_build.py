@@ -1,0 +1,207 @@
+"""An ONNX model as a compiled TVM executable: import, the order of the compilation passes, code generation.
+
+The order is that of Relax's default pipeline for processors, with one step more: after operators were fused into
+kernels, kernels get schedules. Best first: those of a tuning database, then our own rules (`tvm_schedules`), and what
+none of them knows stays the loop nest that the importer wrote.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import io
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graphopt.errors import MissingBackendError, ModelError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from tvm import IRModule
+    from tvm.relax import VMExecutable
+
+    from graphopt.target import Target
+
+INSTALL = "pip install 'graphopt[tvm]'"
+
+
+def why_unavailable() -> str | None:
+    """Why TVM cannot compile here; None where it can."""
+    if importlib.util.find_spec("tvm") is None:
+        return f"TVM is not installed ({INSTALL})"
+    if importlib.util.find_spec("tvm.relax") is None:
+        return f"the package 'tvm' that is installed is not Apache TVM ({INSTALL})"
+    return None
+
+
+def require_tvm(target: Target) -> None:
+    """Check that TVM is there before work starts.
+
+    Raises:
+        MissingBackendError: it is not.
+    """
+    reason = why_unavailable()
+    if reason is not None:
+        raise MissingBackendError(reason, where=f"target {target.name!r}", hint=INSTALL)
+
+
+def imported(model: ir.Model) -> IRModule:
+    """The model in Relax, weights as constants.
+
+    Raises:
+        ModelError: the importer fails at a node, which it names.
+    """
+    import onnx_ir as ir
+    from tvm.relax.frontend.onnx.onnx_frontend import ONNXGraphImporter
+
+    class NamingImporter(ONNXGraphImporter):  # type: ignore[misc]
+        """TVM's importer, whose errors do not name the node."""
+
+        def _convert_operator(self, op_name: str, inputs: Any, attrs: dict[str, Any], opset: int) -> Any:
+            try:
+                return super()._convert_operator(op_name, inputs, attrs, opset)
+            except Exception as error:
+                raise ModelError(
+                    f"TVM's importer does not take this {op_name}: {_first_line(error)}",
+                    where=f"node {attrs['tvm_custom']['name']!r}", hint="lower it to a target of ONNX Runtime (cpu)",
+                ) from error  # fmt: skip
+
+    proto = ir.to_proto(model)
+    importer = NamingImporter(None, None, keep_params_in_input=False, sanitize=True)
+    with quiet():
+        try:
+            return importer.from_onnx(proto.graph, model.opset_imports.get("", 1))
+        except ModelError:
+            raise
+        except Exception as error:
+            raise ModelError(
+                f"TVM's importer does not take the model: {_first_line(error)}",
+                hint="lower it to a target of ONNX Runtime (cpu)",
+            ) from error
+
+
+def compiled(model: ir.Model, target: Target, database: Path | None = None) -> VMExecutable:
+    """Compile a model for a target.
+
+    Args:
+        model: prepared for the importer (the pipeline `target.prepare`); not changed.
+        target: of this backend.
+        database: folder of a tuning database, whose kernels are taken where it has them.
+
+    Raises:
+        MissingBackendError: TVM is not installed.
+        ModelError: TVM does not take the model.
+    """
+    require_tvm(target)
+    from graphopt.backends.tvm_target import device_target
+
+    return built(imported(model), device_target(target), database)
+
+
+def built(mod: IRModule, device: Any, database: Path | None = None) -> VMExecutable:
+    """Compile a Relax module for a `tvm.target.Target`, kernels of the database first.
+
+    Raises:
+        ModelError: TVM cannot compile it.
+    """
+    import tvm
+
+    with quiet():
+        try:
+            mod = scheduled(fused(mod, device), device, database)
+            return tvm.compile(mod, target=device, relax_pipeline=_lowering(device))
+        except RuntimeError as error:  # tvm.error.InternalError and whatever a check in C++ raised
+            raise ModelError(
+                f"TVM cannot compile the model: {_first_line(error)}",
+                hint="fix open sizes of the inputs with --dim name=N, or lower it to a target of ONNX Runtime (cpu)",
+            ) from error
+
+
+def fused(mod: IRModule, device: Any) -> IRModule:
+    """The module as calls of kernels (TIR functions), operators fused into them; nothing is scheduled.
+
+    Tuning extracts its tasks from here, so that what it learns fits what `built` compiles.
+    """
+    import tvm
+    from tvm import relax
+
+    from graphopt.backends import tvm_schedules
+
+    before = [
+        relax.transform.DecomposeOpsForInference(),
+        relax.transform.CanonicalizeBindings(),
+        relax.transform.FoldConstant(),
+        *relax.pipeline.library_dispatch_passes(device),
+    ]
+    after = [
+        relax.transform.LegalizeOps(),
+        relax.transform.AnnotateTIROpPattern(),
+        relax.transform.FoldConstant(),
+        relax.transform.FuseOps(),
+        relax.transform.FuseTIR(),
+        relax.transform.DeadCodeElimination(),
+    ]
+    with device:
+        mod = tvm.transform.Sequential(before)(mod)
+        if device.kind.name == "llvm":
+            mod = tvm_schedules.legalize(mod, device)
+        return tvm.transform.Sequential(after)(mod)
+
+
+def scheduled(mod: IRModule, device: Any, database: Path | None = None) -> IRModule:
+    """Kernels of a fused module with their schedules: the database's, then our rules."""
+    from tvm import relax
+
+    from graphopt.backends import tvm_schedules
+
+    with device:
+        if database is not None:
+            mod = relax.transform.MetaScheduleApplyDatabase(str(database))(mod)
+        if device.kind.name == "cuda":
+            return _gpu_schedules(mod)
+        return tvm_schedules.schedule(mod, device)
+
+
+def _gpu_schedules(mod: IRModule) -> IRModule:
+    from tvm.s_tir import dlight
+
+    rules = (
+        dlight.gpu.Matmul(),
+        dlight.gpu.GEMV(),
+        dlight.gpu.Reduction(),
+        dlight.gpu.GeneralReduction(),
+        dlight.gpu.Fallback(),
+    )
+    return dlight.ApplyDefaultSchedule(*rules)(mod)
+
+
+def _lowering(device: Any) -> Any:
+    """What is left of the default pipeline once kernels are scheduled."""
+    import tvm
+
+    kind = "cuda" if device.kind.name == "cuda" else "cpu_generic"
+    default = importlib.import_module(f"tvm.relax.backend.{kind}.pipeline")
+    passes = [*default.dataflow_lower_passes(device), *default.finalize_passes(device)]
+
+    @tvm.transform.module_pass(opt_level=0)
+    def run(mod: IRModule, _: Any) -> IRModule:
+        with device:
+            return tvm.transform.Sequential(passes)(mod)
+
+    return run
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without what TVM prints on the way: its errors are raised as ours."""
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
