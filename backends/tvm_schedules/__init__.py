@@ -18,15 +18,17 @@ import tvm
 from tvm import tirx
 from tvm.target import Target
 
+from graphopt.backends.tvm_schedules.blocked_graph import to_blocks
 from graphopt.backends.tvm_schedules.machine import Machine
 from graphopt.backends.tvm_schedules.rule import Rule, Unscheduled
+from graphopt.backends.tvm_schedules.window_rule import window_rule
 
 __all__ = ["LEGALIZERS", "RULES", "Machine", "Rule", "Unscheduled", "legalize", "schedule"]
 
-LEGALIZERS: tuple[Callable[[tvm.IRModule, Machine], tvm.IRModule], ...] = ()
+LEGALIZERS: tuple[Callable[[tvm.IRModule, Machine], tvm.IRModule], ...] = (to_blocks,)
 """Rewrites of Relax functions, in the order in which they run."""
 
-RULES: dict[str, Rule] = {}
+RULES: dict[str, Rule] = {"window": window_rule}
 """Name -> rule, in the order in which they are tried."""
 
 _DONE = "tirx.is_scheduled"
