@@ -40,7 +40,7 @@ def refusals(unit: Unit, delegate: Delegate, fix: str) -> tuple[Refusal, ...]:
         delegate: whose rules.
         fix: how the free sizes of the model are fixed, for the change that lifts unknown shapes.
     """
-    if computes_shapes(unit.node):
+    if computes_shapes(unit.node) and not delegate.shapes:
         return (Refusal("shape", "it computes the shape of something", fix),)
     rules = delegate.rules_for(unit.op, quantised=unit.quantised)
     if not rules:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import groupby
 
 from graphopt.delegates.units import Unit
 
@@ -61,3 +62,11 @@ def partition(
     if part:
         parts.append(part)
     return [found for found in parts if len(found) > 1 or found[0].op not in worthless]
+
+
+def runs(units: Sequence[Unit], taken: Callable[[Unit], bool]) -> list[list[Unit]]:
+    """Units that follow each other in the order of execution and are all taken, as TensorRT's parser cuts a graph.
+
+    Source: onnx-tensorrt, ModelImporter.cpp, `supportsModel`.
+    """
+    return [list(group) for good, group in groupby(units, taken) if good]

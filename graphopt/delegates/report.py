@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import onnx_ir as ir
 
 from graphopt.analysis import shapes
 from graphopt.delegates.judge import Refusal, refusals
-from graphopt.delegates.partition import partition
+from graphopt.delegates.partition import partition, runs
 from graphopt.delegates.table import Delegate, delegate
 from graphopt.delegates.units import Unit, parents, units
 from graphopt.delegates.work import macs
@@ -123,7 +123,8 @@ def report(model: ir.Model, which: Delegate | str) -> Report:
 class _Survey:
     def __init__(self, model: ir.Model, chosen: Delegate) -> None:
         self.delegate = chosen
-        self.units = units(model.graph, groups=any(rule.quantised for rule in chosen.rules))
+        self.groups = any(rule.quantised for rule in chosen.rules)
+        self.units = units(model.graph, groups=self.groups)
         self.parents = parents(self.units)
         fix = _fix(model)
         self.against = {unit: self._against(unit, fix) for unit in self.units}
@@ -132,7 +133,15 @@ class _Survey:
         self.total = sum(self.work.values())
 
     def _against(self, unit: Unit, fix: str) -> tuple[Refusal, ...]:
-        if any(True for _ in bodies(unit.node)):
+        inside = tuple(bodies(unit.node))
+        if inside and self.delegate.bodies:
+            found = list(refusals(unit, self.delegate, fix))
+            for inner in (each for body in inside for each in units(body, groups=self.groups)):
+                found += [
+                    replace(r, reason=f"{label(inner.node)} in it: {r.reason}") for r in self._against(inner, fix)
+                ]
+            return tuple(found)
+        if inside:
             reason = "nodes with bodies are not taken, nor is what stands in them"
             return (Refusal("body", reason, f"unroll or remove {unit.op}"),)
         return refusals(unit, self.delegate, fix)
@@ -151,6 +160,8 @@ class _Survey:
         def taken(unit: Unit) -> bool:
             return unit not in self.blocked and all(found.change in granted for found in self.against[unit])
 
+        if self.delegate.partitions == "runs":
+            return runs(self.units, taken)
         return partition(self.units, self.parents, taken, self.delegate.worthless)
 
     def share(self, some: Sequence[Unit]) -> float:

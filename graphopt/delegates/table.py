@@ -64,7 +64,9 @@ class Delegate:
         ranks: numbers of dimensions of inputs, the least and the most.
         types: element types of first inputs where a rule tells none.
         bodies: whether it looks into the bodies of If, Loop and Scan.
-        partitions: "regions": connected nodes become one graph of the delegate; "nodes": each is a kernel of its own.
+        shapes: whether it computes sizes itself (Shape, and what is made of it).
+        partitions: "regions": connected nodes become one graph of the delegate; "nodes": each is a kernel of its own;
+            "runs": nodes that follow each other in the order of execution become one graph.
         worthless: operators that are not taken alone: what they would cost is the transfer.
         stops: operators from which on it takes nothing, in the order of execution.
         int8: a target whose scheme `quantize` writes it for; "" where it takes no integers.
@@ -82,7 +84,8 @@ class Delegate:
     ranks: tuple[int, int] = (0, 99)
     types: tuple[str, ...] = ("float32",)
     bodies: bool = False
-    partitions: Literal["regions", "nodes"] = "regions"
+    shapes: bool = False
+    partitions: Literal["regions", "nodes", "runs"] = "regions"
     worthless: tuple[str, ...] = ()
     stops: tuple[str, ...] = ()
     int8: str = ""
@@ -123,6 +126,7 @@ def parse_delegate(name: str, table: Mapping[str, Any], source: str) -> Delegate
     Raises:
         UsageError: a key is unknown or missing, or a check that nothing implements; names the rule.
     """
+    import graphopt.delegates.tensorrt_checks  # noqa: F401 (adds its checks)
     from graphopt.delegates.checks import CHECKS
 
     values = dict(table)
