@@ -13,6 +13,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult, Skip, option
+from graphopt.collector import seldom_collected
 from graphopt.files.shape_inference import infer_shapes
 from graphopt.rewriting.edit import Size, size
 from graphopt.rewriting.shape_nodes import computed_sizes
@@ -41,10 +42,12 @@ MEMBERS = (
     "unstack-means",
     "merge-branches",
     "merge-scales",
+    "recognise-gemm",
     "fold-wrappers",
     "merge-common-subexpressions",
     "dedupe-initializers",
     "remove-dead-code",
+    "strip-metadata",
 )
 """In the order of a round: constants first, because the other members need them."""
 
@@ -72,15 +75,21 @@ class Fold(Pass):
     keep_signed_zero: bool = option(False, "leave x + 0.0 alone, which turns -0.0 into 0.0")
     static: bool = option(False, "compute all sizes ahead, whatever tables grow, and tell which are left and why")
     dequantize: bool = option(False, "write integer weights behind DequantizeLinear as floats: a larger file")
+    keep_metadata: bool = option(False, "leave stack traces and other notes of the exporter in the file")
     merge_factors: bool = option(False, "multiply factorised layers (armor) out again: dense weights, fewer nodes")
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         """Run the members until none of them changes the model."""
+        with seldom_collected:
+            return self._run(model, ctx)
+
+    def _run(self, model: ir.Model, ctx: Context) -> PassResult:
         result = PassResult(changed=False)
         skipped: dict[str, list[Skip]] = {}
         undone: dict[str, str] = {}
         asked = {"merge-factors": self.merge_factors, "dequantize-constants": self.dequantize}
-        chosen = (*(name for name, wanted in asked.items() if wanted), *MEMBERS)
+        left = {"strip-metadata"} if self.keep_metadata else set()
+        chosen = (*(name for name, wanted in asked.items() if wanted), *(name for name in MEMBERS if name not in left))
         members = [self._member(name, ctx) for name in chosen]
         rows = []
         # A member whose work is undone is rare, a clone of a large graph slow: one is made, and the members since then

@@ -79,7 +79,7 @@ class FoldConstants(Pass):
         failures: list[str] = []
         growth = sys.maxsize if self.static else self.max_growth
         plan = Plan(model, max_growth=growth, max_bytes=self.max_bytes)
-        infer = True
+        infer = not _shapes_known(model)
         for sweep in range(_MAX_SWEEPS):
             ctx.progress.step("fold-constants", sweep)
             before = _count(model)
@@ -116,7 +116,19 @@ class FoldConstants(Pass):
 
 
 def _count(model: ir.Model) -> int:
-    return sum(1 for graph, _ in scopes(model) for node in graph if not is_onnx(node, "Constant"))
+    return sum(not is_onnx(node, "Constant") for graph, _ in scopes(model) for node in graph)
+
+
+def _shapes_known(model: ir.Model) -> bool:
+    """Whether every dimension of every result in the main graph and its bodies has a number or a name already."""
+    nodes = (node for graph in graphs(model) for node in graph if not is_onnx(node, "Constant"))
+    return all(_shape_known(value) for node in nodes for value in node.outputs)
+
+
+def _shape_known(value: ir.Value) -> bool:
+    if value.shape is None or value.type is None:
+        return False
+    return all(isinstance(d, int) or d.value is not None for d in value.shape)
 
 
 def _lift_constants(model: ir.Model) -> int:

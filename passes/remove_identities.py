@@ -17,7 +17,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult, Skip, option
-from graphopt.rewriting.edit import Names, bypass, label, scopes, settle_functions
+from graphopt.rewriting.edit import Names, bypass, label, refers_to_caller, scopes, settle_functions
 from graphopt.rewriting.identities import identity_of, merge_with_producer
 
 
@@ -45,7 +45,7 @@ class RemoveIdentities(Pass):
         for graph, opset in scopes(model):
             for node in tuple(graph):
                 # What a caller of the function gives is not known here.
-                if node.graph is not graph or any(a.is_ref() for a in node.attributes.values()):
+                if node.graph is not graph or refers_to_caller(node):
                     continue
                 found = identity_of(node, opset, keep_signed_zero=self.keep_signed_zero)
                 if found is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from graphopt.rewriting.edit import bodies
+from graphopt.rewriting.edit import bodies, subgraphs
 
 
 def remove_dead(model: ir.Model) -> tuple[int, int]:
@@ -19,7 +19,7 @@ def remove_dead(model: ir.Model) -> tuple[int, int]:
     """
     nodes = initializers = 0
     for root in (model.graph, *(function.graph for function in model.functions.values())):
-        gone = _sweep([root, *root.subgraphs()])
+        gone = _sweep([root, *subgraphs(root)])
         nodes, initializers = nodes + gone[0], initializers + gone[1]
     return nodes, initializers
 
@@ -38,7 +38,7 @@ def _sweep(everything: list[ir.Graph]) -> tuple[int, int]:
             if value not in live_values and not value.is_graph_input():
                 graph.initializers.pop(str(value.name))
                 initializers += 1
-    _forget_stale_uses([everything[0], *everything[0].subgraphs()])
+    _forget_stale_uses([everything[0], *subgraphs(everything[0])])
     return nodes, initializers
 
 
@@ -47,7 +47,9 @@ def reachable(graph: ir.Graph) -> tuple[set[ir.Node], set[ir.Value]]:
     nodes: set[ir.Node] = set()
     values: set[ir.Value] = set()
     # A node without outputs has an effect we cannot see (custom operators), so it and what it reads stay.
-    todo: list[ir.Value | None] = [*graph.outputs, *(v for n in graph.all_nodes() if not n.outputs for v in n.inputs)]
+    todo: list[ir.Value | None] = list(graph.outputs)
+    for each in (graph, *subgraphs(graph)):
+        todo.extend(value for node in each if not node.outputs for value in node.inputs)
     while todo:
         value = todo.pop()
         if value is None or value in values:

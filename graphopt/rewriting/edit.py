@@ -97,7 +97,12 @@ def bodies(node: ir.Node) -> Iterator[ir.Graph]:
 
 def is_onnx(node: ir.Node, *op_types: str) -> bool:
     """True if `node` is one of these operators of the standard domain."""
-    return node.domain in ("", "ai.onnx") and node.op_type in op_types
+    return node.op_type in op_types and node.domain in ("", "ai.onnx")
+
+
+def refers_to_caller(node: ir.Node) -> bool:
+    """Whether an attribute of `node`, in a model-local function, is given by the function's caller."""
+    return any(attribute.is_ref() for attribute in node.attributes.data.values())
 
 
 def label(node: ir.Node) -> str:
@@ -131,7 +136,9 @@ def constant_node_tensor(node: ir.Node) -> ir.TensorProtocol | None:
     name = node.outputs[0].name
     match attribute.name:
         case "value":
-            return attribute.as_tensor()
+            # What `as_tensor` returns, without its slow check against the protocol.
+            tensor: ir.TensorProtocol = attribute.value
+            return tensor
         case "value_float" | "value_floats":
             return ir.Tensor(np.array(attribute.value, dtype=np.float32), name=name)
         case "value_int" | "value_ints":
@@ -197,25 +204,36 @@ def allow_private_initializers(model: ir.Model) -> str | None:
 
 
 class Names:
-    """All names of values and nodes in a model, and new ones that clash with none of them."""
+    """All names of values and nodes in a model, and new ones that clash with none of them.
+
+    They are collected when the first new one is asked for: most runs of most passes need none.
+    """
 
     def __init__(self, model: ir.Model) -> None:
-        self._taken: set[str] = set()
-        for graph, _ in scopes(model):
-            self._taken.update(v.name for v in (*graph.inputs, *graph.initializers.values()) if v.name)
-            for node in graph:
-                self._taken.update(v.name for v in node.outputs if v.name)
-                if node.name:
-                    self._taken.add(node.name)
+        self._model = model
+        self._taken: set[str] | None = None
 
     def fresh(self, wanted: str) -> str:
         """`wanted`, or `wanted_1`, `wanted_2`, ... where it is taken."""
+        if self._taken is None:
+            self._taken = _all_names(self._model)
         name, count = wanted, 0
         while name in self._taken:
             count += 1
             name = f"{wanted}_{count}"
         self._taken.add(name)
         return name
+
+
+def _all_names(model: ir.Model) -> set[str]:
+    names: set[str | None] = set()
+    for graph, _ in scopes(model):
+        names.update(value.name for value in graph.inputs)
+        names.update(value.name for value in graph.initializers.values())
+        for node in graph:
+            names.add(node.name)
+            names.update([value.name for value in node.outputs])
+    return {name for name in names if name}
 
 
 def new_initializer(graph: ir.Graph, name: str, data: npt.NDArray[Any], dtype: ir.DataType) -> ir.Value:
@@ -389,20 +407,31 @@ class Size:
 def node_bytes(node: ir.Node) -> int:
     """About how many bytes `node` takes in a file, tensors in its attributes included and bodies not."""
     total = 8 + len(node.name or "") + len(node.op_type) + len(node.domain)
-    total += sum(2 + len(v.name or "") for v in node.inputs if v is not None)
-    # An output stands there twice: once more with its shape.
-    total += sum(2 + len(v.name or "") + 16 + len(v.name or "") for v in node.outputs)
-    total += sum(4 + len(key) + len(text) for key, text in node.metadata_props.items() if key != FOLDED_FROM)
-    for attribute in node.attributes.values():
-        total += 6 + len(attribute.name)
-        if attribute.is_ref():
-            continue
-        if attribute.type == ir.AttributeType.TENSOR:
-            total += attribute.as_tensor().nbytes + 16
-        elif attribute.type in (ir.AttributeType.INTS, ir.AttributeType.FLOATS):
-            total += 4 * len(attribute.value)
-        elif attribute.type == ir.AttributeType.STRING:
-            total += len(attribute.as_string())
+    for value in node.inputs:
+        if value is not None:
+            total += 2 + len(value.name or "")
+    for value in node.outputs:
+        # It stands there twice: once more with its shape.
+        total += 2 + len(value.name or "") + 16 + len(value.name or "")
+    for key, text in node.metadata_props.items():
+        if key != FOLDED_FROM:
+            total += 4 + len(key) + len(text)
+    # The dictionary itself: its wrapper looks every key up again.
+    for attribute in node.attributes.data.values():
+        total += _attribute_bytes(attribute)
+    return total
+
+
+def _attribute_bytes(attribute: ir.Attr) -> int:
+    total = 6 + len(attribute.name)
+    if attribute.is_ref():
+        return total
+    if attribute.type == ir.AttributeType.TENSOR:
+        total += attribute.value.nbytes + 16
+    elif attribute.type in (ir.AttributeType.INTS, ir.AttributeType.FLOATS):
+        total += 4 * len(attribute.value)
+    elif attribute.type == ir.AttributeType.STRING:
+        total += len(attribute.as_string())
     return total
 
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.errors import ModelError
-from graphopt.rewriting.edit import Names, constant, label, new_initializer, scopes, settle_functions
+from graphopt.rewriting.edit import Names, constant, label, new_initializer, refers_to_caller, scopes, settle_functions
 
 _SMALL = 1024
 """Bytes up to which a constant is compared with those that are there."""
@@ -38,7 +38,7 @@ class Editor:
         """Every node that is still there when its turn comes and has no attribute that a function's caller gives."""
         for graph, opset in scopes(self._model):
             for node in tuple(graph):
-                if node.graph is graph and not any(a.is_ref() for a in node.attributes.values()):
+                if node.graph is graph and not refers_to_caller(node):
                     yield node, opset
 
     def constant(self, before: ir.Node, wanted: str, data: npt.NDArray[Any]) -> ir.Value:

@@ -112,15 +112,15 @@ def recognise(
         for node in reversed(tuple(graph)):
             if node.op_type not in by_root or node.graph is not graph or not is_onnx(node, node.op_type):
                 continue
-            matching = [(rule, form) for rule, form in by_root[node.op_type] if _matches(node, rule, form)]
-            if not matching:
-                continue
+            candidates = by_root[node.op_type]
             if names is None:
+                if not any(_matches(node, rule, form) for rule, form in candidates):
+                    continue
                 names = Names(model)
                 know_shapes(model)
             writer = _Writer(graph, opset, names, target, fast_math, slow)
             reasons: dict[str, str] = {}
-            for rule, form in matching:
+            for rule, form in candidates:
                 outcome = writer.attempt(node, rule, form)
                 if outcome == "":
                     done[rule.operator] += 1
