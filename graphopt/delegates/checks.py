@@ -155,6 +155,34 @@ def nearest_asymmetric_floor(unit: Unit) -> str | None:
     return None if good else f"it takes the nearest by {kind} and {rounding}, not asymmetric and floor"
 
 
+@check("whole-scales")
+def whole_scales(unit: Unit) -> str | None:
+    """Resize that makes every side a whole number of times as long."""
+    before, after = sizes(unit, "X"), sizes(unit, "Y")
+    pairs = list(zip(before or (), after or (), strict=True)) if before and after else []
+    broken = [(b, a) for b, a in pairs if isinstance(b, int) and isinstance(a, int) and (not b or a % b)]
+    return f"it makes {broken[0][0]} to {broken[0][1]}, which is no multiple" if broken else None
+
+
+@check("no-output-padding")
+def no_output_padding(unit: Unit) -> str | None:
+    """ConvTranspose whose output has the size that strides and pads give it."""
+    padding = attribute(unit, "output_padding", ())
+    if any(padding):
+        return f"its output_padding is {list(padding)}"
+    return "it has an output_shape" if attribute(unit, "output_shape") is not None else None
+
+
+@check("quantised-output")
+def quantised_output(unit: Unit) -> str | None:
+    """Computed in integers only where its output is quantised too."""
+    value = unit.node.inputs[0]
+    made = value.producer() if value is not None else None
+    if unit.quantised or made is None or made.op_type != "DequantizeLinear":
+        return None
+    return "its inputs are dequantised and its output is not quantised"
+
+
 @check("even-split")
 def even_split(unit: Unit) -> str | None:
     """Parts of equal length that cover the axis."""
@@ -273,5 +301,5 @@ def _output_name(unit: Unit) -> str:
     return next(iter(_names(unit.node.op_type, unit.node.domain, shapes.opset(unit.node))[1]), "")
 
 
-def _equal(one: tuple[object, object], other: tuple[object, object]) -> bool:
+def _equal(one: tuple[Any, Any], other: tuple[Any, Any]) -> bool:
     return all(np.array_equal(0 if a is None else a, 0 if b is None else b) for a, b in zip(one, other, strict=True))

@@ -12,8 +12,12 @@ from graphopt.analysis import shapes
 from graphopt.delegates.checks import CHECKS
 from graphopt.delegates.table import Delegate, Rule
 from graphopt.delegates.units import Unit
+from graphopt.rewriting.edit import is_onnx
 
 _QUANTISED = ("uint8", "int8")
+
+FLOAT = "lower the float model, or take it back with graphopt optimize --passes dequantize"
+"""What to do for a delegate that takes no integers."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,8 @@ def computes_shapes(node: ir.Node) -> bool:
 
 def _no_rule(unit: Unit, delegate: Delegate) -> Refusal:
     op = unit.op
+    if is_onnx(unit.node, "QuantizeLinear", "DequantizeLinear") and not delegate.int8:
+        return Refusal("quantised", "no Q/DQ is taken", FLOAT)
     if unit.quantised and delegate.rules_for(op):
         return Refusal(
             "quantised",
@@ -97,7 +103,11 @@ def _against(unit: Unit, rule: Rule, delegate: Delegate, fix: str) -> Iterator[R
         value = unit.operand(name)
         if value is not None and not _constant(value):
             made = value.producer()
-            change = fix if made is not None and computes_shapes(made) else f"make {name} of {op} a constant"
+            change = f"make {name} of {op} a constant"
+            if made is not None and computes_shapes(made):
+                change = fix
+            elif made is not None and is_onnx(made, "DequantizeLinear") and not delegate.int8:
+                change = FLOAT
             yield Refusal("constant", f"{name} is computed", change)
     for name in rule.absent:
         if unit.operand(name) is not None:
@@ -125,6 +135,12 @@ def _shapes(unit: Unit, rule: Rule, delegate: Delegate, fix: str) -> Iterator[Re
         if value is not None and not _is_static(value):
             yield Refusal("shape", f"the shape of {value.name} is {_shape_text(value)}", fix)
             break
+    for index in range(len(unit.node.inputs) if delegate.largest else 0):
+        value = unit.operand(str(index))
+        longest = max((d for d in shapes.dims(value) or () if isinstance(d, int)), default=0) if value else 0
+        if delegate.largest is not None and value is not None and longest > delegate.largest:
+            reason = f"{value.name} has {longest} entries along an axis, of {delegate.largest} at most"
+            yield Refusal("shape", reason, f"cut axes longer than {delegate.largest}")
     for name, axes in rule.known.items():
         value = unit.operand(name)
         known = shapes.dims(value) if value is not None else None

@@ -127,10 +127,21 @@ class _Survey:
         self.units = units(model.graph, groups=self.groups)
         self.parents = parents(self.units)
         fix = _fix(model)
-        self.against = {unit: self._against(unit, fix) for unit in self.units}
+        self.against: dict[Unit, tuple[Refusal, ...]] = {}
+        for unit in self.units:
+            self.against[unit] = () if self._fused(unit) else self._against(unit, fix)
         self.blocked = self._behind_stops()
         self.work = {unit: macs(unit) for unit in self.units}
         self.total = sum(self.work.values())
+
+    def _fused(self, unit: Unit) -> bool:
+        """Whether it becomes part of the kernel before it, which nobody else reads."""
+        hosts = self.delegate.fused.get(unit.op, ())
+        before = [parent for parent in self.parents[unit] if parent.op in hosts and not parent.quantised]
+        if not before or unit.quantised or self.against[before[0]]:
+            return False
+        output = before[0].node.outputs[0]
+        return not output.is_graph_output() and {use.node for use in output.uses()} == {unit.node}
 
     def _against(self, unit: Unit, fix: str) -> tuple[Refusal, ...]:
         inside = tuple(bodies(unit.node))

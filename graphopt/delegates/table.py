@@ -62,11 +62,13 @@ class Delegate:
         provider: execution provider of ONNX Runtime; "" where it is none.
         static_shapes: a node is refused where a size of an input is not known.
         ranks: numbers of dimensions of inputs, the least and the most.
+        largest: the most entries along an axis of an input.
         types: element types of first inputs where a rule tells none.
         bodies: whether it looks into the bodies of If, Loop and Scan.
         shapes: whether it computes sizes itself (Shape, and what is made of it).
         partitions: "regions": connected nodes become one graph of the delegate; "nodes": each is a kernel of its own;
             "runs": nodes that follow each other in the order of execution become one graph.
+        fused: operators that become part of the kernel of the one before them, and what that can be.
         worthless: operators that are not taken alone: what they would cost is the transfer.
         stops: operators from which on it takes nothing, in the order of execution.
         int8: a target whose scheme `quantize` writes it for; "" where it takes no integers.
@@ -82,10 +84,12 @@ class Delegate:
     provider: str = ""
     static_shapes: bool = False
     ranks: tuple[int, int] = (0, 99)
+    largest: int | None = None
     types: tuple[str, ...] = ("float32",)
     bodies: bool = False
     shapes: bool = False
     partitions: Literal["regions", "nodes", "runs"] = "regions"
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     worthless: tuple[str, ...] = ()
     stops: tuple[str, ...] = ()
     int8: str = ""

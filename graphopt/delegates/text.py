@@ -1,0 +1,40 @@
+"""Reports of delegates for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from graphopt.delegates.report import Report
+
+NAMED = 4
+"""Names that a line shows before it says how many more there are."""
+
+
+def as_text(found: Report) -> str:
+    """A report as plain lines: what is taken, what is refused and why, what would help."""
+    lines = [found.summary()]
+    for number, part in enumerate(found.parts, 1):
+        lines.append(f"  part {number}: {len(part.nodes)} nodes, {part.macs:.1%}: {_ends(part.nodes)}")
+    if found.refused:
+        lines.append("  refused:")
+    rows: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for refused in found.refused:
+        rows.setdefault((refused.op, refused.reasons), []).append(refused.node)
+    for (op, reasons), nodes in sorted(rows.items(), key=lambda row: -len(row[1])):
+        lines.append(f"    {len(nodes)} {op} ({_some(nodes)}): {'; '.join(reasons)}")
+    if found.changes:
+        lines.append("  what would help (nodes taken, share of multiply-accumulates, parts):")
+    for change in found.changes:
+        lines.append(f"    {change.change}: {change.taken}, {change.macs:.1%}, {change.parts}")
+    lines += [f"  note: {note}" for note in found.notes]
+    lines += [f"  source ({found.date}): {source}" for source in found.sources]
+    return "\n".join(lines) + "\n"
+
+
+def _ends(nodes: Sequence[str]) -> str:
+    return nodes[0] if len(nodes) == 1 else f"{nodes[0]} to {nodes[-1]}"
+
+
+def _some(nodes: Sequence[str]) -> str:
+    shown = ", ".join(nodes[:NAMED])
+    return shown if len(nodes) <= NAMED else f"{shown} and {len(nodes) - NAMED} more"
