@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -13,15 +12,14 @@ from torch import nn
 
 from graphopt.analysis import shapes
 from graphopt.fx.carry_over import ORIGIN
+from graphopt.fx.from_torch import MODULE
 
-_SCOPES = "pkg.torch.onnx.name_scopes"
 MOST_TRIALS = 64
 
 
 def scope(node: ir.Node) -> str:
     """Path of the module that a node of an exported model belongs to."""
-    paths = ast.literal_eval(node.metadata_props.get(_SCOPES, "['', '']"))
-    return str(paths[-2]) if len(paths) > 1 else ""
+    return node.metadata_props.get(MODULE, "")
 
 
 def fix_own(module: nn.Module, pruned: ir.Model) -> None:

@@ -7,6 +7,7 @@ before they are used are stored as they are used (`graphopt.fx.layout`). The res
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import logging
 import re
@@ -28,8 +29,11 @@ if TYPE_CHECKING:
     import torch
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
-"""Metadata of a node: the path of modules it comes from. All other metadata of the exporter is dropped: it holds
+"""Metadata of the exporter on a node: the paths of the modules around it and its own. All else is dropped: it holds
 source code and paths of the machine, which no file may carry."""
+
+MODULE = "graphopt.module"
+"""Key in the `metadata_props` of a node: the path of the module that it comes from."""
 
 SOURCE = "graphopt.source"
 """Key of a node's `meta`, which is never written: the file, the line and the code that it comes from."""
@@ -237,12 +241,12 @@ def _clean(model: ir.Model, names: set[str]) -> dict[str, Moved]:
 
     graph = model.graph
     for node in model.graph.all_nodes():
-        scopes, source = node.metadata_props.get(_SCOPES), _source(node)
+        scopes, source = ast.literal_eval(node.metadata_props.get(_SCOPES, "()")), _source(node)
         if source:
             node.meta[SOURCE] = source
         node.metadata_props.clear()
-        if scopes is not None:
-            node.metadata_props[_SCOPES] = scopes
+        if len(scopes) > 1:
+            node.metadata_props[MODULE] = str(scopes[-2])
     for value in [
         *graph.inputs,
         *graph.initializers.values(),
