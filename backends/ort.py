@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from graphopt import bundle
 from graphopt.backend import Artefacts, BenchResult
+from graphopt.backends import ort_format
+from graphopt.backends.ort_providers import Settings, chosen, fell_back, missing_provider, needs, settings, unprofiled
 from graphopt.errors import DataError, MissingBackendError
+from graphopt.lowering.portable import beyond_onnx
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -20,39 +23,30 @@ if TYPE_CHECKING:
     from graphopt.executor import Session
     from graphopt.target import Target
 
-PACKAGES = {
-    "CUDAExecutionProvider": "onnxruntime-gpu",
-    "TensorrtExecutionProvider": "onnxruntime-gpu",
-    "NvTensorRTRTXExecutionProvider": "onnxruntime-trt-rtx",
-    "MIGraphXExecutionProvider": "onnxruntime-migraphx",
-    "OpenVINOExecutionProvider": "onnxruntime-openvino",
-    "QNNExecutionProvider": "onnxruntime-qnn",
-    "DmlExecutionProvider": "onnxruntime-directml",
-}
-"""pip packages that bring an execution provider; the others come with the runtime's own build for their device."""
-
 ARCHITECTURES = {"x86_64": "x86-64", "amd64": "x86-64", "arm64": "aarch64", "aarch64": "aarch64"}
 """Target architectures by the name that the operating system gives the machine, lower case."""
+
+ABOUT = {
+    "model.onnx": "the model, portable ONNX",
+    "run.py": "runs the model: numpy and onnxruntime, nothing else",
+    "bench.py": "times the model; one line of JSON",
+}
+"""The files of every bundle."""
 
 LOWER_SECONDS = 1.0
 """Time that `lower` spends on measuring, where the target can run here."""
 
 
 class OrtBackend:
-    """The backend `ort`: CPU today, and whatever execution providers a target names."""
+    """The backend `ort`: processors, and whatever execution providers a target names."""
 
     name: ClassVar[str] = "ort"
 
     def unavailable(self, target: Target) -> str | None:
         """Why models for `target` cannot run on this machine; None where they can."""
-        import onnxruntime as ort
-
-        present = ort.get_available_providers()
-        for provider in target.providers:
-            if provider not in present:
-                package = PACKAGES.get(provider)
-                how = f"pip install {package}" if package else "a build of ONNX Runtime for that device has it"
-                return f"ONNX Runtime {ort.__version__} here has no {provider} ({how})"
+        reason = missing_provider(target)
+        if reason is not None:
+            return reason
         here = ARCHITECTURES.get(platform.machine().lower(), platform.machine().lower())
         if target.device == "cpu" and here != target.arch:
             return f"this machine is {here}, the target {target.arch}"
@@ -63,20 +57,33 @@ class OrtBackend:
         return None
 
     def session(self, model: ir.Model | Path, target: Target, *, threads: int = 1) -> Session:
-        """A session with all of the runtime's optimisations on.
+        """A session with all of the runtime's optimisations on, on the target's own device.
 
         Raises:
             MissingBackendError: it cannot run here.
             ModelError: the runtime refuses the model.
         """
+        from graphopt.model import load
+
+        of: Settings = {}
+        if target.options:
+            loaded = load(model, check_weights=False) if isinstance(model, Path) else model
+            of = settings(loaded, target, None, bundled=False)
+        return self._session(model, target, of, Path(), threads)
+
+    def _session(self, model: ir.Model | Path, target: Target, of: Settings, folder: Path, threads: int) -> Session:
         from graphopt.executor import Session
 
         reason = self.unavailable(target)
-        if reason is not None:
-            raise MissingBackendError(
-                reason, where=f"target {target.name!r}", hint="run it on such a device, or choose another target"
-            )
-        return Session(model, optimize=True, threads=threads, providers=target.providers)
+        if reason is None:
+            made = Session(model, optimize=True, threads=threads, providers=chosen(target, of, folder))
+            reason = fell_back(made.session, target)
+            if reason is None:
+                return made
+            made.close()
+        raise MissingBackendError(
+            reason, where=f"target {target.name!r}", hint="run it on such a device, or choose another target"
+        )
 
     def bench(
         self,
@@ -138,10 +145,12 @@ class OrtBackend:
         *,
         feeds: Mapping[str, Array] | None = None,
         compress: bool = False,
+        ort: bool = False,
+        sizes: str | None = None,
     ) -> Artefacts:
-        """Write model.onnx, run.py and bench.py.
+        """Write model.onnx, run.py and bench.py; model.ort and required_operators.config where they are wanted.
 
-        The model stays portable ONNX: what the runtime makes of it when it loads it belongs to one machine and version.
+        The ONNX file stays portable: what the runtime makes of it when it loads it belongs to one machine and version.
 
         Args:
             model: what to deploy; not changed.
@@ -149,40 +158,66 @@ class OrtBackend:
             folder: gets the files.
             feeds: one batch of real inputs for timing.
             compress: store weights with many zeros as values and positions, which the runtime unpacks when it loads.
+            ort: also the file in ONNX Runtime's own format, which the target's `artefacts` may ask for as well.
+            sizes: ranges of open dimensions for TensorRT: "batch=1:8:32,seq=1:64:512".
 
         Raises:
             ModelError: ONNX Runtime cannot load it.
+            UsageError: the ranges do not fit the model.
         """
+        from graphopt.executor import Session
         from graphopt.model import save
 
+        of = settings(model, target, sizes, bundled=True)
+        path = folder / "model.onnx"
+        save(model, path, compress=compress)
         runs_here = self.unavailable(target) is None
-        save(model, folder / "model.onnx", compress=compress)
-        self._loads(folder / "model.onnx", target, runs_here=runs_here)
+        if runs_here:
+            measured = self._measure(model, target, feeds)
+        else:
+            measured = None
+            Session(path, optimize=True).close()  # that another processor can load it says much, if not all
         for name in ("run", "bench"):
             text = importlib.resources.files("graphopt.backends").joinpath(f"ort_{name}.txt").read_text("utf-8")
             (folder / f"{name}.py").write_text(text, encoding="utf-8")
+        about, limits = dict(ABOUT), list(unprofiled(model, target, sizes))
+        if ort or ort_format.MODEL in target.artefacts:
+            limits += self._own_format(model, path, target, about)
+        others = beyond_onnx(model)
+        if others:
+            limits.append(f"ONNX Runtime alone reads the file: it holds {', '.join(others)}.")
         return Artefacts(
             model="model.onnx",
             run=("python3", "run.py"),
             bench=("python3", "bench.py"),
-            about={
-                "model.onnx": "the model, portable ONNX",
-                "run.py": "runs the model: numpy and onnxruntime, nothing else",
-                "bench.py": "times the model; one line of JSON",
-            },
+            about=about,
             needs=needs(target),
             session={
+                "device": target.device,
                 "providers": list(target.providers),
+                "provider_options": of,
                 "graph_optimization_level": "ORT_ENABLE_ALL",
                 "intra_op_num_threads": 1,
                 "inter_op_num_threads": 1,
             },
-            measured=self._measure(model, target, feeds) if runs_here else None,
+            measured=measured,
+            limits=tuple(limits),
         )
+
+    def _own_format(self, model: ir.Model, path: Path, target: Target, about: dict[str, str]) -> list[str]:
+        """Write the .ort file beside the ONNX file, and say what it is; where there can be none, why."""
+        from graphopt.model import weight_bytes
+
+        if weight_bytes(model) > ort_format.LARGEST:
+            return [f"No {ort_format.MODEL}: that format ends at 2 GB, and the weights are larger."]
+        ort_format.write_ort(path, path.parent, arm=target.arch == "aarch64")
+        about |= ort_format.ABOUT
+        return []
 
     def open(self, bundle: Bundle, *, threads: int = 1) -> Session:
         """A session of the bundle's model, set up as its manifest says."""
-        return self.session(bundle.model, bundle.target, threads=threads)
+        of = bundle.manifest["session"]["provider_options"]
+        return self._session(bundle.model, bundle.target, of, bundle.folder, threads)
 
     def stand_in(self, bundle: Bundle, *, threads: int = 1) -> tuple[Session, str]:
         """The same file on this machine's processor."""
@@ -190,29 +225,11 @@ class OrtBackend:
 
         here = ARCHITECTURES.get(platform.machine().lower(), platform.machine().lower())
         session = Session(bundle.model, optimize=True, threads=threads)
-        return session, f"the bundle's model.onnx by ONNX Runtime on this {here} processor"
+        return session, f"the bundle's model.onnx, by ONNX Runtime on this {here} processor"
 
     def _measure(self, model: ir.Model, target: Target, feeds: Mapping[str, Array] | None) -> dict[str, Any]:
         found = self.bench([model], target, feeds, seconds=LOWER_SECONDS)
         return bundle.measurement(found, real=feeds is not None)
-
-    def _loads(self, path: Path, target: Target, *, runs_here: bool) -> None:
-        """Load the written file, on the CPU where the target's own providers are not here.
-
-        Raises:
-            ModelError: the runtime refuses it.
-        """
-        from graphopt.executor import Session
-
-        providers = target.providers if runs_here else ("CPUExecutionProvider",)
-        Session(path, optimize=True, providers=providers).close()
-
-
-def needs(target: Target) -> tuple[str, ...]:
-    """What must be on a device of the target."""
-    packages = dict.fromkeys(PACKAGES.get(provider, "") for provider in target.providers)
-    package = next(filter(None, packages), "onnxruntime")
-    return (f"Python 3.9 or newer with numpy and {package} (`pip install numpy {package}`)",)
 
 
 def _call(session: Session, feeds: Mapping[str, Array]) -> Callable[[], object]:

@@ -60,7 +60,7 @@ class Session:
         model: a model in memory, or the path of a model file.
         optimize: let the runtime optimise the graph. Off, what runs is the graph as it stands: use that to compare.
         threads: threads of one operator.
-        providers: execution providers, in order of preference; all must be installed.
+        providers: execution providers, in order of preference, alone or with their options; all must be installed.
         outputs: run these tensors of the main graph as the outputs instead of the model's own outputs.
         low_memory: keep memory at weights plus live tensors: no prepacked copies of weights, no arena.
         profile: beginning of the name of a file into which the runtime writes what its kernels took.
@@ -79,7 +79,7 @@ class Session:
         *,
         optimize: bool = False,
         threads: int = 1,
-        providers: Sequence[str] = ("CPUExecutionProvider",),
+        providers: Sequence[str | tuple[str, Mapping[str, str]]] = ("CPUExecutionProvider",),
         outputs: Sequence[str] | None = None,
         low_memory: bool = False,
         profile: Path | None = None,
@@ -87,7 +87,8 @@ class Session:
     ) -> None:
         import onnxruntime as ort
 
-        missing = [name for name in providers if name not in ort.get_available_providers()]
+        names = [given if isinstance(given, str) else given[0] for given in providers]
+        missing = [name for name in names if name not in ort.get_available_providers()]
         if missing:
             raise MissingBackendError(
                 f"execution provider {missing[0]} is not in this ONNX Runtime",
@@ -123,7 +124,7 @@ class Session:
         self.output_names: list[str] = [entry.name for entry in self.session.get_outputs()]
 
     def _create(
-        self, ort: Any, model: ir.Model | Path, options: Any, providers: list[str], outputs: Sequence[str] | None,
+        self, ort: Any, model: ir.Model | Path, options: Any, providers: list[Any], outputs: Sequence[str] | None,
         shapes: bool,
     ) -> Any:  # fmt: skip
         if isinstance(model, Path):
@@ -177,7 +178,7 @@ class Session:
 
 
 def _session_of(
-    owner: Session, ort: Any, model: ir.Model, options: Any, providers: list[str], outputs: Sequence[str] | None,
+    owner: Session, ort: Any, model: ir.Model, options: Any, providers: list[Any], outputs: Sequence[str] | None,
     shapes: bool,
 ) -> Any:  # fmt: skip
     """A runtime session of a model in memory; see the module docstring for how the weights travel."""

@@ -212,7 +212,7 @@ def lower(
     loaded = opened(model, dim, input_shape)
     source = None
     if isinstance(model, (str, os.PathLike)):
-        source = {"name": os.fspath(model), "sha256": sha256(Path(model))}
+        source = {"name": Path(model).name, "sha256": sha256(Path(model))}
     return make(
         loaded,
         chosen,
@@ -278,22 +278,24 @@ def describe_target(name: str) -> dict[str, Any]:
     except MissingBackendError as error:
         reason = missing = str(error)
     table = target_table(target)
-    quant = table.pop("quant")
-    sparse = table.pop("sparse")
-    sources = sparse.pop("sources")
-    nested = {f"quant.{key}": value for key, value in quant.items()} if quant else {"quant": False}
-    if target.sparsity_2_4:
-        nested |= {f"sparse.{key}": value for key, value in sparse.items()}
-        nested |= {f"sparse.sources.{key}": value for key, value in sources.items()}
+    if not target.sparsity_2_4:
+        del table["sparse"]
     return {
-        **table,
-        **nested,
-        "lower options": options,
+        **_flat(table),
+        "lower options": [f"{name}: {kind}" for name, kind in options.items()],
         "runs here": reason is None,
         "why not": reason,
         "lowers here": missing is None,
         "why not lowered": missing,
     }
+
+
+def _flat(table: Mapping[str, Any], head: str = "") -> dict[str, Any]:
+    """Nested tables as one, with dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        found |= _flat(value, f"{head}{key}.") if isinstance(value, Mapping) else {f"{head}{key}": value}
+    return found
 
 
 def describe_passes() -> list[dict[str, Any]]:

@@ -77,7 +77,7 @@ def describe(
         "verified": None,
         "report": {} if report is None else {k: report[k] for k in REPORTED if report.get(k) is not None},
         "limits": limits,
-        "warnings": list(made.warnings),
+        "warnings": [*_warnings(prepared), *made.warnings],
         **made.details,
     }
 
@@ -91,6 +91,12 @@ def _prepared(record: PassRecord) -> dict[str, Any]:
         "relative": max((output.rel_l2 for output in outputs), default=None),
         "notes": list(record.notes),
     }
+
+
+def _warnings(prepared: list[PassRecord]) -> list[str]:
+    """What the target's own passes warn of; whatever they say to warn is in their notes, marked."""
+    mark = "warning: "
+    return [f"{r.name}: {note.removeprefix(mark)}" for r in prepared for note in r.notes if note.startswith(mark)]
 
 
 def _calibration(data: Calibration) -> dict[str, Any]:

@@ -38,3 +38,40 @@ def check_caps(model: ir.Model, target: Target) -> None:
                 f"the model has {what} {have}, and target {target.name!r} reads up to {cap}",
                 hint=f"export it with {what} {cap} or older",
             )
+
+
+PRIVATE_DOMAINS = {
+    "com.microsoft.nchwc": "ONNX Runtime's optimiser writes it for the vector width of the processor it runs on",
+    "com.ms.internal.nhwc": "ONNX Runtime's optimiser writes it for the provider of one device",
+}
+"""Operator sets that no file should hold, and why."""
+
+PRIVATE_OPERATORS = {"EPContext": "it holds code that was compiled for one device and library"}
+"""Operators of com.microsoft that no model should hold that is to be lowered, and why."""
+
+
+def refuse_private(model: ir.Model) -> None:
+    """Refuse a file that an optimiser saved for its own machine.
+
+    Raises:
+        ModelError: names the first such node.
+    """
+    for node in model.graph.all_nodes():
+        reason = PRIVATE_DOMAINS.get(node.domain)
+        if reason is None and node.domain == "com.microsoft":
+            reason = PRIVATE_OPERATORS.get(node.op_type)
+        if reason is not None:
+            raise ModelError(
+                f"no other machine runs it: {reason}",
+                where=f"node {node.name or '(unnamed)'} ({node.domain}.{node.op_type})",
+                hint="lower the model that this one was made of",
+            )
+
+
+def beyond_onnx(model: ir.Model) -> list[str]:
+    """Operators outside the standard, sorted, each with its domain; model-local functions are no such."""
+    own = {(domain, name) for domain, name, _ in model.functions}
+    nodes = model.graph.all_nodes()
+    found = {f"{n.domain}.{n.op_type}" for n in nodes if n.domain not in ("", "ai.onnx", "ai.onnx.ml")
+             and (n.domain, n.op_type) not in own}  # fmt: skip
+    return sorted(found)

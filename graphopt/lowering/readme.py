@@ -87,8 +87,9 @@ def _time(measured: Mapping[str, Any] | None) -> list[str]:
     if measured is None:
         return ["Time: not measured here; `bench.sh` measures it on the device."]
     where = measured.get("device") or measured.get("processor") or "this machine"
-    threads = measured.get("threads")
-    first = f"Time: {measured['latency_ms']:.3g} ms a run ({measured['inputs']} inputs, {threads} threads, {where})."
+    threads = measured.get("threads", 1)
+    at = f"{threads} thread" if threads == 1 else f"{threads} threads"
+    first = f"Time: {measured['latency_ms']:.3g} ms a run ({measured['inputs']} inputs, {at}, {where})."
     told = ("latency_ms", "rounds", "threads", "batch", "inputs", "device", "processor", "machine", "cores", "system")
     more = [f"{k}: {_number(v)}" for k, v in measured.items() if k not in told and isinstance(v, (str, int, float))]
     return [first, *more]
@@ -98,8 +99,8 @@ def _difference(verified: Mapping[str, Any] | None) -> str:
     if verified is None:
         return "Difference to the model: not compared (`graphopt lower --verify` does)."
     return (
-        f"Difference to the model: {verified['relative']:.2g} relative (tolerance {verified['tolerance']:.0e}), on "
-        f"{verified['feeds']} {verified['inputs']} inputs, of {verified['ran']} to {verified['reference']}."
+        f"Difference to the model: {verified['relative']:.2g} relative (cosine similarity {verified['cosine']:.6g}), "
+        f"on {verified['feeds']} {verified['inputs']} inputs, of {verified['ran']} to {verified['reference']}."
     )
 
 

@@ -10,9 +10,9 @@ from graphopt import bundle, registry
 from graphopt.errors import GraphoptError, MissingBackendError, ModelError
 from graphopt.lowering.describe import describe
 from graphopt.lowering.options import check_options
-from graphopt.lowering.portable import check_caps, strip_unused_imports
+from graphopt.lowering.portable import check_caps, refuse_private, strip_unused_imports
 from graphopt.lowering.readme import write_bench, write_readme
-from graphopt.lowering.verified import allowed_difference, verify_bundle
+from graphopt.lowering.verified import verify_bundle
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -51,7 +51,7 @@ def lower(
         report: JSON form of the report that made the model.
         calibration: real inputs: for the time in the manifest, for `prepare` and `verify`.
         verify: run the bundle, or what stands in for it here, beside the model; the difference goes into the manifest.
-        tolerance: relative difference that `verify` allows; None: by the number formats on the way.
+        tolerance: relative difference that `verify` allows; None: what counts as rounding.
         seed: of random inputs.
         options: of the backend alone (`graphopt.lowering.options`).
 
@@ -64,6 +64,7 @@ def lower(
     backend = registry.backend(target.backend)
     own = check_options(backend, options or {})
     check_tools(backend, target)
+    refuse_private(model)
     refuse_quantised(model, target)
     ready, prepared = prepare(model, target, calibration, seed)
     ready = strip_unused_imports(ready)
@@ -78,9 +79,11 @@ def lower(
         )  # fmt: skip
         if verify:
             draft = bundle.Bundle(stage, manifest, stage / made.model, target)
-            allowed = allowed_difference([model, ready], target) if tolerance is None else tolerance
             kind, batches = _inputs(ready, calibration, seed)
-            manifest["verified"] = verify_bundle(backend, draft, model, batches, inputs=kind, allowed=allowed)
+            rounded = any(record.changed and record.effect == "lossy" for record in prepared)
+            manifest["verified"] = verify_bundle(
+                backend, draft, model, ready, batches, inputs=kind, rounded=rounded, tolerance=tolerance
+            )
         write_bench(stage, manifest)
         write_readme(stage, manifest)
         return manifest

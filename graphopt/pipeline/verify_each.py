@@ -134,7 +134,8 @@ QUANTISED_TOLERANCE = 2e-2
 def rounding(model: ir.Model) -> float:
     """The relative difference that rounding inside a model may cause between two forms of it.
 
-    By the narrowest floating-point type of weights, inputs and outputs, and by whether it holds quantisers.
+    By the narrowest floating-point type of weights, inputs and outputs (of bodies too), and by whether it holds
+    quantisers.
     """
     import onnx_ir as ir
 
@@ -142,7 +143,7 @@ def rounding(model: ir.Model) -> float:
 
     if any(node.op_type in ("QuantizeLinear", "DynamicQuantizeLinear") for node in model.graph.all_nodes()):
         return QUANTISED_TOLERANCE
-    values = [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]
+    values = [v for g in model.graphs() for v in (*g.inputs, *g.outputs, *g.initializers.values())]
     found = [v.dtype for v in values if v.dtype is not None and v.dtype.is_floating_point()]
     narrowest = min(found, key=lambda dtype: dtype.bitwidth, default=ir.DataType.FLOAT)
     return verify.tolerance(narrowest.numpy()) or QUANTISED_TOLERANCE

@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
+from text_graph import graph
 
 from graphopt import bundle, calibration, model, registry
 from graphopt.backend import Backend
 from graphopt.backends import ort as backend_module
 from graphopt.backends.ort import OrtBackend
+from graphopt.backends.ort_providers import fell_back, settings
 from graphopt.errors import DataError, MissingBackendError, ModelError, UsageError
 from graphopt.executor import Session
 from graphopt.lowering.steps import lower
@@ -261,7 +263,7 @@ def test_failure_leaves_nothing(net: ir.Model, tmp_path: Path, monkeypatch: pyte
     def fail(*_: object, **__: object) -> None:
         raise ModelError("no")
 
-    monkeypatch.setattr(OrtBackend, "_loads", fail)
+    monkeypatch.setattr(model, "save", fail)
     with pytest.raises(ModelError):
         lower(net, TARGET, tmp_path / "b")
     assert list(tmp_path.iterdir()) == []
@@ -284,3 +286,68 @@ def test_real_model_lowered_and_run(data_dir: Path, tmp_path: Path) -> None:
     with np.load(tmp_path / "out.npz") as got:
         for name, array in Session(network).run(feeds).items():
             np.testing.assert_allclose(got[name], array, atol=1e-4)
+
+
+GPU = registry.target("gpu")
+
+
+def test_a_gpu_bundle_is_half_precise_and_set_up_for_both_providers(net: ir.Model, tmp_path: Path) -> None:
+    made = lower(net, GPU, tmp_path / "b", verify=True, options={"sizes": "N=1:4:8"})
+    assert [(v["name"], v["dtype"]) for v in made.manifest["inputs"]] == [("x", "float32"), ("shift", "float32")]
+    weights = model.load(made.model).graph.initializers["w"]
+    assert weights.dtype == ir.DataType.FLOAT16
+    assert 0 < made.manifest["verified"]["relative"] < 0.01
+    options = made.manifest["session"]["provider_options"]
+    tensorrt = options["TensorrtExecutionProvider"]
+    assert tensorrt["trt_fp16_enable"] == "1"
+    assert "trt_int8_enable" not in tensorrt
+    assert tensorrt["trt_profile_max_shapes"] == "x:8x3x8x8"
+    assert tensorrt["trt_engine_cache_path"].startswith("./")
+    assert "CUDAExecutionProvider" in options
+    assert "prepare" in made.manifest["pipeline"]
+    assert model.load(made.model).graph.outputs[0].dtype == ir.DataType.FLOAT
+
+
+def test_a_gpu_runner_without_a_gpu_refuses_unless_told_otherwise(net: ir.Model, tmp_path: Path) -> None:
+    if ORT.unavailable(GPU) is None:
+        pytest.skip("this machine has one")
+    made = lower(net, GPU, tmp_path / "b")
+    assert any("sizes=N=LEAST:USUAL:LARGEST" in limit for limit in made.manifest["limits"])
+    np.savez(tmp_path / "in.npz", **FEEDS)
+    refused = run(made.folder, tmp_path / "in.npz", tmp_path / "out.npz")
+    assert refused.returncode == 1
+    assert "TensorrtExecutionProvider" in refused.stderr
+    done = run(made.folder, tmp_path / "in.npz", tmp_path / "out.npz", "--provider", "CPUExecutionProvider")
+    assert done.returncode == 0, done.stderr
+    with np.load(tmp_path / "out.npz") as got:
+        np.testing.assert_allclose(got["file"], Session(net).run(FEEDS)["file"], rtol=1e-2, atol=1e-2)
+
+
+def test_a_quantised_model_keeps_its_integers_on_a_gpu() -> None:
+    net = graph(
+        "(float[N,4] x) => (float[N,4] y)", "q = QuantizeLinear(x, s, z)\nd = DequantizeLinear(q, s, z)\ny = Relu(d)",
+        s=np.array(0.1, np.float32), z=np.array(0, np.int8),
+    )  # fmt: skip
+    found = settings(net, GPU, None, bundled=False)["TensorrtExecutionProvider"]
+    assert found == {"trt_int8_enable": "1"}
+    with pytest.raises(UsageError, match="builds for ranges"):
+        settings(net, TARGET, "N=1:2:3", bundled=True)
+
+
+def test_a_provider_that_did_not_start_is_told() -> None:
+    class Fallen:
+        def get_providers(self) -> list[str]:
+            return ["CPUExecutionProvider"]
+
+    assert "lacks their libraries" in (fell_back(Fallen(), GPU) or "")
+    assert fell_back(Fallen(), TARGET) is None
+
+
+def test_the_own_format_is_written_where_it_is_wanted(net: ir.Model, tmp_path: Path) -> None:
+    plain = lower(net, TARGET, tmp_path / "plain")
+    assert not (plain.folder / "model.ort").exists()
+    asked = lower(net, TARGET, tmp_path / "asked", options={"ort": "yes"})
+    by_target = lower(net, registry.target("cpu-arm64"), tmp_path / "board")
+    for made in (asked, by_target):
+        assert {"model.ort", "required_operators.config"} <= made.manifest["files"].keys()
+        assert "minimal build" in (made.folder / "README.md").read_text()

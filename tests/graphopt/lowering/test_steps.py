@@ -150,7 +150,7 @@ def test_verify_writes_the_difference_or_nothing(
     verified = found.manifest["verified"]
     assert verified["relative"] == pytest.approx(0.01, rel=1e-3)
     assert (verified["inputs"], verified["feeds"], verified["tolerance"]) == ("calibration", 2, 0.02)
-    assert "0.01 relative" in (found.folder / "README.md").read_text()
+    assert "0.01 relative (cosine similarity 1)" in (found.folder / "README.md").read_text()
 
 
 def test_half_products_of_the_target_are_allowed_for(
