@@ -25,7 +25,7 @@ from graphopt.backends.tvm_schedules.window_rule import window_rule
 
 __all__ = ["LEGALIZERS", "RULES", "Machine", "Rule", "Unscheduled", "legalize", "schedule"]
 
-LEGALIZERS: tuple[Callable[[tvm.IRModule, Machine], tvm.IRModule], ...] = (to_blocks,)
+LEGALIZERS: tuple[Callable[[tvm.IRModule, Machine, list[Unscheduled]], tvm.IRModule], ...] = (to_blocks,)
 """Rewrites of Relax functions, in the order in which they run."""
 
 RULES: dict[str, Rule] = {"window": window_rule}
@@ -34,18 +34,19 @@ RULES: dict[str, Rule] = {"window": window_rule}
 _DONE = "tirx.is_scheduled"
 
 
-def legalize(module: tvm.IRModule, target: Target) -> tvm.IRModule:
+def legalize(module: tvm.IRModule, target: Target, *, failures: list[Unscheduled] | None = None) -> tvm.IRModule:
     """`module` with the operators that have kernels of our own in the form of these kernels; the others as they are.
 
     Args:
         module: Relax functions after `DecomposeOpsForInference` and `FoldConstant`; `LegalizeOps`, `FuseOps` and
             `FuseTIR` come behind.
         target: whose vector width decides the blocks.
+        failures: gets an entry for each operator whose rule raised; the operator then stays as it is.
     """
     machine = Machine.of(target)
     with target:
         for legalizer in LEGALIZERS:
-            module = legalizer(module, machine)
+            module = legalizer(module, machine, [] if failures is None else failures)
     return module
 
 
@@ -82,7 +83,7 @@ def _first_schedule(
         except (
             Exception
         ) as error:  # TVM raises whatever a check in C++ raised: ValueError, InternalError, ScheduleError
-            failures.append(Unscheduled(name, rule_name, str(error).strip().splitlines()[-1]))
+            failures.append(Unscheduled.of(name, rule_name, error))
             continue
         if schedule is not None:
             return schedule.mod["main"]

@@ -18,11 +18,12 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 from graphopt.backends.tvm_schedules import blocked_operators
 from graphopt.backends.tvm_schedules.blocks import Blocked, Blocking, block_of, sizes_of
 from graphopt.backends.tvm_schedules.machine import Machine
+from graphopt.backends.tvm_schedules.rule import Unscheduled
 
 
-def to_blocks(module: tvm.IRModule, machine: Machine) -> tvm.IRModule:
+def to_blocks(module: tvm.IRModule, machine: Machine, failures: list[Unscheduled]) -> tvm.IRModule:
     """Bring convolutions, pooling and elementwise operators between them into blocks."""
-    rewriter = _BlockedGraph(module, machine)
+    rewriter = _BlockedGraph(module, machine, failures)
     for name, function in module.functions_items():
         if isinstance(function, relax.Function) and not function.attrs.get("Primitive", 0):
             rewriter.builder_.update_func(name, rewriter.visit_expr(function))
@@ -46,14 +47,15 @@ class _Forms:
 class _BlockedGraph(PyExprMutator):  # type: ignore[misc]
     """Visits the bindings in order and keeps which forms of which variables exist."""
 
-    def __init__(self, module: tvm.IRModule, machine: Machine) -> None:
+    def __init__(self, module: tvm.IRModule, machine: Machine, failures: list[Unscheduled]) -> None:
         super().__init__(module)
         self.machine = machine
+        self.failures = failures
         self.forms = _Forms({}, {}, set())
 
     def visit_var_binding_(self, binding: relax.VarBinding) -> None:
         """Give the binding in blocks where its operator has a rule."""
-        result = blocked_operators.converted(self, binding.value) if isinstance(binding.value, relax.Call) else None
+        result = self._converted(binding)
         if result is None:
             super().visit_var_binding_(binding)
             return
@@ -62,6 +64,15 @@ class _BlockedGraph(PyExprMutator):  # type: ignore[misc]
             plain = self._unpacked(result)
             emit = self.builder_.emit_output if self.builder_.current_block_is_dataflow() else self.builder_.emit
             self._set_plain(binding.var, emit(plain))
+
+    def _converted(self, binding: relax.VarBinding) -> Blocked | None:
+        if not isinstance(binding.value, relax.Call):
+            return None
+        try:
+            return blocked_operators.converted(self, binding.value)
+        except Exception as error:  # TVM raises whatever a check in C++ raised; the operator stays what it is
+            self.failures.append(Unscheduled.of(binding.var.name_hint, "blocks", error))
+            return None
 
     def visit_var_(self, var: relax.Var) -> relax.Expr:
         """The plain form."""

@@ -15,6 +15,7 @@ from tvm.ir import GenericConst
 
 from graphopt.backends.tvm_schedules.blocks import Blocked, Blocking, known, sizes_of
 from graphopt.backends.tvm_schedules.machine import Machine
+from graphopt.backends.tvm_schedules.transposed import Axis, interleaved, phase_weights, window_of
 from graphopt.backends.tvm_schedules.windows import Groups, Window, chunk_of, convolution, pooling
 
 # FuseOps adds elementwise operators to kernels of this pattern.
@@ -57,25 +58,73 @@ def _convolution(graph: Graph, call: relax.Call) -> Blocked | None:
     channels = sizes_of(call)[1]
     groups = Groups(int(call.attrs.groups), sizes_of(data)[1], Blocking(channels, graph.block(channels)))
     window = _window(call.attrs, values.shape[2:])
+    return Blocked(_convolved(graph, data, values, window, groups), groups.outputs, rank)
+
+
+def _convolved(graph: Graph, data: relax.Expr, values: np.ndarray, window: Window, groups: Groups) -> relax.Var:
     source = graph.packed(data) if groups.depthwise else graph.in_blocks(data)
     if source is not None:
         blocking, operand = source.blocking, source.expr
     else:
         blocking, operand = None, graph.visit_expr(data)
-        if rank == 3:
+        if data.ty.ndim == 3:
             operand = graph.emit(relax.op.expand_dims(operand, 2))
     packed = relax.const(groups.pack_weights(values, chunk_of(groups, blocking)))
     compute = convolution(window, groups, blocking, graph.machine)
     result = graph.call_te(compute, operand, packed, primfunc_name_hint="conv", primfunc_attrs=_FUSES_BEHIND)
-    return Blocked(graph.emit(result), groups.outputs, rank)
+    return graph.emit(result)
+
+
+def _transposed(graph: Graph, call: relax.Call) -> Blocked | None:
+    data, weights = call.args
+    if not isinstance(weights, GenericConst) or not _plain_layout(call, "kernel_layout"):
+        return None
+    values = weights.value.numpy()
+    rank = data.ty.ndim
+    if rank == 3:
+        values = values[:, :, None]
+    channels = sizes_of(call)[1]
+    window = _window(call.attrs, values.shape[2:])
+    rows, columns = (
+        Axis((kernel - 1) * dilation + 1, stride, padding, size, source)
+        for kernel, dilation, stride, padding, size, source in zip(
+            window.kernel,
+            window.dilation,
+            window.strides,
+            window.padding[:2],
+            _spatial(call),
+            _spatial(data),
+            strict=True,
+        )
+    )
+    outputs = Blocking(channels, graph.block(channels))
+    groups = Groups(int(call.attrs.groups), sizes_of(data)[1], outputs, rows.stride * columns.stride)
+    phases = phase_weights(values, groups.groups, window.dilation, rows, columns)
+    result = _convolved(graph, data, phases, window_of(rows, columns), groups)
+    if groups.phases > 1:
+        result = graph.emit(graph.call_te(interleaved(outputs.blocks, rows, columns), result, primfunc_name_hint="lay"))
+    return Blocked(result, outputs, rank)
+
+
+def _prelu(graph: Graph, call: relax.Call) -> Blocked | None:
+    source = graph.in_blocks(call.args[0])
+    slope = call.args[1]
+    if source is None or source.rank < 3 or int(call.attrs.axis) != 1 or not isinstance(slope, GenericConst):
+        return None
+    values = slope.value.numpy().reshape(1, -1, 1, 1)
+    wide = np.broadcast_to(values, (1, source.blocking.channels, 1, 1))
+    zero = relax.const(np.zeros((), values.dtype))
+    below = graph.emit(relax.op.minimum(source.expr, zero))
+    scaled = graph.emit(relax.op.multiply(below, relax.const(source.blocking.pack_array(wide, 1))))
+    above = graph.emit(relax.op.maximum(source.expr, zero))
+    return Blocked(graph.emit(relax.op.add(above, scaled)), source.blocking, source.rank)
 
 
 def _pooling(kind: str) -> Conversion:
     def rule(graph: Graph, call: relax.Call) -> Blocked | None:
-        source = graph.in_blocks(call.args[0])
-        if source is None or not _plain_layout(call):
+        if not _plain_layout(call):
             return None
-        attrs = call.attrs
+        source, attrs = graph.packed(call.args[0]), call.attrs
         window = _window(attrs, [int(size) for size in attrs.pool_size])
         if attrs.ceil_mode:
             height, width = _spatial(call)
@@ -230,7 +279,7 @@ def _plain_layout(call: relax.Call, *more: str) -> bool:
     """Whether an operator has the layout of ONNX, channels before space."""
     names = {"data_layout", "out_layout", "layout", *more}
     layouts = [str(getattr(call.attrs, name)) for name in names if getattr(call.attrs, name, None)]
-    return all(layout in ("NCHW", "NCW", "OIHW", "OIW") for layout in layouts)
+    return all(layout in ("NCHW", "NCW", "OIHW", "OIW", "IOHW", "IOW") for layout in layouts)
 
 
 def _same(a: list[Any], b: list[Any]) -> bool:
@@ -248,6 +297,9 @@ _BINARY = ("add", "subtract", "multiply", "divide", "maximum", "minimum", "power
 RULES: dict[str, Conversion] = {
     "relax.nn.conv1d": _convolution,
     "relax.nn.conv2d": _convolution,
+    "relax.nn.conv1d_transpose": _transposed,
+    "relax.nn.conv2d_transpose": _transposed,
+    "relax.nn.prelu": _prelu,
     "relax.nn.max_pool1d": _pooling("max"),
     "relax.nn.max_pool2d": _pooling("max"),
     "relax.nn.avg_pool1d": _pooling("avg"),

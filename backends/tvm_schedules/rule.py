@@ -24,5 +24,10 @@ class Unscheduled:
     rule: str
     reason: str
 
+    @staticmethod
+    def of(function: str, rule: str, error: Exception) -> Unscheduled:
+        """The note about what `rule` raised; its last line says what was wrong, the others where in TVM."""
+        return Unscheduled(function, rule, (str(error).strip().splitlines() or [type(error).__name__])[-1])
+
     def __str__(self) -> str:
         return f"{self.function}: {self.rule}: {self.reason}"

@@ -75,12 +75,18 @@ class Groups:
     """Which input channels a block of output channels reads.
 
     A block whose channels belong to several groups reads the channels of all of them; the weights of what is not a
-    channel's own are zero.
+    channel's own are zero. `phases` sets of output channels, one after the other, read the same inputs.
     """
 
     groups: int
     inputs: int
     outputs: Blocking
+    phases: int = 1
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the output, those of all phases."""
+        return self.outputs.blocks * self.phases
 
     @property
     def depthwise(self) -> bool:
@@ -99,7 +105,11 @@ class Groups:
 
     def first(self, block: Any) -> Any:
         """The first input channel that an output block reads (its index may be symbolic)."""
-        return 0 if self.groups == 1 else block * self.outputs.block // self.step * self.group_inputs
+        return 0 if self.groups == 1 else self.own(block) * self.outputs.block // self.step * self.group_inputs
+
+    def own(self, block: Any) -> Any:
+        """The place of an output block within its phase."""
+        return block if self.phases == 1 else block % self.outputs.blocks
 
     @property
     def length(self) -> int:
@@ -111,7 +121,14 @@ class Groups:
         return max(spans) * self.group_inputs
 
     def pack_weights(self, weights: np.ndarray, chunk: int) -> np.ndarray:
-        """(O, I/G, KH, KW) as (blocks, length/chunk, KH, KW, chunk, block); depthwise (blocks, KH, KW, block)."""
+        """(phases O, I/G, KH, KW) in the order in which a kernel reads it.
+
+        That is (blocks, length/chunk, KH, KW, chunk, block), depthwise (blocks, KH, KW, block).
+        """
+        phases = np.split(weights, self.phases)
+        return np.concatenate([self._pack_phase(phase, chunk) for phase in phases])
+
+    def _pack_phase(self, weights: np.ndarray, chunk: int) -> np.ndarray:
         if self.depthwise:
             return self.outputs.pack_array(weights[:, 0], 0)
         wide = np.zeros((self.outputs.channels, self.length, *weights.shape[2:]), weights.dtype)
@@ -135,19 +152,19 @@ def convolution(window: Window, groups: Groups, source: Blocking | None, machine
 
     def compute(data: te.Tensor, weights: te.Tensor) -> te.Tensor:
         height, width = window.output(data.shape[2], data.shape[3])
-        sizes = groups.outputs.blocks, _known(height), _known(width)
+        sizes = groups.blocks, _known(height), _known(width)
         tile = best_tile(*sizes, machine, shared_input=not groups.depthwise)
         padded = _padded(data, window, tile, height, width, 0.0)
         at = _taps(window)
         rows, columns = _window_axes(window)
-        if groups.depthwise:
-            return _cropped(data, groups.outputs, (height, width), tile, lambda n, o, i, j, lane: te.sum(
-                padded[n, o, *at(i, j, rows, columns), lane] * weights[o, rows, columns, lane], axis=[rows, columns]
-            ))  # fmt: skip
         chunk = chunk_of(groups, source)
         outer, inner = te.reduce_axis((0, groups.length // chunk), "co"), te.reduce_axis((0, chunk), "ci")
 
-        def value(n: Any, o: Any, i: Any, j: Any, lane: Any) -> Any:
+        def by_lane(n: Any, o: Any, i: Any, j: Any, lane: Any) -> Any:
+            number = padded[n, groups.own(o), *at(i, j, rows, columns), lane]
+            return te.sum(number * weights[o, rows, columns, lane], axis=[rows, columns])
+
+        def dense(n: Any, o: Any, i: Any, j: Any, lane: Any) -> Any:
             channel = groups.first(o) + outer * chunk
             if groups.groups > 1:  # the last block may have fewer to read than the others: beyond, weights are zero
                 channel = tirx.min(channel, groups.inputs - chunk)
@@ -158,7 +175,8 @@ def convolution(window: Window, groups: Groups, source: Blocking | None, machine
                 number = padded[n, channel // source.block, y, x, channel % source.block + inner]
             return te.sum(number * weights[o, outer, rows, columns, inner, lane], axis=[outer, rows, columns, inner])
 
-        return _cropped(data, groups.outputs, (height, width), tile, value)
+        shape = (data.shape[0], groups.blocks, height, width, groups.outputs.block)
+        return _cropped(shape, tile, by_lane if groups.depthwise else dense)
 
     return compute
 
@@ -192,9 +210,11 @@ def pooling(
         at = _taps(window)
         rows, columns = _window_axes(window)
         reduce = te.max if kind == "max" else te.sum
-        result = _cropped(data, blocking, (height, width), tile, lambda n, o, i, j, lane: reduce(
-            padded[n, o, *at(i, j, rows, columns), lane], axis=[rows, columns]
-        ))  # fmt: skip
+
+        def value(n: Any, o: Any, i: Any, j: Any, lane: Any) -> Any:
+            return reduce(padded[n, o, *at(i, j, rows, columns), lane], axis=[rows, columns])
+
+        result = _cropped((data.shape[0], blocking.blocks, height, width, blocking.block), tile, value)
         if kind == "max":
             return result
         counts = _counts(window, data, counts_padding)
@@ -254,14 +274,11 @@ def _padded(data: te.Tensor, window: Window, tile: Tile, height: Any, width: Any
     return te.compute(shape, value, name="padded")
 
 
-def _cropped(
-    data: te.Tensor, blocking: Blocking, size: Sequence[Any], tile: Tile, value: Callable[..., Any]
-) -> te.Tensor:
+def _cropped(shape: Sequence[Any], tile: Tile, value: Callable[..., Any]) -> te.Tensor:
     """The window over whole tiles, then without what they compute beyond the edge."""
-    height, width = size
-    whole = (_rounded(height, tile.rows), _rounded(width, tile.columns))
-    shape = (data.shape[0], blocking.blocks, *whole, blocking.block)
-    result = te.compute(shape, value, name="window", attrs={TILE: [tile.blocks, tile.rows, tile.columns]})
-    if all(_known(w) is not None and _known(w) == _known(s) for w, s in zip(whole, size, strict=True)):
+    image, blocks, height, width, block = shape
+    whole = (image, blocks, _rounded(height, tile.rows), _rounded(width, tile.columns), block)
+    result = te.compute(whole, value, name="window", attrs={TILE: [tile.blocks, tile.rows, tile.columns]})
+    if all(_known(w) is not None and _known(w) == _known(s) for w, s in zip(whole[2:4], shape[2:4], strict=True)):
         return result
-    return te.compute((*shape[:2], height, width, blocking.block), lambda *at: result[at], name="cropped")
+    return te.compute(tuple(shape), lambda *at: result[at], name="cropped")
