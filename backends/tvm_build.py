@@ -96,8 +96,10 @@ def compiled(model: ir.Model, target: Target, database: Path | None = None) -> V
         ModelError: TVM does not take the model.
     """
     require_tvm(target)
+    from graphopt.backends.tvm_check import check
     from graphopt.backends.tvm_target import device_target
 
+    check(model)
     return built(imported(model), device_target(target), database)
 
 
@@ -186,12 +188,11 @@ def _lowering(device: Any) -> Any:
     default = importlib.import_module(f"tvm.relax.backend.{kind}.pipeline")
     passes = [*default.dataflow_lower_passes(device), *default.finalize_passes(device)]
 
-    @tvm.transform.module_pass(opt_level=0)
     def run(mod: IRModule, _: Any) -> IRModule:
         with device:
             return tvm.transform.Sequential(passes)(mod)
 
-    return run
+    return tvm.transform.module_pass(run, opt_level=0)
 
 
 @contextlib.contextmanager

@@ -86,4 +86,4 @@ def host_triple() -> str:
 
 def linker(target: Target) -> str | None:
     """The compiler that links for a target, by path; None where it is not installed."""
-    return shutil.which(target.options.get("linker", "g++"))
+    return shutil.which(str(target.options.get("linker", "g++")))

@@ -73,7 +73,7 @@ def _refusal(node: ir.Node, opset: int, max_steps: int) -> str | None:
     lengths = array(_input(node, 4))
     if _input(node, 4) is not None and (lengths is None or (lengths != steps).any()):
         return "lengths differ within a batch"
-    if "clip" in attributes or attributes.get_int("input_forget", 0):
+    if attributes.get_int("input_forget", 0) or "clip" in attributes:
         return "clip and input_forget are not written out"
     functions = _functions(node)
     unknown = [name for name in functions if name not in PLAIN]
