@@ -210,7 +210,7 @@ class OrtBackend:
 
         if weight_bytes(model) > ort_format.LARGEST:
             return [f"No {ort_format.MODEL}: that format ends at 2 GB, and the weights are larger."]
-        ort_format.write_ort(path, path.parent, arm=target.arch == "aarch64")
+        ort_format.write_ort(path, path.with_name(ort_format.MODEL), arm=target.arch == "aarch64")
         about |= ort_format.ABOUT
         return []
 

@@ -1,4 +1,4 @@
-"""Files in ONNX Runtime's own format (.ort), which builds without an ONNX parser read, and what such a build must hold.
+"""ONNX Runtime's own file format (.ort), which its builds without an ONNX parser read, and what such a build must hold.
 
 The conversion is that of `onnxruntime.tools.convert_onnx_models_to_ort`, within this process: the runtime optimises the
 graph and saves it. Blocked layouts (NchwcTransformer) are left out, because they belong to one processor.
@@ -8,32 +8,51 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-MODEL, CONFIG = "model.ort", "required_operators.config"
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+MODEL, OPERATORS = "model.ort", "required_operators.config"
 ABOUT = {
     MODEL: "the model in ONNX Runtime's own format, optimised, for builds without an ONNX parser",
-    CONFIG: "the operators that model.ort needs, for a minimal build of ONNX Runtime (--include_ops_by_config)",
+    OPERATORS: f"operators and types that {MODEL} needs, for a minimal build of ONNX Runtime (--include_ops_by_config)",
 }
 
 LARGEST = (1 << 31) - (1 << 20)
 """Bytes of weights beyond which there is no such file: offsets in it are signed numbers of 32 bits."""
 
 
-def write_ort(model: Path, folder: Path, *, arm: bool, runtime: bool = False) -> None:
-    """Write `MODEL` and `CONFIG` into a folder.
+def write_ort(
+    model: ir.Model | Path, path: Path, *, style: Literal["fixed", "runtime"] = "fixed", arm: bool = True
+) -> None:
+    """Write a model as .ort, and `OPERATORS` beside it.
 
     Args:
-        model: an ONNX file.
-        folder: exists.
-        arm: the device multiplies signed bytes by signed bytes as fast as unsigned ones.
-        runtime: carry out basic optimisations only and save the others beside the graph, to be applied to what no
-            compiling provider (NNAPI, CoreML) takes; the session must say `session.enable_saved_runtime_optimizations`.
+        model: a model, or its ONNX file; not changed.
+        path: the file, ending in .ort.
+        style: "fixed": all optimisations for the processor are done now. "runtime": only those that every execution
+            provider can live with are, and the others are kept for nodes that stay on the processor; sessions then say
+            `session.enable_saved_runtime_optimizations`.
+        arm: the device multiplies signed bytes by signed ones as fast as unsigned ones.
 
     Raises:
-        ModelError, MissingBackendError: the runtime refuses the model; names the node.
+        ModelError, MissingBackendError: ONNX Runtime refuses the model; names the node.
     """
+    if isinstance(model, Path):
+        _convert(model, path, style, arm)
+        return
+    from graphopt.model import save
+
+    with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
+        save(model, Path(folder) / "model.onnx")
+        _convert(Path(folder) / "model.onnx", path, style, arm)
+
+
+def _convert(source: Path, path: Path, style: Literal["fixed", "runtime"], arm: bool) -> None:
     import onnxruntime as ort
 
     from graphopt.executor import explain
@@ -41,27 +60,25 @@ def write_ort(model: Path, folder: Path, *, arm: bool, runtime: bool = False) ->
     with _own_logging():
         from onnxruntime.tools.ort_format_model import create_config_from_models
     logging.getLogger("ort_format_model.utils").setLevel(logging.WARNING)
-    options = ort.SessionOptions()
+    options, reading = ort.SessionOptions(), ort.SessionOptions()
+    options.log_severity_level = reading.log_severity_level = 4
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.optimized_model_filepath = str(folder / MODEL)
-    options.log_severity_level = 4
+    options.optimized_model_filepath = str(path)
     options.add_session_config_entry("session.save_model_format", "ORT")
     options.add_session_config_entry("session.qdqisint8allowed", "1" if arm else "0")
-    if runtime:
+    if style == "runtime":
         options.add_session_config_entry("optimization.minimal_build_optimizations", "save")
+    processor = ["CPUExecutionProvider"]
     try:
-        ort.InferenceSession(
-            str(model), options, providers=["CPUExecutionProvider"], disabled_optimizers=["NchwcTransformer"]
-        )
-        reading = ort.SessionOptions()
-        reading.log_severity_level = 4
-        ort.InferenceSession(str(folder / MODEL), reading, providers=["CPUExecutionProvider"])
+        ort.InferenceSession(str(source), options, providers=processor, disabled_optimizers=["NchwcTransformer"])
+        ort.InferenceSession(str(path), reading, providers=processor)
     except Exception as error:
         raise explain(error, "the runtime cannot convert the model to its own format") from error
-    create_config_from_models([folder / MODEL], folder / CONFIG, enable_type_reduction=False)
-    lines = (folder / CONFIG).read_text(encoding="utf-8").splitlines(keepends=True)
-    told = [f"# Generated from {MODEL}\n", *(line for line in lines if not line.startswith("#"))]
-    (folder / CONFIG).write_text("".join(told), encoding="utf-8")
+    config = path.with_name(OPERATORS)
+    create_config_from_models([path], config, enable_type_reduction=True)
+    # It names the file by its path, which may be a temporary one: equal models give equal bundles.
+    lines = [line for line in config.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    config.write_text("\n".join([f"# Generated from {path.name}", *lines]) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager

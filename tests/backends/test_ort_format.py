@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -11,7 +12,7 @@ import onnxruntime as ort
 import pytest
 from text_graph import graph
 
-from graphopt.backends.ort_format import CONFIG, MODEL, write_ort
+from graphopt.backends.ort_format import MODEL, OPERATORS, write_ort
 from graphopt.errors import MissingBackendError
 from graphopt.executor import Session
 from graphopt.model import save
@@ -26,15 +27,17 @@ def net() -> ir.Model:
     )
 
 
-@pytest.mark.parametrize("runtime", [False, True])
-def test_it_computes_the_same_and_says_what_it_needs(net: ir.Model, tmp_path: Path, runtime: bool) -> None:
+@pytest.mark.parametrize("style", ["fixed", "runtime"])
+def test_it_computes_the_same_and_says_what_it_needs(
+    net: ir.Model, tmp_path: Path, style: Literal["fixed", "runtime"]
+) -> None:
     save(net, tmp_path / "net.onnx")
     before = logging.getLogger().handlers[:]
-    write_ort(tmp_path / "net.onnx", tmp_path, arm=True, runtime=runtime)
+    write_ort(net if style == "runtime" else tmp_path / "net.onnx", tmp_path / MODEL, style=style)
     assert logging.getLogger().handlers == before
     session = ort.InferenceSession(str(tmp_path / MODEL))
     np.testing.assert_allclose(session.run(None, FEEDS)[0], Session(net).run(FEEDS)["y"], atol=1e-5)
-    config = (tmp_path / CONFIG).read_text()
+    config = (tmp_path / OPERATORS).read_text()
     assert str(tmp_path) not in config
     assert "Conv" in config
     assert "nchwc" not in config
@@ -44,8 +47,8 @@ def test_the_same_model_gives_the_same_bytes(net: ir.Model, tmp_path: Path) -> N
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         save(net, tmp_path / name / "net.onnx")
-        write_ort(tmp_path / name / "net.onnx", tmp_path / name, arm=False)
-    for file in (MODEL, CONFIG):
+        write_ort(tmp_path / name / "net.onnx", tmp_path / name / MODEL, arm=False)
+    for file in (MODEL, OPERATORS):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
@@ -55,4 +58,4 @@ def test_an_operator_that_the_runtime_lacks_is_named(tmp_path: Path) -> None:
         tmp_path / "net.onnx",
     )
     with pytest.raises(MissingBackendError, match="Strange"):
-        write_ort(tmp_path / "net.onnx", tmp_path, arm=False)
+        write_ort(tmp_path / "net.onnx", tmp_path / MODEL)
