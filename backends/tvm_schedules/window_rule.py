@@ -54,10 +54,10 @@ def window_rule(function: tirx.PrimFunc, machine: Machine) -> s_tir.Schedule | N
         if steps > _WRITTEN_OUT or len(reduction) > 2:
             break
         schedule.unroll(loop)
-    start = schedule.decompose_reduction(window, reduction[0])
-    _unrolled(schedule, schedule.get_loops(start)[len(outer) :])
     if machine.cores > 1:
         schedule.parallel(schedule.fuse(*outer[:3]))
+    start = schedule.decompose_reduction(window, reduction[0])
+    _unrolled(schedule, schedule.get_loops(start)[-4:])
     return schedule
 
 
