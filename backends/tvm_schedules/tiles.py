@@ -9,8 +9,8 @@ from graphopt.backends.tvm_schedules.machine import Machine
 
 # A fused multiply-add has a latency of 4 cycles and two leave in each: fewer independent sums than this wait.
 _SUMS_IN_FLIGHT = 8
-# Sums by registers. Weights and inputs pass through a quarter of them, and LLVM loads ahead where there are many: 28 sums
-# in 32 registers spill (2.7 times the time of 14 to 16, on an AVX-512 core).
+# Sums by registers. Weights and inputs pass through a quarter of them, and LLVM loads ahead where there are many: 28
+# sums in 32 registers spill (2.7 times the time of 14 to 16, on an AVX-512 core).
 _MOST_SUMS = {16: 12, 32: 16}
 # Sizes that are not known are taken for large.
 _UNKNOWN = 1 << 12
