@@ -38,6 +38,7 @@ MEMBERS = (
     "fold-batchnorm",
     "fold-conv-affine",
     "fold-carried-affine",
+    "fold-uniform",
     "merge-linear",
     "unstack-means",
     "merge-branches",

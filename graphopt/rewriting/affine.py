@@ -14,17 +14,9 @@ from graphopt.rewriting.edit import Float64, float64
 
 def inference_affine(node: ir.Node, opset: int) -> tuple[Float64, Float64] | str:
     """Scale and shift per channel that a BatchNormalization applies, in float64, or why it has none."""
-    if opset < 7:
-        return f"opset {opset} is too old (7 or newer)"
-    if node.attributes.get_int("training_mode", 0):
-        return "training_mode=1: it normalises by the statistics of the batch"
-    extra = [v for v in node.outputs[1:] if v.name]
-    if extra and opset < 14:
-        return "it gives out a second result, which before opset 14 means training mode"
-    if any(v.uses() or v.is_graph_output() for v in extra):
-        return "its running statistics are in use"
-    if opset < 9 and not node.attributes.get_int("spatial", 1):
-        return "spatial=0: its statistics are per pixel"
+    reason = inference_problem(node, opset)
+    if reason is not None:
+        return reason
     if len(node.inputs) < 5:
         return "an input is missing"
     parameters = []
@@ -44,6 +36,22 @@ def inference_affine(node: ir.Node, opset: int) -> tuple[Float64, Float64] | str
     if not (np.isfinite(scale).all() and np.isfinite(shift).all()):
         return "its parameters give a scale or shift that is not finite"
     return scale, shift
+
+
+def inference_problem(node: ir.Node, opset: int) -> str | None:
+    """Why a BatchNormalization is no affine map of its parameters; None where it is one."""
+    if opset < 7:
+        return f"opset {opset} is too old (7 or newer)"
+    if node.attributes.get_int("training_mode", 0):
+        return "training_mode=1: it normalises by the statistics of the batch"
+    extra = [v for v in node.outputs[1:] if v.name]
+    if extra and opset < 14:
+        return "it gives out a second result, which before opset 14 means training mode"
+    if any(v.uses() or v.is_graph_output() for v in extra):
+        return "its running statistics are in use"
+    if opset < 9 and not node.attributes.get_int("spatial", 1):
+        return "spatial=0: its statistics are per pixel"
+    return None
 
 
 def arithmetic_affine(node: ir.Node, k: Float64, *, constant_first: bool) -> tuple[Float64, Float64] | str:

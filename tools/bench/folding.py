@@ -183,23 +183,54 @@ def _gap(name: str, tool: str, cells: dict[str, Cell], counts: dict[str, Counter
             f"{cells['graphopt'].kilobytes:.0f}: {fewer} | {more}"]  # fmt: skip
 
 
+INFLATED = 1.25
+"""A peer's file above this multiple of the input's holds weights that the input computes, or holds once."""
+
+
 def verdicts(table: dict[str, dict[str, Cell]]) -> list[str]:
-    """What the table has to show: rows where we are not best, worse than the input, or different."""
-    fewer, worse, apart = [], [], []
+    """What the table has to show: rows where we are not best, worse than the input, or different.
+
+    A peer that wrote weights out which the input computes is listed apart: nodes saved at that price are no gain.
+    """
+    told: dict[str, list[str]] = {
+        "a peer has fewer nodes": [],
+        "a peer has fewer nodes by writing weights out": [],
+        "a peer has fewer bytes, by more than 1 %": [],
+        "worse than the input": [],
+        "difference above 1e-5": [],
+    }
+    fewer, written, smaller, worse, apart = told.values()
     for name, cells in table.items():
         ours, given = cells["graphopt"], cells["input"]
         if ours.nodes is None:
             apart.append(name)
             continue
-        rest = [c.nodes for t, c in cells.items() if t not in ("input", "graphopt") and c.nodes and not c.custom]
-        if rest and min(rest) < ours.nodes:
-            fewer.append(f"{name} ({ours.nodes}, best peer {min(rest)})")
+        peers = [c for t, c in cells.items() if t not in ("input", "graphopt") and c.nodes and not c.custom]
+        if peers:
+            _beside(name, ours, given, peers, fewer, written)
+            least = min(c.kilobytes or 0.0 for c in peers)
+            if (ours.kilobytes or 0.0) > 1.01 * least:
+                smaller.append(f"{name} ({ours.kilobytes:.0f} kB, best peer {least:.0f} kB)")
         if ours.nodes > (given.nodes or 0) or (ours.latency or 0) > 1.02:
             worse.append(f"{name} ({ours.nodes} of {given.nodes} nodes, latency {ours.latency})")
         if ours.difference is None or ours.difference > 1e-5:
             apart.append(f"{name} ({ours.difference})")
-    told = (("a peer has fewer nodes", fewer), ("worse than the input", worse), ("difference above 1e-5", apart))
-    return [f"{what}: {len(rows)} of {len(table)} rows{': ' if rows else ''}{', '.join(rows)}" for what, rows in told]
+    return [
+        f"{what}: {len(rows)} of {len(table)} rows{': ' if rows else ''}{', '.join(rows)}"
+        for what, rows in told.items()
+    ]
+
+
+def _beside(name: str, ours: Cell, given: Cell, peers: list[Cell], fewer: list[str], written: list[str]) -> None:
+    """Note where a peer has fewer nodes than we, and at which price."""
+    limit = INFLATED * (given.kilobytes or 0.0)
+    counts = [c.nodes or 0 for c in peers if (c.kilobytes or 0.0) <= limit]
+    best = min(peers, key=lambda c: c.nodes or 0)
+    if counts and min(counts) < (ours.nodes or 0):
+        fewer.append(f"{name} ({ours.nodes}, best peer {min(counts)})")
+    elif (best.nodes or 0) < (ours.nodes or 0):
+        more = (best.kilobytes or 0.0) - (given.kilobytes or 0.0)
+        written.append(f"{name} ({ours.nodes}, peer {best.nodes} and {more:.0f} kB of weights)")
 
 
 def main() -> None:
