@@ -89,8 +89,9 @@ class Fold(Pass):
         skipped: dict[str, list[Skip]] = {}
         undone: dict[str, str] = {}
         asked = {"merge-factors": self.merge_factors, "dequantize-constants": self.dequantize}
-        left = {"strip-metadata"} if self.keep_metadata else set()
-        chosen = (*(name for name, wanted in asked.items() if wanted), *(name for name in MEMBERS if name not in left))
+        unwanted = {"strip-metadata"} if self.keep_metadata else set()
+        members_left = (name for name in MEMBERS if name not in unwanted)
+        chosen = (*(name for name, wanted in asked.items() if wanted), *members_left)
         members = [self._member(name, ctx) for name in chosen]
         rows = []
         # A member whose work is undone is rare, a clone of a large graph slow: one is made, and the members since then
