@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -99,6 +100,7 @@ def loaded(library: Path) -> Any:
 def load_runtime() -> None:
     """Load TVM's runtime, where `import tvm` has not done so; threads stay where the system puts them."""
     os.environ.setdefault("TVM_BIND_THREADS", "0")
+    importlib.import_module("tvm_ffi")  # the runtime library needs its library
     spec = importlib.util.find_spec("tvm")
     assert spec is not None and spec.origin is not None, "checked by the backend's `unavailable`"
     ctypes.CDLL(str(Path(spec.origin).parent / "lib" / "libtvm_runtime.so"), ctypes.RTLD_GLOBAL)
