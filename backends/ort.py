@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.resources
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
     from graphopt.data.feeds import Array
     from graphopt.executor import Session
     from graphopt.target import Target
+
+TOGETHER = 256 << 20
+"""Bytes of weights of all models that are timed interleaved; beyond, one is in memory at a time. A session holds about
+twice the weights of its model: the runtime keeps them in the order that its kernels read, too.
+"""
 
 ARCHITECTURES = {"x86_64": "x86-64", "amd64": "x86-64", "arm64": "aarch64", "aarch64": "aarch64"}
 """Target architectures by the name that the operating system gives the machine, lower case."""
@@ -94,7 +100,7 @@ class OrtBackend:
         threads: int = 1,
         seconds: float = 2.0,
     ) -> BenchResult:
-        """Measure the models, paired and interleaved; see `graphopt.timing`.
+        """Measure the models, paired and interleaved, large ones in turns; see `graphopt.timing`.
 
         Args:
             models: the first is the reference of all ratios.
@@ -110,16 +116,22 @@ class OrtBackend:
         """
         import onnxruntime as ort
 
-        from graphopt.timing import paired
+        from graphopt.timing import in_turns, paired
 
-        if feeds is None:
-            feeds = _random(models)
-        sessions = [self.session(model, target, threads=threads) for model in models]
-        try:
-            result = paired([_call(session, feeds) for session in sessions], seconds)
-        finally:
-            for session in sessions:
-                session.close()
+        feeds = _random(models) if feeds is None else feeds
+        inputs: list[Any] = []
+
+        @contextmanager
+        def ready(model: ir.Model | Path) -> Iterator[Callable[[], object]]:
+            with self.session(model, target, threads=threads) as session:
+                inputs[:] = session.inputs
+                yield _call(session, feeds)
+
+        if _weights(models) > TOGETHER:
+            result = in_turns([lambda model=model: ready(model) for model in models], seconds)
+        else:
+            with ExitStack() as stack:
+                result = paired([stack.enter_context(ready(model)) for model in models], seconds)
         return BenchResult(
             milliseconds=result.milliseconds,
             ratios=result.ratios,
@@ -127,7 +139,7 @@ class OrtBackend:
             high=result.high,
             rounds=result.rounds,
             threads=threads,
-            batch=_batch(sessions[0].inputs, feeds),
+            batch=_batch(inputs, feeds),
             details={
                 "onnxruntime": ort.__version__,
                 "providers": list(target.providers),
@@ -245,6 +257,21 @@ def _batch(inputs: Sequence[Any], feeds: Mapping[str, Array]) -> int | None:
     if len(lengths) != 1 or not (length := lengths.pop()):
         return None
     return int(length[0])
+
+
+def _weights(models: Sequence[ir.Model | Path]) -> int:
+    """Bytes of weights of all models; of files in other forms than ONNX, what they take."""
+    import onnx_ir as ir
+
+    from graphopt.model import weight_bytes
+
+    total = 0
+    for model in models:
+        if isinstance(model, Path):
+            total += weight_bytes(ir.load(model)) if model.suffix == ".onnx" else model.stat().st_size
+        else:
+            total += weight_bytes(model)
+    return total
 
 
 def _random(models: Sequence[ir.Model | Path]) -> dict[str, Array]:

@@ -186,7 +186,7 @@ def _session_of(
     import onnx_ir as ir
 
     from graphopt.files.shape_inference import annotated
-    from graphopt.files.weights import reference, with_placeholders
+    from graphopt.files.weights import reference, release_files, with_placeholders
     from graphopt.files.writer import INLINE_LIMIT, in_memory, keep_known, strip_value_info, write
 
     # What the runtime optimises, and what is timed, must be told the same shapes as a saved file tells it.
@@ -230,8 +230,10 @@ def _session_of(
     if shared:
         options.add_external_initializers(list(shared), list(shared.values()))
     session = ort.InferenceSession(proto.SerializeToString(), options, providers=providers)
-    # The runtime looks at these arrays for as long as it lives.
+    # The runtime looks at these arrays for as long as it lives; but of most it has made copies in the order that its
+    # kernels read, and pages of files come back when they are asked for.
     owner._shared = shared
+    release_files(model)
     return session
 
 

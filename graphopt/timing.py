@@ -8,9 +8,11 @@ them.
 from __future__ import annotations
 
 import gc
+import itertools
 import random
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +22,8 @@ MIN_SAMPLE = 2e-3
 MIN_ROUNDS = 5
 MAX_ROUNDS = 2000
 WARM_UP = 3
+TURNS = 4
+"""Rounds of `in_turns`."""
 QUIET_ROUNDS = 30
 """Rounds at least where the shortest tenth of the times counts."""
 
@@ -80,7 +84,13 @@ def paired(
     finally:
         if collecting:
             gc.enable()
+    return _paired(samples)
+
+
+def _paired(samples: Sequence[Sequence[float]]) -> Paired:
+    """Medians and intervals of samples, one row a call, one column a round."""
     times = np.array(samples)
+    rounds = times.shape[1]
     ratios = times / times[0]
     low, middle, high = np.percentile(ratios, [25, 50, 75], axis=1)
     margin = 1.57 * (high - low) / np.sqrt(rounds)
@@ -93,6 +103,41 @@ def paired(
         rounds=rounds,
         within_noise=tuple(bool(n) for n in noise),
     )
+
+
+def in_turns(
+    calls: Sequence[Callable[[], AbstractContextManager[Callable[[], object]]]],
+    seconds: float,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Paired:
+    """Time calls of which only one can be in memory at a time: each is made ready, timed for a while, and put away.
+
+    Rounds alternate between an order and its reverse, so that a call that ends a round begins the next one and need not
+    be made ready again.
+
+    Args:
+        calls: make a call ready and put it away; the first is the reference of the ratios.
+        seconds: time to measure, in all; at least one sample is taken in each turn.
+        clock: seconds, rising.
+
+    Raises:
+        ValueError: there is nothing to time.
+    """
+    if not calls:
+        raise ValueError("nothing to time")
+    turn = seconds / (TURNS * len(calls))
+    samples: list[list[float]] = [[] for _ in calls]
+    order = [i for k in range(TURNS) for i in (range(len(calls)) if k % 2 == 0 else reversed(range(len(calls))))]
+    for i, turns in itertools.groupby(order):
+        with calls[i]() as call:
+            repeats = _repeats(call, clock)
+            for _ in turns:
+                start, found = clock(), [_sample(call, repeats, clock)]
+                while clock() - start < turn:
+                    found.append(_sample(call, repeats, clock))
+                samples[i].append(float(np.median(found)))
+        del call  # it holds what was put away
+    return _paired(samples)
 
 
 def undisturbed(

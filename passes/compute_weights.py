@@ -54,7 +54,7 @@ class ComputeWeights(Pass):
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         """Compute the weights of all linear operators."""
         result = begun(model, keep_overridable=self.keep_overridable)
-        names = Names(model)
+        names = Names(model, later=True)
         count = 0
         for graph, opset in scopes(model):
             for node in tuple(graph):

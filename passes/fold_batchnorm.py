@@ -62,7 +62,7 @@ class FoldBatchNorm(Pass):
         if not self.keep_overridable and (frozen := freeze_overridable(model)):
             result.changed = True
             result.notes.append(freeze_note(frozen))
-        names = Names(model)
+        names = Names(model, later=True)
         counts = {"the linear operator before it": 0, "those after it": 0}
         for node, opset in norms:
             reason = self._fold(node, opset, names, counts)

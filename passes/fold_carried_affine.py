@@ -61,7 +61,7 @@ class FoldCarriedAffine(Pass):
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         """Fold every affine node of `model` whose linear operators are found."""
         result = begun(model, keep_overridable=self.keep_overridable)
-        names = Names(model)
+        names = Names(model, later=True)
         count = 0
         for graph, opset in scopes(model):
             reasons: dict[ir.Node, str] = {}

@@ -56,7 +56,7 @@ class FoldConvAffine(Pass):
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         """Fold every affine node of `model` that can be folded exactly, chains link by link."""
         result = begun(model, keep_overridable=self.keep_overridable)
-        names = Names(model)
+        names = Names(model, later=True)
         count = 0
         for graph, opset in scopes(model):
             for node in tuple(graph):

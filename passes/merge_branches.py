@@ -54,7 +54,7 @@ class MergeBranches(Pass):
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         """Merge in every sum of `model`."""
         result = begun(model, keep_overridable=self.keep_overridable)
-        names = Names(model)
+        names = Names(model, later=True)
         merged = 0
         for graph, opset in scopes(model):
             # Backwards: where the last sum of a tree goes, the one before it takes its place.

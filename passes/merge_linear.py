@@ -54,7 +54,7 @@ class MergeLinear(Pass):
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         """Merge chains link by link, from the inputs on."""
         result = begun(model, keep_overridable=self.keep_overridable)
-        names = Names(model)
+        names = Names(model, later=True)
         count = 0
         for graph, opset in scopes(model):
             for node in tuple(graph):

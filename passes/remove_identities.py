@@ -40,7 +40,7 @@ class RemoveIdentities(Pass):
         """Remove until nothing more is found; each node is visited once, its producers before it."""
         result = PassResult(changed=False)
         removed: Counter[str] = Counter()
-        names = Names(model)
+        names = Names(model, later=True)
         merged = 0
         for graph, opset in scopes(model):
             for node in tuple(graph):

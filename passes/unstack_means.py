@@ -48,7 +48,7 @@ class UnstackMeans(Pass):
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         """Unstack every mean and sum of `model`."""
         result = PassResult(changed=False)
-        names = Names(model)
+        names = Names(model, later=True)
         count = 0
         for graph, _ in scopes(model):
             for node in tuple(graph):

@@ -19,9 +19,9 @@ from typing import IO, Any
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.files.scaled import ScaledTensor
+from graphopt.files.piecewise import PiecewiseTensor, stored
 
-RESIDENT_BUDGET = 96 << 20
+RESIDENT_BUDGET = 32 << 20
 """Bytes of one file that may be handed out before its pages are given back."""
 
 CHUNK = 4 << 20
@@ -107,6 +107,16 @@ class MappedTensor(ir.ExternalTensor):
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
         return np.asarray(self.numpy(), dtype=dtype)
 
+    def rows(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+        """Positions `start` to `stop` of the first axis; earlier pages of the file are given back."""
+        shape, dtype = self.shape.numpy(), np.dtype(self.dtype.numpy())
+        if self.dtype.bitwidth < 8 or self.size == 0:
+            return self.numpy()[start:stop]
+        row = self.nbytes // int(shape[0])
+        # Copied: a view would bring the pages back that are given to the system meanwhile, and may be unaligned.
+        data = bytearray(self.file.view((self.offset or 0) + start * row, (stop - start) * row))
+        return np.frombuffer(data, dtype.newbyteorder("<")).astype(dtype, copy=False).reshape(stop - start, *shape[1:])
+
     def tobytes(self) -> bytes:
         """The bytes of the tensor, copied."""
         return bytes(self._bytes())
@@ -121,6 +131,13 @@ class MappedTensor(ir.ExternalTensor):
         self.file.shed()
 
 
+def release_files(model: ir.Model) -> None:
+    """Give the resident pages of all files back that the model's weights are in."""
+    parts = (part for _, tensor in model_tensors(model) for part in stored(tensor))
+    for file in dict.fromkeys(part.file for part in parts if isinstance(part, MappedTensor)):
+        file.shed()
+
+
 def chunks(tensor: ir.TensorProtocol, size: int = CHUNK) -> Iterator[memoryview]:
     """The serialised little-endian bytes of a tensor in pieces of at most `size` bytes.
 
@@ -132,7 +149,7 @@ def chunks(tensor: ir.TensorProtocol, size: int = CHUNK) -> Iterator[memoryview]
         for position in range(start, end, size):
             yield tensor.file.view(position, min(size, end - position))
         return
-    if isinstance(tensor, ScaledTensor):
+    if isinstance(tensor, PiecewiseTensor):
         yield from (memoryview(piece) for piece in tensor.byte_pieces())
         return
     view = memoryview(_plain_bytes(tensor))
@@ -156,7 +173,7 @@ def contains_nan(tensor: ir.TensorProtocol) -> bool:
     if isinstance(tensor, MappedTensor) and tensor.dtype in _STREAMED and tensor.nbytes > CHUNK:
         dtype = np.dtype(tensor.dtype.numpy()).newbyteorder("<")
         return any(bool(_isnan(np.frombuffer(chunk, dtype=dtype))) for chunk in chunks(tensor))
-    if isinstance(tensor, ScaledTensor):
+    if isinstance(tensor, PiecewiseTensor):
         return any(_isnan(piece) for piece in tensor.pieces())
     return bool(_isnan(tensor.numpy()))
 

@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from graphopt.errors import GraphoptError, ModelError
 from graphopt.files import archive, compression
-from graphopt.files.scaled import ScaledTensor
+from graphopt.files.piecewise import stored
 from graphopt.files.shape_inference import annotated
 from graphopt.files.stored import Storage
 from graphopt.files.weights import all_graphs, chunks, model_tensors, reference, with_placeholders
@@ -61,7 +61,8 @@ def is_external(model: ir.Model) -> bool:
     """Whether weights of the model live in external data files, apart from the file with its graph."""
     return any(
         isinstance(tensor, ir.ExternalTensor) and Path(tensor.location).suffix != archive.SUFFIX
-        for tensor in (t.source if isinstance(t, ScaledTensor) else t for _, t in model_tensors(model))
+        for _, whole in model_tensors(model)
+        for tensor in stored(whole)
     )
 
 

@@ -20,7 +20,7 @@ FIDELITY_SAMPLES = 512
 """Calibration samples that fidelity is measured on: the standard error of a mean cosine is far below 0.1 % by then."""
 
 BENCH_WEIGHTS_LIMIT = 1 << 29
-"""Models with more bytes of weights than this are timed only when a gate asks: two of them must be held in memory."""
+"""Models with more bytes of weights than this are timed only when a gate asks: loading them takes time and memory."""
 
 
 class Measures:

@@ -46,7 +46,8 @@ def measure(report: Report, result: ir.Model, measures: Measures, bench: bool, v
     if measures.known_latency(result) is not None or (bench and not big):
         report.latency = measures.latency(result)
     else:
-        reason = f"the weights exceed {BENCH_WEIGHTS_LIMIT >> 20} MiB" if big else "switched off"
+        limit = f"the weights exceed {BENCH_WEIGHTS_LIMIT >> 20} MiB (--max-latency 1 measures all the same)"
+        reason = limit if big else "switched off"
         report.latency = Latency(None, reason=f"not measured: {reason}")
 
 

@@ -206,12 +206,15 @@ def allow_private_initializers(model: ir.Model) -> str | None:
 class Names:
     """All names of values and nodes in a model, and new ones that clash with none of them.
 
-    They are collected when the first new one is asked for: most runs of most passes need none.
+    Args:
+        model: the model.
+        later: collect the names when the first new one is asked for: most runs of most passes need none. Only where
+            nothing is taken out of the graph under its name to be put back later.
     """
 
-    def __init__(self, model: ir.Model) -> None:
+    def __init__(self, model: ir.Model, *, later: bool = False) -> None:
         self._model = model
-        self._taken: set[str] | None = None
+        self._taken: set[str] | None = None if later else _all_names(model)
 
     def fresh(self, wanted: str) -> str:
         """`wanted`, or `wanted_1`, `wanted_2`, ... where it is taken."""

@@ -27,7 +27,7 @@ class Editor:
 
     def __init__(self, model: ir.Model) -> None:
         self._model = model
-        self._names = Names(model)
+        self._names = Names(model, later=True)
         self._known: dict[ir.Graph, dict[Any, ir.Value]] = {}
 
     def close(self) -> None:

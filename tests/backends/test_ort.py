@@ -8,13 +8,14 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 from text_graph import graph
 
-from graphopt import bundle, calibration, model, registry
+from graphopt import bundle, calibration, model, registry, timing
 from graphopt.backend import Backend
 from graphopt.backends import ort as backend_module
 from graphopt.backends.ort import OrtBackend
@@ -102,6 +103,29 @@ def test_bench_of_a_model_against_itself_and_a_larger_one(net: ir.Model) -> None
     assert found.details["shapes"] == {"x": [2, 3, 8, 8], "shift": []}
     assert found.batch is None  # `shift` has no batch axis
     assert found.details["within_noise"][0]
+
+
+def test_large_models_are_timed_one_at_a_time(net: ir.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_now = []
+
+    class Counted(Session):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            open_now.append(self)
+            assert len(open_now) == 1
+
+        def close(self) -> None:
+            open_now.remove(self)
+            super().close()
+
+    model.save(net, tmp_path / "net.onnx")
+    monkeypatch.setattr("graphopt.backends.ort.TOGETHER", 0)
+    monkeypatch.setattr("graphopt.executor.Session", Counted)
+    found = ORT.bench([net, tmp_path / "net.onnx"], TARGET, FEEDS, seconds=0.05)
+    assert found.rounds == timing.TURNS
+    assert found.ratios[0] == 1
+    assert len(found.milliseconds) == 2
+    assert not open_now
 
 
 def test_bench_makes_its_own_feeds_and_refuses_different_inputs(net: ir.Model, tmp_path: Path) -> None:

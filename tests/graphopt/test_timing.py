@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
 
 import pytest
 
@@ -88,3 +90,37 @@ def test_undisturbed_forgets_what_others_took(warm: bool) -> None:
     burst = [clock.work(str(s), lambda n, s=s: s * (1 if n % 3 == 0 else 5 + n % 7)) for s in (1e-3, 3e-3)]
     assert timing.undisturbed(burst, 0.5, clock, warm=warm) == pytest.approx([1e-3, 3e-3])
     assert clock.log.count("0.001") == clock.log.count("0.003") >= timing.QUIET_ROUNDS
+
+
+def test_one_is_ready_at_a_time_and_orders_alternate() -> None:
+    clock, open_now, opened, calls = Clock(), [], [], []
+
+    def ready(name: str, seconds: float):
+        @contextmanager
+        def within():
+            open_now.append(name)
+            opened.append(name)
+            assert len(open_now) == 1
+            gone = [reference() is None for reference in calls]
+            assert all(gone), "what was put away is freed before the next is made ready"
+            call = clock.work(name, lambda _: seconds * (1 + clock.now / 100))
+            calls.append(weakref.ref(call))
+            yield call
+            open_now.remove(name)
+
+        return within
+
+    found = timing.in_turns([ready("a", 0.01), ready("b", 0.02)], 1.0, clock)
+    assert "".join(opened) == "ababababababa"[: timing.TURNS + 1]
+    assert found.rounds == timing.TURNS
+    assert found.ratios == pytest.approx((1, 2), rel=0.01)
+    assert found.within_noise == (True, False)
+    assert not open_now
+
+
+def test_what_takes_longer_than_its_turn_is_timed_once_a_round() -> None:
+    clock = Clock()
+    call = clock.work("a", lambda _: 5.0)
+    found = timing.in_turns([lambda: nullcontext(call)], 1.0, clock)
+    assert found.milliseconds == (5000,)
+    assert len(clock.log) == timing.WARM_UP + timing.TURNS

@@ -11,7 +11,7 @@ import pytest
 from fold_checks import context
 from text_graph import graph
 
-from graphopt.files.scaled import ScaledTensor
+from graphopt.files.piecewise import ScaledTensor, rows
 from graphopt.files.weights import chunks, contains_nan
 from graphopt.model import load, save
 from graphopt.passes.fold_batchnorm import FoldBatchNorm
@@ -48,7 +48,7 @@ def test_pieces_give_what_the_whole_gives(kind, monkeypatch, tmp_path):
     small, large = original.clone(), original.clone()
     FoldBatchNorm().run(small, context())
     monkeypatch.setattr(linear, "LARGE", 1)
-    monkeypatch.setattr("graphopt.files.scaled.ELEMENTS", 8)
+    monkeypatch.setattr("graphopt.files.piecewise.ELEMENTS", 8)
     assert FoldBatchNorm().run(large, context()).changed
     weight = large.graph.initializers["w"].const_value
     assert isinstance(weight, ScaledTensor)
@@ -100,3 +100,42 @@ def test_memory_is_that_of_a_piece():
     assert peak < 0.75 * weight.nbytes
     found.tofile(sink := io.BytesIO())
     assert sink.getbuffer().nbytes == weight.nbytes
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_extremes_are_told_without_arithmetic(dtype):
+    """Where the shortcut says that all products are normal numbers, they are; and ordinary weights take it."""
+    limits, rng = np.finfo(dtype), np.random.default_rng(0)
+    for smallest, largest, factor in (
+        (1.0, 8.0, 0.5),
+        (limits.tiny, 8.0, 0.5),
+        (1.0, limits.max, 2.0),
+        (0.0, 0.0, 2.0),
+    ):
+        data = rng.uniform(1, 2, (6, 5)).astype(dtype) * (largest > 0)
+        data[0], data[3, 2], data[5, 0] = 0, smallest, -largest
+        scale = np.full(5, factor)
+        with np.errstate(over="ignore"):
+            product = data.astype(np.float64) * scale
+        normal = (np.abs(product[product != 0]) >= limits.tiny).all() and np.abs(product).max() < limits.max
+        assert large_weights._stays_normal(ir.Tensor(data), scale) == normal
+    assert not large_weights._stays_normal(ir.Tensor(np.array([[np.nan, 1]], dtype)), np.ones(2))
+    assert not large_weights._stays_normal(ir.Tensor(np.ones((1, 2), dtype)), np.array([np.inf, 1]))
+
+
+@pytest.mark.parametrize("kind", [ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.FLOAT, ir.DataType.DOUBLE])
+def test_rows_are_rounded_as_the_whole_is(kind):
+    data = np.random.default_rng(1).normal(size=(9, 4)).astype(kind.numpy())
+    scale = np.random.default_rng(2).normal(size=9)
+    found = ScaledTensor(ir.Tensor(data, dtype=kind), scale, 0)
+    whole = (data.astype(np.float64) * scale[:, None]).astype(kind.numpy())
+    np.testing.assert_array_equal(found.rows(2, 7), whole[2:7])
+    np.testing.assert_array_equal(found.numpy(), whole)
+
+
+def test_rows_of_a_file_at_an_odd_place(tmp_path):
+    net = graph("(float[2, 9] x) => (float[2, 70] y)", "h = MatMul (x, w)  y = Add (h, b)", w=(9, 70), b=(70,))
+    save(net, tmp_path / "in.onnx")  # inside the message: nothing is aligned
+    for name, value in load(tmp_path / "in.onnx").graph.initializers.items():
+        whole = net.graph.initializers[name].const_value.numpy()
+        np.testing.assert_array_equal(rows(value.const_value, 3, 8), whole[3:8])
