@@ -19,6 +19,7 @@ import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult, Skip
 from graphopt.rewriting.cuts import (
+    FIRST_WITH_OPERANDS,
     TO_THE_END,
     Cut,
     axis_of,
@@ -26,9 +27,11 @@ from graphopt.rewriting.cuts import (
     lengths_along,
     made_by,
     rank_of,
+    recut,
     remove_unread,
     set_inputs,
     sizes,
+    slice_attributes,
     slice_inputs,
     split_sizes,
 )
@@ -43,8 +46,6 @@ from graphopt.rewriting.edit import (
     sole_use,
 )
 from graphopt.rewriting.editor import Editor
-
-_FIRST_WITH_OPERANDS = 10
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ class CancelConcats(Pass):
                 done["runs of adjacent parts made one"] += _join(node, opset, editor, result)
             elif is_onnx(node, "Split"):
                 done["Splits of a Concat undone"] += _unsplit(node, result)
-            elif is_onnx(node, "Slice") and opset >= _FIRST_WITH_OPERANDS:
-                done["Slices of a Concat moved to its operand"] += _into_operand(node, editor, result)
+            elif is_onnx(node, "Slice"):
+                done["Slices of a Concat moved to its operand"] += _into_operand(node, opset, editor, result)
         editor.close()
         result.changed = any(done.values())
         result.notes.extend(f"{count} {what}" for what, count in done.items() if count)
@@ -209,8 +210,6 @@ def _joined(run: list[_Part], node: ir.Node, axis: int, opset: int, editor: Edit
         return first.source
     if any(is_onnx(part.node, "Split") for part in run):
         return "it joins some outputs of a Split and not all of them"
-    if opset < _FIRST_WITH_OPERANDS:
-        return f"opset {opset} has no Slice with operands"
     if any(sole_use(part.node.outputs[0]) is None for part in run):
         return "the adjacent Slices that it joins are also read elsewhere"
     cuts: dict[int, Cut] = {axis: (first.start, last.end, 1)}
@@ -219,6 +218,8 @@ def _joined(run: list[_Part], node: ir.Node, axis: int, opset: int, editor: Edit
     if shape is not None:
         length = shape[axis]
         shape[axis] = min(last.end, length) - first.start if isinstance(length, int) else None
+    if opset < FIRST_WITH_OPERANDS:
+        return editor.insert(node, "Slice", [first.source], slice_attributes(cuts) or {}, name, shape)
     return editor.insert(node, "Slice", slice_inputs(cuts, first.source, node, editor, name), {}, name, shape)
 
 
@@ -250,7 +251,7 @@ def _unsplit(node: ir.Node, result: PassResult) -> int:
     return 1
 
 
-def _into_operand(node: ir.Node, editor: Editor, result: PassResult) -> int:
+def _into_operand(node: ir.Node, opset: int, editor: Editor, result: PassResult) -> int:
     inner = made_by(node.inputs[0], node, "Concat")
     if inner is None:
         return 0
@@ -270,7 +271,9 @@ def _into_operand(node: ir.Node, editor: Editor, result: PassResult) -> int:
             return 0
     else:
         cuts = {k: c for k, c in {**(cuts_of(node) or {}), axis: cut}.items() if not (whole and k == axis)}
-        set_inputs(node, slice_inputs(cuts, operand, node, editor, str(node.outputs[0].name)))
+        if not recut(node, operand, cuts, opset, editor):
+            result.skipped.append(Skip(label(node), f"opset {opset} has no Slice with steps"))
+            return 0
         mark_origin(node, [label(inner)])
     remove_unread(inner.outputs[0])
     return 1

@@ -23,6 +23,8 @@ from graphopt.rewriting.editor import Editor
 _FACTORS = {"Mul": 1, "Div": -1}
 _SHIFTS = {"Add": 1, "Sub": -1}
 _FIRST_BROADCASTING = 7
+_SMALL = 128
+"""Bytes: what a node takes that goes, so that a table of this size may be stored again."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,9 @@ class MergeScales(Pass):
     """Make one Mul of factors that follow each other, and one Add of shifts, in float64.
 
     Algebra: see the head of the file. Does not fire: on a constant minus or divided by x, on factors that are zero or
-    not finite (x * 0 is not 0), where the merged factor leaves the range of the type, on constants that others read, on
-    parts of activations and normalisations that runtimes fuse. Preserves: NaN and infinities.
+    not finite (x * 0 is not 0), where the merged factor leaves the range of the type, on tables that others read or
+    that the file holds twice, on parts of activations and normalisations that runtimes fuse.
+    Preserves: NaN and infinities.
     """
 
     name: ClassVar[str] = "merge-scales"
@@ -88,6 +91,8 @@ def _merge(node: ir.Node, inner: ir.Node, editor: Editor) -> str | None:
         value is not None and data.size > 1 and not sole_use(value) for value, data in zip(values, (a, b), strict=True)
     ):
         return "a constant of it is also read elsewhere"
+    if any(_stored_again(value) for value in values):
+        return "its table is in the file a second time, and the two can become one instead"
     factors = is_onnx(node, *_FACTORS)
     if factors and not (a.all() and b.all()):
         return "a factor is zero, and x * 0 is not 0 for infinities"
@@ -107,6 +112,21 @@ def _merge(node: ir.Node, inner: ir.Node, editor: Editor) -> str | None:
     mark_origin(node, [label(inner)])
     set_inputs(node, [source, editor.constant(node, name, data)])
     return None
+
+
+def _stored_again(value: ir.Value | None) -> bool:
+    """True where another initializer holds the same table: read by both, it is stored once."""
+    tensor, graph = constant(value), value.graph if value is not None else None
+    if tensor is None or graph is None or tensor.nbytes <= _SMALL:
+        return False
+    same = (
+        other.const_value
+        for other in graph.initializers.values()
+        if other is not value and other.const_value is not None and other.const_value.dtype == tensor.dtype
+    )
+    return any(
+        list(other.shape) == list(tensor.shape) and np.array_equal(other.numpy(), tensor.numpy()) for other in same
+    )
 
 
 def _in_range(data: Float64) -> bool:

@@ -14,11 +14,9 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult, Skip
-from graphopt.rewriting.cuts import Cut, chained, cuts_of, made_by, remove_unread, set_inputs, sizes, slice_inputs
+from graphopt.rewriting.cuts import Cut, chained, cuts_of, made_by, recut, remove_unread, sizes
 from graphopt.rewriting.edit import is_onnx, label, mark_origin, sole_use
 from graphopt.rewriting.editor import Editor
-
-_FIRST_WITH_OPERANDS = 10
 
 
 @dataclass(frozen=True)
@@ -74,14 +72,8 @@ def _both(inner: ir.Node, outer: ir.Node) -> dict[int, Cut] | str:
 
 
 def _write(node: ir.Node, inner: ir.Node, cuts: dict[int, Cut], opset: int, editor: Editor) -> None:
-    source, axes = inner.inputs[0], sorted(cuts)
+    source = inner.inputs[0]
     assert source is not None  # a Slice has a first input
-    if opset >= _FIRST_WITH_OPERANDS:
-        set_inputs(node, slice_inputs(cuts, source, node, editor, str(node.outputs[0].name)))
-    else:
-        node.replace_input_with(0, source)
-        node.attributes["axes"] = ir.AttrInt64s("axes", axes)
-        node.attributes["starts"] = ir.AttrInt64s("starts", [cuts[axis][0] for axis in axes])
-        node.attributes["ends"] = ir.AttrInt64s("ends", [cuts[axis][1] for axis in axes])
+    recut(node, source, cuts, opset, editor)
     mark_origin(node, [label(inner)])
     remove_unread(inner.outputs[0])

@@ -17,6 +17,9 @@ TO_THE_END = 2**31 - 1
 _FRONT = -(2**63)
 """The end of a cut backwards that takes position 0 too."""
 
+FIRST_WITH_OPERANDS = 10
+"""Before this opset the bounds of a Slice are attributes."""
+
 Cut = tuple[int, int, int]
 
 
@@ -146,6 +149,28 @@ def slice_inputs(
     if any(step != 1 for step in steps):
         inputs.append(editor.sizes(before, f"{name}_steps", steps))
     return inputs
+
+
+def slice_attributes(cuts: Mapping[int, Cut]) -> dict[str, list[int]] | None:
+    """The attributes of a Slice (up to opset 9) that makes these cuts; None where one takes steps."""
+    axes = sorted(cuts)
+    if any(cuts[axis][2] != 1 for axis in axes):
+        return None
+    return {"axes": axes, "starts": [cuts[axis][0] for axis in axes], "ends": [cuts[axis][1] for axis in axes]}
+
+
+def recut(node: ir.Node, source: ir.Value, cuts: Mapping[int, Cut], opset: int, editor: Editor) -> bool:
+    """Let a Slice make other cuts, of another tensor; False where its opset cannot say them, and nothing changes."""
+    if opset >= FIRST_WITH_OPERANDS:
+        set_inputs(node, slice_inputs(cuts, source, node, editor, str(node.outputs[0].name)))
+        return True
+    attributes = slice_attributes(cuts)
+    if attributes is None:
+        return False
+    for name, numbers_given in attributes.items():
+        node.attributes[name] = ir.AttrInt64s(name, numbers_given)
+    set_inputs(node, [source])
+    return True
 
 
 def axis_of(node: ir.Node, rank: int | None, default: int = 0) -> int | None:

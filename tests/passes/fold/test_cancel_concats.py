@@ -100,3 +100,21 @@ def test_random_cuts_and_joins(seed: int) -> None:
     pass_class("merge-slices")().run(model, context())
     for one, other in zip(run(model, feeds), before, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_attributes_of_old_opsets() -> None:
+    head = '<ir_version: 4, opset_import: ["" : 9]> g (float[N,6] x, float[N,2] u) => (float[A,B] y) '
+    cut = "Slice <axes: ints = [1], starts: ints = [{}], ends: ints = [{}]> ({})"
+    expect(
+        f"{head} {{ s = Concat <axis: int = 1> (u, x) p = {cut.format(0, 2, 's')} q = {cut.format(3, 2**63 - 1, 's')} "
+        "r = Concat <axis: int = 1> (q, p) y = Relu(r) }",
+        f"{head} {{ q = Slice <axes: ints = [1], starts: ints = [1], ends: ints = [2147483647]> (x) "
+        "r = Concat <axis: int = 1> (q, u) y = Relu(r) }",
+        CANCEL,
+    )
+    expect(
+        f"{head} {{ p = {cut.format(1, 2, 'x')} q = {cut.format(2, 4, 'x')} "
+        "r = Concat <axis: int = 1> (p, q) y = Relu(r) }",
+        f"{head} {{ q = {cut.format(1, 4, 'x')} y = Relu(q) }}",
+        CANCEL,
+    )

@@ -44,3 +44,12 @@ def test_kept(before: str, reason: str) -> None:
 def test_a_larger_constant_is_not_made() -> None:
     text = "g (float[3,3] x) => (float[3,3] y) " + GIVEN + "{ t = Mul(x, v) y = Mul(t, w) }"
     assert "would be larger" in reasons(expect(text, None, MERGE))
+
+
+def test_a_table_that_is_there_twice_stays() -> None:
+    """One of the two can be read by both, which saves more than the node."""
+    table = "float[N] {} = {{" + ", ".join(str(float(k + 1)) for k in range(64)) + "}}"
+    tables = ", ".join(table.replace("N", "64").format(name) for name in ("p", "q")).replace("}}", "}")
+    head = f"g (float[2,64] x) => (float[2,64] y) <float a = {{2.0}}, {tables}>"
+    text = f"{head} {{ t = Mul(x, a) u = Mul(t, p) y = Div(u, q) }}"
+    assert "a second time" in reasons(expect(text, None, MERGE))
