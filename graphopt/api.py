@@ -53,13 +53,14 @@ class Result:
     target: Target
     context: Context = field(repr=False)
 
-    def save(self, path: str | os.PathLike[str], *, compress: bool = False) -> list[Path]:
+    def save(self, path: str | os.PathLike[str], *, compress: bool = False, name: str = "model.onnx") -> list[Path]:
         """Write the model to a file, or to a folder the model, `report.json`, `report.html` and `recipe.toml`.
 
         Args:
             path: a `.onnx` file, a `.safetensors` archive, or a folder.
             compress: store weights with many zeros as values and positions (`graphopt.save`); `report.storage` tells
                 what that did.
+            name: of the model's file in a folder.
 
         Returns:
             The files written.
@@ -75,8 +76,8 @@ class Result:
             self._note_storage(save(self.model, path, compress=compress))
             return [path]
         _make_folder(path)
-        self._note_storage(save(self.model, path / "model.onnx", compress=compress))
-        return [path / "model.onnx", *self._write_reports(path)]
+        self._note_storage(save(self.model, path / name, compress=compress))
+        return [path / name, *self._write_reports(path)]
 
     def lower(
         self,

@@ -120,7 +120,14 @@ def optimize(
     _limit_threads(options["jobs"])
     from graphopt.api import optimize as run_pipeline
     from graphopt.errors import GateRefused, UsageError
-    from graphopt.pipeline.destination import check_bundle, check_file, check_output, is_model_file
+    from graphopt.pipeline.destination import (
+        MODEL,
+        PREPARED_FROM,
+        check_bundle,
+        check_file,
+        check_output,
+        is_model_file,
+    )
     from graphopt.report.live import LiveProgress
 
     if options["passes"] is not None and not options["passes"].strip():
@@ -146,7 +153,9 @@ def optimize(
         progress.close()
     written: list[str] = []
     if out is not None and not options["dry_run"]:
-        written = [str(path) for path in result.save(out, compress=compress)]
+        # What a target prepares for itself is not what the passes made: both stay.
+        name = PREPARED_FROM if result.target.prepare else MODEL
+        written = [str(path) for path in result.save(out, compress=compress, name=name)]
         if not is_model_file(out):
             written += [str(path) for path in result.lower(out, compress=compress).files]
     if save_recipe is not None:
@@ -316,16 +325,28 @@ def _bench_layers(models: Sequence[str], target: str, as_json: bool, options: di
 @force_option
 @common
 def lower(
-    model: str, target: str, out: str, more: Sequence[str], seed: int | None, force: bool, as_json: bool, **options: Any
+    model: str,
+    target: str,
+    out: str,
+    more: Sequence[str],
+    seed: int | None,
+    tune: float | None,
+    compress: bool,
+    force: bool,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Write the deployable bundle of a target for MODEL."""
+    from inspect import signature
+
     from graphopt.jobs import lower as write
     from graphopt.lowering.options import assignments
     from graphopt.pipeline.destination import check_folder
     from graphopt.report import tables
 
     folder = check_folder(out, [model], force=force)
-    made = write(model, target, folder, seed=seed or 0, **{**options, **assignments(more)})
+    own = assignments(more, {"tune": tune, "compress": compress}, signature(write).parameters)
+    made = write(model, target, folder, seed=seed or 0, **options, **own)
     files, verified, warnings = map(str, made.files), made.manifest["verified"], made.manifest["warnings"]
     if as_json:
         _json({"files": list(files), "verified": verified, "warnings": warnings})
@@ -384,16 +405,17 @@ def passes(name: str | None, as_json: bool) -> None:
 @click.argument("name", required=False)
 @common
 def targets(name: str | None, as_json: bool) -> None:
-    """What targets there are; with NAME: its table, and whether this machine can run it."""
+    """What targets there are; with NAME: its table, and whether this machine can run it and make its bundles."""
     from graphopt import registry
     from graphopt.jobs import describe_target
 
     if name is not None:
         table = describe_target(name)
-        _print_rows(table if as_json else [{"key": key, "value": value} for key, value in table.items()], as_json)
+        said = [{"key": key, "value": value} for key, value in table.items() if value not in ("", (), [], None)]
+        _print_rows(table if as_json else said, as_json)
         return
     rows = [describe_target(each) for each in registry.targets()]
-    keep = ("name", "backend", "arch", "runs here", "description")
+    keep = ("name", "backend", "arch", "runs here", "lowers here", "description")
     _print_rows(rows if as_json else [{key: row[key] for key in keep} for row in rows], as_json)
 
 

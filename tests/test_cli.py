@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+from graphopt import registry
 from graphopt.cli import cli
 from graphopt.jobs import describe_target
 from graphopt.registry import targets
 from graphopt.report.data import Report
+from graphopt.target import Target
 
 DIGITS = Path(__file__).resolve().parent.parent / "examples" / "digits"
 MODEL, CALIB, EVAL = (str(DIGITS / name) for name in ("digits.onnx", "calib.npz", "eval.npz"))
@@ -314,10 +316,14 @@ def test_a_target_that_cannot_run_here_exits_6() -> None:
 
 
 @pytest.mark.parametrize("command", ["optimize", "lower", "bench"])
-def test_a_target_whose_backend_is_missing_exits_6_before_any_work(tmp_path: Path, command: str) -> None:
+def test_a_target_whose_backend_is_missing_exits_6_before_any_work(
+    tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    board = Target("board", "runtime-of-nobody")
+    monkeypatch.setattr(registry, "_target_tables", lambda: {"board": board})
     out = {"bench": (), "lower": ("-o", tmp_path / "out"), "optimize": ("--passes", "fold", "-o", tmp_path / "out")}
-    done = call(command, MODEL, "--target", "jetson-orin", *out[command], code=6)
-    assert "jetson-orin" in last_line(done) and "tensorrt" in last_line(done) and "-o MODEL.onnx" in last_line(done)
+    done = call(command, MODEL, "--target", "board", *out[command], code=6)
+    assert all(word in last_line(done) for word in ("board", "runtime-of-nobody", "-o MODEL.onnx"))
     assert done.stdout == "" and not (tmp_path / "out").exists()
 
 

@@ -6,7 +6,7 @@ Their annotations are their types: `bool`, `int`, `float` or `str`, or one of th
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from graphopt.errors import UsageError
@@ -56,18 +56,25 @@ def check_options(backend: Backend, given: Mapping[str, Any]) -> dict[str, Any]:
     return made
 
 
-def assignments(texts: Sequence[str]) -> dict[str, str]:
-    """NAME=VALUE as the command line gives it.
+def assignments(texts: Sequence[str], given: Mapping[str, Any], reserved: Collection[str]) -> dict[str, Any]:
+    """Options that have a place of their own on the command line, and those that were given as NAME=VALUE.
+
+    Args:
+        texts: NAME=VALUE.
+        given: the former, by name; None and False mean: not given.
+        reserved: names that are no options of a backend.
 
     Raises:
-        UsageError: a text is not of that form, or names an option twice.
+        UsageError: a text is not of that form, or names an option twice, or what is none.
     """
-    found: dict[str, str] = {}
+    found = {name: value for name, value in given.items() if value is not None and value is not False}
     for text in texts:
         name, equals, value = text.partition("=")
         name = name.strip().replace("-", "_")
         if not equals or not name:
             raise UsageError(f"{text!r} is not NAME=VALUE", where="--set", hint="write it as in --set tune=600")
+        if name in reserved:
+            raise UsageError("is no option of a backend", where=name, hint="see `graphopt lower --help`")
         if name in found:
             raise UsageError(f"{name} is given twice", where="--set", hint="give it once")
         found[name] = value.strip()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphopt import bundle, registry
-from graphopt.errors import GraphoptError, MissingBackendError, ModelError
+from graphopt.errors import GraphoptError, MissingBackendError, ModelError, UsageError
 from graphopt.lowering.describe import describe
 from graphopt.lowering.options import check_options
 from graphopt.lowering.portable import check_caps, refuse_private, strip_unused_imports
@@ -59,8 +60,11 @@ def lower(
         MissingBackendError: a tool that the target needs is not installed.
         ModelError: the target cannot take the model; names the node.
         VerificationError: the bundle computes something else; nothing was written.
-        UsageError: the folder cannot be used, or the backend has no such option.
+        UsageError: the folder or the tolerance cannot be used, or the backend has no such option.
     """
+    if tolerance is not None and not (verify and 0 <= tolerance < math.inf):
+        what = f"{tolerance} is no difference" if verify else "says how far --verify may differ, and it was not given"
+        raise UsageError(what, where="tolerance", hint="give --verify and a number from 0 on")
     backend = registry.backend(target.backend)
     own = check_options(backend, options or {})
     check_tools(backend, target)

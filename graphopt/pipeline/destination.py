@@ -19,6 +19,9 @@ from graphopt.errors import UsageError
 MODEL_SUFFIXES = (".onnx", ".safetensors")
 """Destinations that are a model file; every other one is a folder."""
 
+MODEL, PREPARED_FROM = "model.onnx", "optimized.onnx"
+"""The model in a folder: by itself, and where the folder's bundle holds what its target made of it."""
+
 OURS = ("report.json", "manifest.json")
 """Files that mark a folder as written by graphopt."""
 
@@ -54,7 +57,7 @@ def check_output(
                 where=str(path),
                 hint="choose another name",
             )
-        targets = [path / "model.onnx"]
+        targets = [path / MODEL, path / PREPARED_FROM]
     for given in inputs:
         for target in targets:
             if target.exists() and Path(given).exists() and target.samefile(given):
@@ -84,11 +87,14 @@ def check_bundle(out: str | os.PathLike[str], target: str | None) -> None:
     """A folder gets the bundle of the target: told before the work where nothing can write that.
 
     Raises:
-        MissingBackendError: the target's backend is not installed.
+        MissingBackendError: the target's backend is not installed, or a tool that its bundles need.
         UsageError: there is no such target.
     """
+    from graphopt.lowering.steps import check_tools
+
     if target is not None and not is_model_file(out):
-        registry.backend(registry.target(target).backend)
+        found = registry.target(target)
+        check_tools(registry.backend(found.backend), found)
 
 
 def check_file(file: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]] = ()) -> Path:
