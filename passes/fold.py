@@ -22,6 +22,7 @@ MEMBERS = (
     "compute-weights",
     "fold-constants",
     "simplify-bodies",
+    "narrow-scans",
     "remove-identities",
     "recognise-pixel-moves",
     "merge-reshapes",

@@ -42,3 +42,35 @@ def test_in_a_body() -> None:
       else_branch = two () => (float[A,B] q) {{ q = Gemm <transB: int = 1, alpha: float = 2.0> (x, w) }}> }}"""
     after = text.replace(f"t = {T} (w) p = Gemm(x, t)", "p = Gemm <transB: int = 1> (x, w)")
     expect(text, after, ABSORB)
+
+
+@pytest.mark.parametrize(
+    ("perm", "reduction", "after"),
+    [
+        ("0, 2, 3, 1", "ReduceMax<axes = [1, 2], keepdims = 0>(t)", "ReduceMax<axes = [2, 3], keepdims = 0>(x)"),
+        ("0, 2, 3, 1", "ReduceSum<keepdims = 0>(t, k)", "ReduceSum<keepdims = 0>(x, l)"),
+        ("3, 2, 1, 0", "ReduceMean<keepdims = 0>(t)", "ReduceMean<keepdims = 0>(x)"),
+        ("0, 3, 1, 2", "ReduceMean<axes = [-3], keepdims = 0>(t)", "ReduceMean<axes = [3], keepdims = 0>(x)"),
+    ],
+)
+def test_reductions_that_drop_axes(perm: str, reduction: str, after: str) -> None:
+    head = "g (float[2,3,4,5] x) => (float[*] y) <int64[2] k = {1, -2}, int64[2] l = {2, 3}>".replace("[*]", "")
+    expect(
+        f"{head} {{ t = Transpose<perm = [{perm}]>(x) s = {reduction} y = Relu(s) }}",
+        f"{head} {{ s = {after} y = Relu(s) }}",
+        pass_class("absorb-transposes")(),
+    )
+
+
+@pytest.mark.parametrize(
+    ("nodes", "reason"),
+    [
+        ("t = Transpose<perm = [0, 3, 2, 1]>(x) y = ReduceMax<axes = [1], keepdims = 0>(t)", "changes the order"),
+        ("t = Transpose<perm = [0, 2, 3, 1]>(x) y = ReduceMax<axes = [1, 2], keepdims = 1>(t)", ""),
+        ("t = Transpose<perm = [0, 2, 3, 1]>(x) r = ReduceMax<axes = [1, 2, 3], keepdims = 0>(t) "
+         "s = ReduceMax<axes = [0, 1, 2, 3], keepdims = 0>(t) y = Add(r, s)", "also read elsewhere"),
+    ],
+)  # fmt: skip
+def test_reductions_that_stay(nodes: str, reason: str) -> None:
+    text = f"g (float[2,3,4,5] x) => (float y) {{ {nodes} }}"
+    assert reason in reasons(expect(text, None, pass_class("absorb-transposes")()))
