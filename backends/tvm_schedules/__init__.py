@@ -18,9 +18,13 @@ import tvm
 from tvm import tirx
 from tvm.target import Target
 
+from graphopt.backends.tvm_schedules import vector_math
 from graphopt.backends.tvm_schedules.blocked_graph import to_blocks
 from graphopt.backends.tvm_schedules.machine import Machine
+from graphopt.backends.tvm_schedules.product_loops import product_rule
+from graphopt.backends.tvm_schedules.rows import rows_rule
 from graphopt.backends.tvm_schedules.rule import Rule, Unscheduled
+from graphopt.backends.tvm_schedules.weights import pack_weights
 from graphopt.backends.tvm_schedules.window_rule import window_rule
 
 __all__ = ["LEGALIZERS", "RULES", "Machine", "Rule", "Unscheduled", "legalize", "schedule"]
@@ -28,7 +32,7 @@ __all__ = ["LEGALIZERS", "RULES", "Machine", "Rule", "Unscheduled", "legalize", 
 LEGALIZERS: tuple[Callable[[tvm.IRModule, Machine, list[Unscheduled]], tvm.IRModule], ...] = (to_blocks,)
 """Rewrites of Relax functions, in the order in which they run."""
 
-RULES: dict[str, Rule] = {"window": window_rule}
+RULES: dict[str, Rule] = {"window": window_rule, "product": product_rule, "rows": rows_rule}
 """Name -> rule, in the order in which they are tried."""
 
 _DONE = "tirx.is_scheduled"
@@ -59,7 +63,9 @@ def schedule(module: tvm.IRModule, target: Target, *, failures: list[Unscheduled
         failures: gets an entry for each rule that took a function and raised; the function then goes to the next rule,
             and stays as it is (correct, slow) where none is left.
     """
+    vector_math.install()
     machine = Machine.of(target)
+    module = pack_weights(module, machine)
     updates = {}
     with target:
         for name, function in module.functions_items():
@@ -86,5 +92,5 @@ def _first_schedule(
             failures.append(Unscheduled.of(name, rule_name, error))
             continue
         if schedule is not None:
-            return schedule.mod["main"]
+            return schedule if isinstance(schedule, tirx.PrimFunc) else schedule.mod["main"]
     return None

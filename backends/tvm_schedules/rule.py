@@ -9,11 +9,12 @@ from tvm import s_tir, tirx
 
 from graphopt.backends.tvm_schedules.machine import Machine
 
-Rule = Callable[[tirx.PrimFunc, Machine], s_tir.Schedule | None]
+Rule = Callable[[tirx.PrimFunc, Machine], s_tir.Schedule | tirx.PrimFunc | None]
 """Takes a function without a schedule; gives its schedule, or None where the function is not of the rule's kind.
 
-A rule transforms by the primitives of `tvm.s_tir.Schedule` alone: each of them checks that it changes nothing about
-what is computed. A rule may raise; the dispatcher notes it and tries the next."""
+A rule transforms by the primitives of `tvm.s_tir.Schedule`, each of which checks that it changes nothing about what is
+computed, or reads the function as formulas (`stages.py`) and writes new loops for them. A rule may raise; the
+dispatcher notes it and tries the next."""
 
 
 @dataclass(frozen=True)
