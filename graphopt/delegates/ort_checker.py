@@ -1,7 +1,9 @@
 """ONNX Runtime's own estimate of what NNAPI and CoreML take, for comparison: it looks at operators and ranks alone.
 
 `onnxruntime.tools.mobile_helpers.usability_checker` ships with the wheel. It does not look at types, constants,
-attributes and Q/DQ groups ("caveats that have not been checked"), and counts shape computations as nodes.
+attributes and Q/DQ groups ("caveats that have not been checked"), so that it takes more than the providers do; and less
+where it errs: it reads an input that is left out as one of unknown shape (Resize without a region), and a misprint in
+its list hides ReduceSum from CoreML's NeuralNetwork.
 """
 
 from __future__ import annotations
