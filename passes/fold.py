@@ -27,6 +27,7 @@ MEMBERS = (
     "recognise-pixel-moves",
     "merge-reshapes",
     "cut-assignments",
+    "narrow-splits",
     "merge-slices",
     "cancel-concats",
     "move-transposes",
