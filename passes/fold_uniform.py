@@ -18,7 +18,7 @@ import onnx_ir as ir
 from graphopt.base import Context, Effect, Pass, PassResult, Skip
 from graphopt.rewriting.affine import arithmetic_affine, inference_problem
 from graphopt.rewriting.cuts import made_by, remove_unread, set_inputs, sizes
-from graphopt.rewriting.edit import bypass, cannot_replace, is_onnx, label, sole_use
+from graphopt.rewriting.edit import bypass, cannot_replace, constant, is_onnx, label, sole_use
 from graphopt.rewriting.editor import Editor
 from graphopt.rewriting.uniform import Uniforms, uniform
 
@@ -47,7 +47,7 @@ class FoldUniform(Pass):
         count = 0
         for node, opset in editor.nodes():
             affine = _affine(node, opset)
-            if affine is None:
+            if affine is None or (isinstance(affine, str) and not any(map(_computed, node.inputs))):
                 continue
             reason = affine if isinstance(affine, str) else _fold(node, *affine, made)
             if reason is None:
@@ -59,6 +59,11 @@ class FoldUniform(Pass):
             result.changed = True
             result.notes.append(f"{count} operators with uniform parameters folded into uniform weights")
         return result
+
+
+def _computed(value: ir.Value | None) -> bool:
+    """True for a tensor of one number that is not stored: what is stored alone is for other folds."""
+    return constant(value) is None and uniform(value) is not None
 
 
 def _affine(node: ir.Node, opset: int) -> tuple[ir.Value, float, float] | str | None:
@@ -111,6 +116,8 @@ def _fold(node: ir.Node, source: ir.Value, scale: float, shift: float, made: Uni
     maker = made_by(source, node, "Conv", "BatchNormalization")
     places = (1, 2)
     if maker is None or uniform(maker.inputs[1]) is None:
+        return ""
+    if not any(map(_computed, (*node.inputs, *maker.inputs))):
         return ""
     if is_onnx(maker, "BatchNormalization") and uniform(maker.inputs[2]) is None:
         return ""
