@@ -74,7 +74,9 @@ class Report:
         delegate: its name; `title` how it is called.
         nodes: number of nodes of the model, Constants not counted.
         taken: number of those that the delegate takes.
-        macs: share of the multiply-accumulates in them, symbolic sizes counted as 1.
+        macs: share of the multiply-accumulates in them, symbolic sizes counted as 1; share of the nodes where nothing
+            that counts multiplies or its sizes are not known (`measure`).
+        measure: what `macs` and those of the other records are shares of: "multiply-accumulates" or "nodes".
         parts: what it gets.
         refused: what stays.
         changes: what would help, the most helpful first.
@@ -94,6 +96,7 @@ class Report:
     notes: tuple[str, ...]
     date: str
     sources: tuple[str, ...]
+    measure: str = "multiply-accumulates"
 
     def as_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -103,7 +106,7 @@ class Report:
         """One line."""
         parts = f"{len(self.parts)} part{'' if len(self.parts) == 1 else 's'}"
         taken = f"{self.taken} of {self.nodes} nodes in {parts}"
-        return f"{self.title}: {taken}, {self.macs:.1%} of the multiply-accumulates"
+        return f"{self.title}: {taken}, {self.macs:.1%} of the {self.measure}"
 
 
 def report(model: ir.Model, which: Delegate | str) -> Report:
@@ -203,6 +206,7 @@ class _Survey:
             notes=(*([chosen.note] if chosen.note else []), *sorted(notes)),
             date=chosen.date,
             sources=chosen.sources,
+            measure="multiply-accumulates" if self.total else "nodes",
         )
 
     def _refused(self, unit: Unit) -> Refused:

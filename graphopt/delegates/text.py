@@ -23,7 +23,7 @@ def as_text(found: Report) -> str:
     for (op, reasons), nodes in sorted(rows.items(), key=lambda row: -len(row[1])):
         lines.append(f"    {len(nodes)} {op} ({_some(nodes)}): {'; '.join(reasons)}")
     if found.changes:
-        lines.append("  what would help (nodes taken, share of multiply-accumulates, parts):")
+        lines.append(f"  what would help (nodes taken, share of {found.measure}, parts):")
     for change in found.changes:
         lines.append(f"    {change.change}: {change.taken}, {change.macs:.1%}, {change.parts}")
     lines += [f"  note: {note}" for note in found.notes]

@@ -162,6 +162,12 @@ def test_quantised_operators_are_judged_with_their_scales() -> None:
     }
 
 
+def test_without_anything_that_multiplies_shares_are_of_nodes() -> None:
+    found = on(graph("(float[1,4] x) => (float[1,4] y)", "a = Relu(x)  y = Erf(a)"), {"ops": ["Relu"]})
+    assert (found.macs, found.measure) == (0.5, "nodes")
+    assert "50.0% of the nodes" in found.summary()
+
+
 # -- the real tables -------------------------------------------------------------------------------------------------
 
 
