@@ -24,7 +24,7 @@ def write_bench(stage: Path, manifest: Mapping[str, Any]) -> None:
     words = [_in_folder(word, stage) for word in manifest["bench"]]
     path.write_text(
         "#!/bin/sh\n"
-        f"# Time the model of this folder on this device; arguments are those of {Path(manifest['bench'][-1]).name}\n"
+        f"# Time the model of this folder on this device; arguments go to: {shlex.join(manifest['bench'])}\n"
         "set -eu\n"
         'here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)\n'
         f'exec {" ".join(words)} "$@"\n',
@@ -33,6 +33,8 @@ def write_bench(stage: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _in_folder(word: str, stage: Path) -> str:
+    if word == "python3":
+        return '"${PYTHON:-python3}"'
     if word.startswith("./") or (stage / word).is_file():
         return f'"$here"/{shlex.quote(word.removeprefix("./"))}'
     return shlex.quote(word)
@@ -91,7 +93,7 @@ def _time(measured: Mapping[str, Any] | None) -> list[str]:
     at = f"{threads} thread" if threads == 1 else f"{threads} threads"
     first = f"Time: {measured['latency_ms']:.3g} ms a run ({measured['inputs']} inputs, {at}, {where})."
     told = ("latency_ms", "rounds", "threads", "batch", "inputs", "device", "processor", "machine", "cores", "system")
-    more = [f"{k}: {_number(v)}" for k, v in measured.items() if k not in told and isinstance(v, (str, int, float))]
+    more = [f"{k}: {_number(v)}" for k, v in measured.items() if k not in told and isinstance(v, (int, float))]
     return [first, *more]
 
 
