@@ -69,10 +69,10 @@ def _reduce(node: ir.Node, editor: Editor, result: PassResult) -> int:
     """Let a reduction that drops its axes read what a Transpose reads."""
     turned = made_by(node.inputs[0], node, "Transpose")
     perm = permutation(turned) if turned is not None else None
-    if turned is None or perm is None or node.attributes.get_int("keepdims", 1):
+    if turned is None or perm is None or node.attributes.get_int("keepdims", 1) != 0:
         return 0
     axes = numbers(node, "axes", 1)
-    if (axes is None and given(node, 1)) or (not axes and node.attributes.get_int("noop_with_empty_axes", 0)):
+    if (axes is None and given(node, 1)) or (not axes and node.attributes.get_int("noop_with_empty_axes", 0) != 0):
         result.skipped.append(Skip(label(turned), "the axes of the reduction behind it are computed"))
         return 0
     gone = {axis % len(perm) for axis in axes or range(len(perm))}

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from graphopt.base import Context, Effect, Pass, PassResult
+from graphopt.base import Context, Effect, Pass, PassResult, Skip
 from graphopt.rewriting.edit import bodies, graphs, mark_origin
 
 _SAMPLES = 64
@@ -46,12 +46,15 @@ class DedupeInitializers(Pass):
                 if tensor is None or value.is_graph_input() or tensor.dtype == ir.DataType.STRING:
                     continue
                 by_form[(tensor.dtype, tuple(tensor.shape))].append(value)
+        result = PassResult(changed=False)
         count = saved = 0
         for values in by_form.values():
             for group in _equal(values):
                 for value in group[1:]:
                     first = next((f for f in group if f is not value and _visible(f, value, around)), None)
-                    if first is None or value.is_graph_output() or value.graph is None or first.graph is None:
+                    if value.is_graph_output() or first is None or value.graph is None or first.graph is None:
+                        where = "an output of its graph" if value.is_graph_output() else "of a body beside the other"
+                        result.skipped.append(Skip(str(value.name), f"equal to another initializer, but {where}"))
                         continue
                     if value.const_value is not None:
                         saved += value.const_value.nbytes
@@ -59,8 +62,10 @@ class DedupeInitializers(Pass):
                     value.graph.initializers.pop(str(value.name))
                     mark_origin(first, [str(value.name)])
                     count += 1
-        notes = [f"{count} duplicate initializers removed ({saved} bytes)"] if count else []
-        return PassResult(changed=bool(count), notes=notes)
+        if count:
+            result.changed = True
+            result.notes.append(f"{count} duplicate initializers removed ({saved} bytes)")
+        return result
 
 
 def _visible(first: ir.Value, other: ir.Value, around: dict[ir.Graph, ir.Graph]) -> bool:

@@ -113,6 +113,7 @@ def _merge(node: ir.Node, editor: Editor, result: PassResult) -> bool:
         result.skipped.append(Skip(label(node), "the shape of the merged Reshape has two unknown sizes or a size of 0"))
         return False
     if sole_use(inner.outputs[0]) is None:
+        result.skipped.append(Skip(label(node), f"what the {inner.op_type} before it makes is also read elsewhere"))
         return False
     if perm is not None:
         if perm == sorted(perm):

@@ -52,6 +52,9 @@ class MoveTransposes(Pass):
                 seen |= found.makers
                 chosen, saved = best(found)
                 if not saved:
+                    if found.operators:
+                        reason = "no place behind or before the operators around it takes fewer Transposes"
+                        result.skipped.append(Skip(label(node), reason))
                     continue
                 moved = needed(found, chosen)
                 if moved["then"] > moved["now"]:

@@ -36,7 +36,7 @@ class RecognisePixelMoves(Pass):
         if not any(len(node.attributes.get_ints("perm", ())) == 6 for node in perms):
             return result
         know_shapes(model)
-        done = write_moves(model)
+        done, result.skipped = write_moves(model)
         if done:
             result.changed = True
             result.notes.append(f"{len(done)} moves of pixels are one DepthToSpace or SpaceToDepth each now")

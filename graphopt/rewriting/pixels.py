@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from graphopt.base import Skip
+from graphopt.rewriting.cuts import made_by
 from graphopt.rewriting.edit import drop_if_unused, is_onnx, label, mark_origin, remove_node, scopes, sole_use
 
 
@@ -43,16 +45,20 @@ _TYPES = (ir.DataType.FLOAT, ir.DataType.DOUBLE)
 """What ONNX Runtime has kernels for."""
 
 
-def write_moves(model: ir.Model) -> list[str]:
-    """Write the operators for the three nodes each, in place, in all bodies and functions; the names of the nodes.
+def write_moves(model: ir.Model) -> tuple[list[str], list[Skip]]:
+    """Write the operators for the three nodes each, in place, in all bodies and functions.
 
     Shapes must be inferred.
+
+    Returns:
+        The names of the nodes, and the Transposes that move pixels and stay.
     """
-    done = []
+    done, skipped = [], []
     for graph, opset in scopes(model):
         for node in tuple(graph):
             found = _found(node, opset) if is_onnx(node, "Reshape") else None
-            if found is None:
+            if found is None or isinstance(found, Skip):
+                skipped += [found] if found is not None else []
                 continue
             move, size, middle, first = found
             mark_origin(node, [label(first), label(middle)])
@@ -69,24 +75,30 @@ def write_moves(model: ir.Model) -> list[str]:
             remove_node(middle)
             remove_node(first)
             done.append(label(node))
-    return done
+    return done, skipped
 
 
-def _found(last: ir.Node, opset: int) -> tuple[Move, int, ir.Node, ir.Node] | None:
-    middle = _only_for(last, "Transpose")
-    first = _only_for(middle, "Reshape") if middle is not None else None
-    if middle is None or first is None or last.outputs[0].dtype not in _TYPES:
+def _found(last: ir.Node, opset: int) -> tuple[Move, int, ir.Node, ir.Node] | Skip | None:
+    """The move that ends with `last`; None where the permutation is another one, or why three nodes are no move."""
+    middle = made_by(last.inputs[0], last, "Transpose")
+    first = made_by(middle.inputs[0], middle, "Reshape") if middle is not None else None
+    perm = tuple(middle.attributes.get_ints("perm", ())) if middle is not None else ()
+    moves = [move for move in MOVES if opset >= move.since and perm == move.perm]
+    if middle is None or first is None or not moves:
         return None
-    shapes = [_sizes(value) for value in (first.inputs[0], first.outputs[0], last.outputs[0])]
-    perm = tuple(middle.attributes.get_ints("perm", ()))
-    before, split, after = shapes
-    if before is None or split is None or after is None or (len(before), len(split), len(after)) != (4, 6, 4):
+    if sole_use(middle.outputs[0]) is None or sole_use(first.outputs[0]) is None:
+        return Skip(label(middle), "it may move pixels, but what stands between its reshapes is also read elsewhere")
+    if last.outputs[0].dtype not in _TYPES:
+        return Skip(label(middle), "it may move pixels, of a type that runtimes have no kernel for")
+    before, split, after = (_sizes(value) for value in (first.inputs[0], first.outputs[0], last.outputs[0]))
+    if before is None or split is None or after is None:
+        return Skip(label(middle), "it may move pixels, but sizes are unknown")
+    if (len(before), len(split), len(after)) != (4, 6, 4):
         return None
-    for move in MOVES:
-        if opset >= move.since and perm == move.perm and _is(move, before, split, after):
-            size = split[move.split.index("r")]
-            if isinstance(size, int) and size > 1:
-                return move, size, middle, first
+    for move in moves:
+        size = split[move.split.index("r")]
+        if isinstance(size, int) and size > 1 and _is(move, before, split, after):
+            return move, size, middle, first
     return None
 
 
@@ -102,15 +114,6 @@ def _is(move: Move, before: Sequence[int | str], split: Sequence[int | str], aft
     wide = (n, c, int(h) * int(r), int(w) * int(r))
     given, made = (deep, wide) if move.operator == "DepthToSpace" else (wide, deep)
     return tuple(before) == given and tuple(after) == made
-
-
-def _only_for(node: ir.Node, op_type: str) -> ir.Node | None:
-    """The node that makes the first input of `node`, for it alone and in the same graph."""
-    value = node.inputs[0]
-    producer = value.producer() if value is not None else None
-    if value is None or producer is None or producer.graph is not node.graph or not is_onnx(producer, op_type):
-        return None
-    return producer if sole_use(value) else None
 
 
 def _sizes(value: ir.Value | None) -> list[int | str] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from golden import expect
+from golden import expect, reasons
 
 from graphopt.registry import pass_class
 
@@ -57,3 +57,17 @@ NEARLY = [
 @pytest.mark.parametrize("before", NEARLY)
 def test_nearly(before: str) -> None:
     expect(before, None, RECOGNISE)
+
+
+@pytest.mark.parametrize(
+    ("types", "nodes", "reason"),
+    [
+        ("float", "u = Abs(t) s = ReduceSum(u) w = Reshape(t, b) y = Add(w, s)", "also read elsewhere"),
+        ("int32", "y = Reshape(t, b)", "no kernel"),
+    ],
+)
+def test_reasons(types: str, nodes: str, reason: str) -> None:
+    text = f"""g ({types}[1,8,3,5] x) => ({types}[1,2,6,10] y)
+      <int64[6] a = {{1, 2, 2, 2, 3, 5}}, int64[4] b = {{1, 2, 6, 10}}>
+      {{ r = Reshape(x, a) t = Transpose<perm = [0, 3, 4, 1, 5, 2]>(r) {nodes} }}"""
+    assert reason in reasons(expect(text, None, pass_class("recognise-pixel-moves")()))
