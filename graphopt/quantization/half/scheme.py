@@ -12,6 +12,7 @@ from graphopt.errors import UsageError
 from graphopt.quantization.back.recognised import holds_quantised
 from graphopt.quantization.half.convert import TYPES, to_half
 from graphopt.quantization.half.types import is_float32
+from graphopt.rewriting.edit import is_onnx
 
 if TYPE_CHECKING:
     from graphopt.calibration import Calibration
@@ -42,6 +43,10 @@ def quantise_half(model: ir.Model, ctx: Context, scheme: str, *, exclude: tuple[
         )
     if not any(is_float32(v) for v in _computed(model)) and not _float_weights(model):
         return PassResult(changed=False, notes=["nothing is float32"])
+    held = _computes_in_half(model)
+    if held is not None:
+        note = f"it computes in {held} already: what is float32 in it was left so by whoever converted it, and stays"
+        return PassResult(changed=False, notes=[note])
     largest = None
     if ctx.calibration is not None:
         largest = magnitudes(model, ctx.calibration, samples=samples, threads=ctx.jobs)
@@ -79,6 +84,17 @@ def magnitudes(model: ir.Model, calibration: Calibration, *, samples: int, threa
 def _computed(model: ir.Model) -> list[ir.Value]:
     """float32 tensors of the main graph that nodes compute."""
     return [v for n in model.graph for v in n.outputs if n.op_type != "Constant" and v.name and is_float32(v)]
+
+
+def _computes_in_half(model: ir.Model) -> str | None:
+    """The half type in which nodes of a model compute already; None where none does."""
+    for node in model.graph.all_nodes():
+        if is_onnx(node, "Cast", "Constant"):
+            continue
+        for value in node.outputs:
+            if value.dtype is not None and value.dtype in TYPES.values():
+                return value.dtype.name.lower()
+    return None
 
 
 def _float_weights(model: ir.Model) -> bool:

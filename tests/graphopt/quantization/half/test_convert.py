@@ -410,6 +410,20 @@ def test_models_that_are_half_already_do_not_change() -> None:
     assert result.notes == ["nothing is float32"]
 
 
+@pytest.mark.parametrize("first", ["fp16", "bf16"])
+def test_what_stayed_in_float32_stays_when_the_model_is_converted_again(first: str) -> None:
+    """Without the data that showed why, a second conversion would let it overflow."""
+    model = graph(
+        "(float[N,4] x) => (float[N,4] y)", "a = Mul(x, c)  b = Mul(a, a)  d = Mul(b, e)  y = Tanh(d)",
+        c=np.array(100, np.float32), e=np.array(1e-5, np.float32),
+    )  # fmt: skip
+    assert half(model, first, "jetson-orin", {"x": np.full((8, 4), 20, np.float32)}).changed
+    before = {v.name: v.dtype for n in model.graph for v in n.outputs}
+    again = half(model, "fp16", "jetson-orin")
+    assert not again.changed and "was left so" in again.notes[0]
+    assert {v.name: v.dtype for n in model.graph for v in n.outputs} == before
+
+
 def test_bfloat16_rounds_as_it_should() -> None:
     model = mlp()
     weights = model.graph.initializers["w"].const_value.numpy().copy()
