@@ -11,6 +11,9 @@ from graphopt.registry import pass_class, target
 from graphopt.rewriting.edit import size
 from graphopt.verify import compare, random_feeds
 
+SIZES = 32
+"""Bytes that a model may have more for a node less: a Reshape that stands for two may need sizes of its own."""
+
 
 def context() -> Context:
     return Context(target("cpu"), None, None, seed=0, jobs=1, progress=Silent(), resolve=pass_class)
@@ -25,8 +28,7 @@ def problem(model: ir.Model, chosen: Pass, seed: int) -> str | None:
     found = compare(model, folded, random_feeds(model, seed, samples=2))
     if not found.equal:
         return f"the outputs differ by {found.worst_relative:.2g}"
-    # A node that stands for several may need sizes of its own.
-    if after.nodes > before.nodes or after.bytes > before.bytes + 128 * (before.nodes - after.nodes):
+    if after.nodes > before.nodes or after.bytes > before.bytes + SIZES * (before.nodes - after.nodes):
         return f"it grew: {before} to {after}"
     if chosen.name == "fold" and chosen.run(folded, context()).changed:
         return f"folding it again changes it: {after} to {size(folded)}"
