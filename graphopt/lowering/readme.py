@@ -70,7 +70,7 @@ def render(stage: Path, manifest: Mapping[str, Any]) -> str:
         "\n".join(f"- {line}" for line in _figures(manifest)),
         "## How it was made",
         "\n".join(f"- {line}" for line in _history(manifest)),
-        _list("## Limits\n", [*manifest["warnings"], *manifest["limits"]]),
+        _list("## Limits", [*manifest["warnings"], *manifest["limits"]]),
     ]  # fmt: skip
     return "\n\n".join(part for part in parts if part) + "\n"
 
