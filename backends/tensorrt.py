@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from graphopt.backend import Artefacts, BenchResult
-from graphopt.backends.tensorrt_profiles import Profiles, parse_profile, profiles, quoted, spec
+from graphopt.backends.tensorrt_profiles import Profiles, profiles, quoted, spec
 from graphopt.errors import MissingBackendError
 from graphopt.tensorrt.versions import version_of
 
@@ -213,7 +213,7 @@ class TensorRtBackend:
         folder: Path,
         *,
         feeds: Mapping[str, Array] | None = None,
-        profile: str | None = None,
+        sizes: str | None = None,
     ) -> Artefacts:
         """Write model.onnx, the scripts that build and time an engine, and a runner.
 
@@ -222,11 +222,11 @@ class TensorRtBackend:
             target: what it is deployed on.
             folder: gets the files.
             feeds: one real input: written as raw files, on which bench.sh runs.
-            profile: ranges of free dimensions, "batch=1:4:16,sequence=1:128:512".
+            sizes: ranges of open dimensions: "batch=1:8:32,seq=1:64:512".
 
         Raises:
             ModelError: it breaks a rule of TensorRT; names the nodes and what to do.
-            UsageError: `profile` is wrong.
+            UsageError: `sizes` is wrong.
         """
         from graphopt.model import save
         from graphopt.quantization.back.recognised import holds_quantised
@@ -235,12 +235,11 @@ class TensorRtBackend:
         from graphopt.tensorrt.validate import parts, require_valid
         from graphopt.verify import random_feeds
 
-        given = parse_profile(profile) if profile else {}
         least = str(target.options.get("tensorrt", "10.3"))
         found = validate(model, target, least)
         require_valid(found, target, parts(model))
         sample = dict(feeds) if feeds is not None else dict(random_feeds(model, 0, samples=1)[0])
-        shapes = profiles(model, given, sample)
+        shapes = profiles(model, sizes or "", sample)
         sparse = eligibility(model, target).sparse()
         session = {
             "typing": target.options.get("typing", "strong"),
@@ -393,8 +392,8 @@ def _warnings(shapes: Profiles, sparse: Eligibility) -> tuple[str, ...]:
     if shapes.guessed:
         named = ", ".join(shapes.guessed)
         told.append(
-            f"nobody gave a range for the free dimensions {named}: the engine takes one size only; give one "
-            f"(--set profile={shapes.guessed[0]}=MIN:OPT:MAX), or edit engine.conf before it is built"
+            f"nobody gave a range for the open dimensions {named}: the engine takes one size only; give one "
+            f"(--set sizes={shapes.guessed[0]}=LEAST:USUAL:LARGEST), or edit engine.conf before it is built"
         )
     if sparse.layers and not any(row.verdict == "may" for row in sparse.layers):
         told.append(f"{sparse.summary()}: TensorRT will hardly choose sparse kernels")

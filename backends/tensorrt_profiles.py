@@ -1,4 +1,4 @@
-"""Optimisation profiles: for every input with free sizes the smallest, the usual and the largest shape."""
+"""Optimisation profiles: for every input with open sizes the smallest, the usual and the largest shape of an engine."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from graphopt.analysis import shapes
 from graphopt.errors import UsageError
+from graphopt.lowering.size_ranges import Range, open_sizes, parse_ranges
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from graphopt.data.feeds import Array
 
-Range = tuple[int, int, int]
-"""Smallest, usual and largest size of one dimension."""
+KINDS = ("min", "opt", "max")
+"""What TensorRT calls the three shapes."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Profiles:
     """Shapes that an engine is built for.
 
     Attributes:
-        inputs: of each input with free sizes "min", "opt" and "max"; {} where all are fixed.
+        inputs: of each input with open sizes "min", "opt" and "max"; {} where all are fixed.
         guessed: dimensions that nobody gave a range, which the engine takes at one size only.
     """
 
@@ -31,63 +31,41 @@ class Profiles:
     guessed: tuple[str, ...] = ()
 
 
-def parse_profile(text: str) -> dict[str, Range]:
-    """Ranges by dimension from "batch=1:4:16,sequence=128"; one number stands for all three.
-
-    Raises:
-        UsageError: it is not of that form, or a range does not rise.
-    """
-    found: dict[str, Range] = {}
-    for part in text.split(","):
-        name, equals, numbers = part.partition("=")
-        sizes = numbers.split(":")
-        if not equals or not name.strip() or len(sizes) not in (1, 3) or not all(s.strip().isdigit() for s in sizes):
-            raise UsageError(f"{part!r} is not NAME=MIN:OPT:MAX", where="profile", hint="write it as in batch=1:4:16")
-        low, usual, high = (int(s) for s in (sizes * 3)[:3])
-        if not 0 < low <= usual <= high:
-            raise UsageError(f"{part!r} does not rise from a positive size", where="profile", hint="correct the range")
-        found[name.strip()] = (low, usual, high)
-    return found
-
-
-def profiles(model: ir.Model, given: Mapping[str, Range], sample: Mapping[str, Array]) -> Profiles:
+def profiles(model: ir.Model, sizes: str, sample: Mapping[str, Array]) -> Profiles:
     """The shapes of a model's inputs.
 
     Args:
         model: with shapes of known rank at its inputs.
-        given: ranges by the name of a dimension; "INPUT:AXIS" stands for one without a name.
+        sizes: ranges of open dimensions, "batch=1:8:32" (`graphopt.lowering.size_ranges`).
         sample: one input, whose sizes are taken where no range was given.
 
     Raises:
-        UsageError: a range names no free dimension of the model.
+        UsageError: the text is not of that form, or names no open dimension.
     """
-    made: dict[str, dict[str, list[int]]] = {}
-    used: set[str] = set()
-    guessed: dict[str, None] = {}
+    given, guessed = parse_ranges(sizes), dict[str, int]()
+    names = open_sizes(model)
+    wanted = {name for each in names.values() for name in each}
+    if unknown := next((name for name in given if name not in wanted), None):
+        listed = ", ".join(sorted(wanted)) or "none"
+        raise UsageError(
+            f"{unknown!r} is no open dimension of the inputs", where="sizes", hint=f"the open dimensions are {listed}"
+        )
+    found: dict[str, dict[str, list[int]]] = {}
     for value in model.graph.inputs:
-        name, known = str(value.name), shapes.dims(value)
-        if name in model.graph.initializers or known is None or all(isinstance(d, int) for d in known):
+        name = str(value.name)
+        if name not in names or value.shape is None:
             continue
-        ranges: list[Range] = []
-        for axis, size in enumerate(known):
-            key = size if isinstance(size, str) and size in given else f"{name}:{axis}"
+        dimensions, ranges = iter(names[name]), list[Range]()
+        for axis, size in enumerate(value.shape):
             if isinstance(size, int):
                 ranges.append((size, size, size))
-            elif key in given:
-                used.add(key)
-                ranges.append(given[key])
+            elif (dimension := next(dimensions)) in given:
+                ranges.append(given[dimension])
             else:
-                guessed[size if isinstance(size, str) else key] = None
-                ranges.append((int(sample[name].shape[axis]),) * 3)
-        made[name] = {kind: [r[i] for r in ranges] for i, kind in enumerate(("min", "opt", "max"))}
-    unknown = sorted(set(given) - used)
-    if unknown:
-        free = sorted({*guessed, *used})
-        raise UsageError(
-            f"the model has no free dimension {unknown[0]!r}", where="profile",
-            hint=f"its free dimensions are {', '.join(free)}" if free else "its inputs have fixed shapes",
-        )  # fmt: skip
-    return Profiles(made, tuple(guessed))
+                guessed[dimension] = taken = int(sample[name].shape[axis])
+                ranges.append((taken, taken, taken))
+        found[name] = {kind: [bounds[i] for bounds in ranges] for i, kind in enumerate(KINDS)}
+    return Profiles(found, tuple(guessed))
 
 
 def spec(inputs: Mapping[str, list[int]]) -> str:

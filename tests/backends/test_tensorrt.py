@@ -20,7 +20,7 @@ from text_graph import graph
 from graphopt import bundle, calibration, registry
 from graphopt.backend import Backend
 from graphopt.backends.tensorrt import TensorRtBackend
-from graphopt.backends.tensorrt_profiles import parse_profile, profiles, spec
+from graphopt.backends.tensorrt_profiles import profiles, spec
 from graphopt.errors import MissingBackendError, ModelError, UsageError
 from graphopt.executor import Session
 from graphopt.lowering.steps import lower
@@ -102,7 +102,7 @@ def test_a_bundle_of_an_int8_model(tmp_path: Path) -> None:
     data = {"x": normal(3, 4, 6, 6), "image": normal(3, 4, 7, 6)}
     found = lower(
         quantised, JETSON, tmp_path / "bundle", verify=True, calibration=calibration.load(data, quantised),
-        options={"profile": "N=1:2:4,H=5:7:9"},
+        options={"sizes": "N=1:2:4,H=5:7:9"},
     )  # fmt: skip
     read = bundle.read(found.folder)
     manifest = read.manifest
@@ -138,8 +138,8 @@ def test_a_weakly_typed_bundle_stays_float32(tmp_path: Path) -> None:
 
 
 def test_dimensions_without_a_range_get_one_size_and_a_warning(tmp_path: Path) -> None:
-    found = bundle.read(made(tmp_path, net(), profile="N=1:2:8"))
-    assert any("free dimensions H" in text for text in found.manifest["warnings"])
+    found = bundle.read(made(tmp_path, net(), sizes="N=1:2:8"))
+    assert any("open dimensions H" in text for text in found.manifest["warnings"])
     shapes = found.manifest["session"]["profiles"]["image"]
     assert shapes["min"][2] == shapes["max"][2] and shapes["max"][0] == 8
 
@@ -170,16 +170,21 @@ def test_running_it_here_exits_with_6_and_names_what_is_missing(tmp_path: Path) 
 
 
 def test_profiles() -> None:
-    assert parse_profile("batch=1:4:16,H=7") == {"batch": (1, 4, 16), "H": (7, 7, 7)}
-    for wrong in ("batch", "batch=2:1:3", "batch=1:2", "=1:2:3", "batch=0", "batch=a"):
-        with pytest.raises(UsageError, match="profile"):
-            parse_profile(wrong)
-    with pytest.raises(UsageError, match=r"no free dimension 'M'.*H, N"):
-        profiles(net(), {"M": (1, 1, 1)}, FEEDS)
+    found = profiles(net(), "N=1:2:4", FEEDS)
+    assert found.guessed == ("H",) and found.inputs["x"] == {
+        "min": [1, 4, 6, 6],
+        "opt": [2, 4, 6, 6],
+        "max": [4, 4, 6, 6],
+    }
+    assert found.inputs["image"]["min"] == [1, 4, 7, 6]
+    with pytest.raises(UsageError, match="'M' is no open dimension"):
+        profiles(net(), "M=1:1:1", FEEDS)
     unnamed = graph("(float[N,4] x) => (float[N,4] y)", "y = Relu(x)")
     unnamed.graph.inputs[0].shape = ir.Shape([None, 4])
-    found = profiles(unnamed, {"x:0": (1, 2, 3)}, {"x": np.zeros((1, 4))})
-    assert found.inputs == {"x": {"min": [1, 4], "opt": [2, 4], "max": [3, 4]}}
+    assert profiles(unnamed, "x.0=1:2:3", {}).inputs == {"x": {"min": [1, 4], "opt": [2, 4], "max": [3, 4]}}
+    odd = graph("(float[N,4] x) => (float[N,4] y)", "y = Relu(x)")
+    odd.graph.inputs[0].shape = ir.Shape(["Min(a, b)", 4])  # as exporters call computed sizes
+    assert profiles(odd, "", {"x": np.zeros((3, 4))}).guessed == ("Min(a, b)",)
     assert spec({"a:0": [1, 2], "b": [3]}) == "'a:0':1x2,b:3"
 
 
@@ -199,7 +204,7 @@ def test_profiles() -> None:
 def test_the_engine_is_built_with_the_flags_of_its_version(
     tmp_path: Path, device: Path, version: str, target: Any, flags: list[str]
 ) -> None:
-    folder = made(tmp_path, net(quantised=True), target, profile="N=1:2:4,H=5:7:9")
+    folder = made(tmp_path, net(quantised=True), target, sizes="N=1:2:4,H=5:7:9")
     done = sh(folder / "build_engine.sh", DOUBLE_VERSION=version)
     assert done.stdout.strip() == str(folder / "model.engine")
     assert (folder / "model.engine").read_bytes() == (folder / "model.onnx").read_bytes()
@@ -268,7 +273,7 @@ def test_bench_builds_times_and_prints_json(tmp_path: Path, device: Path) -> Non
         JETSON,
         tmp_path / "bundle",
         calibration=calibration.load(data, model),
-        options={"profile": "N=1:4:8,H=5:6:9"},
+        options={"sizes": "N=1:4:8,H=5:6:9"},
     ).folder
     told = json.loads(sh(folder / "bench.sh").stdout)
     assert told == {
@@ -291,7 +296,7 @@ def test_bench_builds_times_and_prints_json(tmp_path: Path, device: Path) -> Non
 def test_names_of_tensors_are_no_commands(tmp_path: Path, device: Path) -> None:
     model = graph("(float[N,4] x) => (float[N,4] y)", "y = Relu(x)")
     model.graph.inputs[0].name = "a:0'; touch /tmp/planted; $(touch planted) `touch planted`"
-    folder = made(tmp_path, model, profile="N=1:2:3")
+    folder = made(tmp_path, model, sizes="N=1:2:3")
     sh(folder / "build_engine.sh")
     assert any("touch planted" in w for w in calls(device)[0])
     assert not list(tmp_path.rglob("planted")) and not Path("/tmp/planted").exists() and not Path("planted").exists()
