@@ -106,6 +106,7 @@ class Result:
             VerificationError: the bundle computes something else; nothing was written.
             GraphoptError: something cannot be written.
         """
+        from graphopt.bundle import sha256
         from graphopt.lowering.options import options_of
         from graphopt.lowering.steps import lower
 
@@ -114,10 +115,12 @@ class Result:
             options["compress"] = True
         elif compress:
             self.report.warnings.append(f"the bundle is not compressed: backend {chosen.backend!r} cannot")
+        origin = Path(self.report.model)
         made = lower(
             self.model,
             chosen,
             Path(path),
+            source={"name": origin.name, "sha256": sha256(origin)} if origin.is_file() else None,
             report=self.report.to_dict(),
             calibration=self.context.calibration,
             verify=verify,

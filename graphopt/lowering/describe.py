@@ -11,6 +11,7 @@ the model), `limits`, `warnings`, `files` (sha256 and bytes of each file), and w
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphopt.bundle import describe_model, target_table
@@ -75,7 +76,7 @@ def describe(
         "versions": {**versions(), **made.versions},
         "measured": None if made.measured is None else dict(made.measured),
         "verified": None,
-        "report": {} if report is None else {k: report[k] for k in REPORTED if report.get(k) is not None},
+        "report": {} if report is None else _reported(report),
         "limits": limits,
         "warnings": [*_warnings(prepared), *made.warnings],
         **made.details,
@@ -99,5 +100,11 @@ def _warnings(prepared: list[PassRecord]) -> list[str]:
     return [f"{r.name}: {note.removeprefix(mark)}" for r in prepared for note in r.notes if note.startswith(mark)]
 
 
+def _reported(report: Mapping[str, Any]) -> dict[str, Any]:
+    told = {key: report[key] for key in REPORTED if report.get(key) is not None}
+    # Where a file lay on the machine that made the bundle is nobody else's business.
+    return told | ({"model": Path(told["model"]).name} if "model" in told else {})
+
+
 def _calibration(data: Calibration) -> dict[str, Any]:
-    return {"name": data.name, "samples": data.samples, "sha256": data.fingerprint()}
+    return {"name": Path(data.name).name, "samples": data.samples, "sha256": data.fingerprint()}

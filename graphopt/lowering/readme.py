@@ -107,12 +107,22 @@ def _difference(verified: Mapping[str, Any] | None) -> str:
 
 
 def _reported(report: Mapping[str, Any]) -> list[str]:
+    """Accuracy, fidelity and latency of the run that made the model, as far as they were measured."""
     lines = []
-    for key in ("accuracy", "fidelity", "latency"):
-        values = report.get(key)
-        if isinstance(values, Mapping):
-            shown = ", ".join(f"{k} {_number(v)}" for k, v in values.items() if isinstance(v, (str, int, float)))
-            lines.append(f"{key.capitalize()} of the optimised model: {shown}.")
+    accuracy, fidelity, latency = (report.get(key) or {} for key in ("accuracy", "fidelity", "latency"))
+    if accuracy.get("after") is not None:
+        before = f", before the optimisation {accuracy['before']:.4g}" if accuracy.get("before") is not None else ""
+        lines.append(f"Accuracy ({accuracy['metric']}): {accuracy['after']:.4g}{before}.")
+    if fidelity.get("cosine") is not None:
+        lines.append(
+            f"Fidelity of the optimised model to the one before: cosine similarity {fidelity['cosine']:.6g} "
+            f"({fidelity['data']} inputs)."
+        )
+    if latency.get("ratio") is not None:
+        lines.append(
+            f"Latency of the optimised model over the one before: {latency['ratio']:.3g} "
+            f"(quartiles {latency['low']:.3g} to {latency['high']:.3g}, {latency['rounds']} pairs)."
+        )
     return lines
 
 
