@@ -148,7 +148,11 @@ def _absorb(term: _Term, base: Linear, other: _Term, opset: int, names: Names, r
     own, sign = (-1.0, 1.0) if minuend else (1.0, other.sign * term.sign)
     producer = other.value.producer()
     origin = [label(other.reader)] if producer is None or other.value is base.input else [label(producer)]
-    reason = base.replace(own * base.matrices() + sign * weight, own * base.bias() + sign * branch.bias, names, origin)
+    # In place: a weight of hundreds of megabytes is twice that in float64.
+    total = base.matrices()
+    total *= own
+    total += weight if sign == 1 else sign * weight
+    reason = base.replace(total, own * base.bias() + sign * branch.bias, names, origin)
     if reason:
         reasons[reason] = None
         return False

@@ -12,9 +12,10 @@ from __future__ import annotations
 import mmap
 import os
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -22,7 +23,7 @@ import onnx_ir as ir
 from graphopt.files.piecewise import PiecewiseTensor, stored
 
 RESIDENT_BUDGET = 32 << 20
-"""Bytes of one file that may be handed out before its pages are given back."""
+"""Bytes of all files that may be handed out before their pages are given back."""
 
 CHUNK = 4 << 20
 """Bytes that streamed reads hold at a time."""
@@ -35,12 +36,15 @@ class FileMap:
     a model over its own input safe.
     """
 
+    _handed_out: ClassVar[int] = 0
+    _touched: ClassVar[weakref.WeakSet[FileMap]] = weakref.WeakSet()
+    """Of which bytes were handed out since pages were last given back."""
+
     def __init__(self, path: Path) -> None:
         self.path = path
         with path.open("rb") as file:
             self.size = os.fstat(file.fileno()).st_size
             self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else None
-        self._handed_out = 0
 
     def view(self, offset: int, length: int) -> memoryview:
         """The bytes `[offset, offset + length)` without a copy."""
@@ -51,13 +55,16 @@ class FileMap:
 
     def account(self, length: int) -> None:
         """Note that `length` bytes are about to be touched, and give earlier pages back when the budget is reached."""
-        if self._handed_out + length > RESIDENT_BUDGET:
-            self.shed()
-        self._handed_out += length
+        if FileMap._handed_out + length > RESIDENT_BUDGET:
+            for file in tuple(FileMap._touched):
+                file.shed()
+            FileMap._handed_out = 0
+            FileMap._touched.clear()
+        FileMap._handed_out += length
+        FileMap._touched.add(self)
 
     def shed(self) -> None:
         """Give all resident pages back to the system; views stay valid."""
-        self._handed_out = 0
         if self.map is not None and hasattr(mmap, "MADV_DONTNEED"):
             self.map.madvise(mmap.MADV_DONTNEED)
 

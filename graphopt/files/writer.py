@@ -20,6 +20,7 @@ from graphopt.errors import GraphoptError, ModelError
 from graphopt.files import archive, compression
 from graphopt.files.piecewise import stored
 from graphopt.files.shape_inference import annotated
+from graphopt.files.spill import SpilledTensor
 from graphopt.files.stored import Storage
 from graphopt.files.weights import all_graphs, chunks, model_tensors, reference, with_placeholders
 
@@ -60,7 +61,9 @@ def write(model: ir.Model, path: Path, external: bool | None, compress: bool) ->
 def is_external(model: ir.Model) -> bool:
     """Whether weights of the model live in external data files, apart from the file with its graph."""
     return any(
-        isinstance(tensor, ir.ExternalTensor) and Path(tensor.location).suffix != archive.SUFFIX
+        isinstance(tensor, ir.ExternalTensor)
+        and not isinstance(tensor, SpilledTensor)
+        and Path(tensor.location).suffix != archive.SUFFIX
         for _, whole in model_tensors(model)
         for tensor in stored(whole)
     )

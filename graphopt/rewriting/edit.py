@@ -16,6 +16,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.errors import ModelError
+from graphopt.files.spill import held
 
 Float64 = npt.NDArray[np.float64]
 
@@ -241,8 +242,8 @@ def _all_names(model: ir.Model) -> set[str]:
 
 def new_initializer(graph: ir.Graph, name: str, data: npt.NDArray[Any], dtype: ir.DataType) -> ir.Value:
     """Register `data`, cast to `dtype`, as an initializer of `graph`; `name` must be free."""
-    tensor = ir.Tensor(np.array(data.astype(dtype.numpy()), order="C"), dtype=dtype, name=name)
-    value = ir.Value(name=name, type=ir.TensorType(dtype), shape=tensor.shape, const_value=tensor)
+    tensor = held(np.asarray(data).astype(dtype.numpy(), order="C"), dtype, name)
+    value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(data.shape), const_value=tensor)
     graph.register_initializer(value)
     return value
 
@@ -258,11 +259,8 @@ def set_constant(node: ir.Node, index: int, data: npt.NDArray[Any], names: Names
     if old is None or tensor is None or node.graph is None:
         raise ModelError(f"input {index} is not a constant", where=label(node))
     if old.is_initializer() and sole_use(old):
-        new_tensor = ir.Tensor(
-            np.array(data.astype(tensor.dtype.numpy()), order="C"), dtype=tensor.dtype, name=old.name
-        )
-        old.const_value = new_tensor
-        old.shape = new_tensor.shape
+        old.const_value = held(np.asarray(data).astype(tensor.dtype.numpy(), order="C"), tensor.dtype, old.name)
+        old.shape = ir.Shape(data.shape)
         mark_origin(old, origin)
         return
     graph = node.graph

@@ -87,8 +87,13 @@ class Linear:
         return _weight_shape(self.node)[2:]
 
     def matrices(self) -> Float64:
-        """W in float64, (groups, outputs per group, inputs per group, kernel positions); Gemm's alpha is in it."""
-        return self._weight() * self.factor
+        """W in float64, (groups, outputs per group, inputs per group, kernel positions); Gemm's alpha is in it.
+
+        A new array, in any memory order.
+        """
+        weight = self._weight()
+        weight *= self.factor
+        return weight
 
     def bias(self) -> Float64:
         """b in float64, (outputs,); Gemm's beta is in it, and it is zero where there is none."""

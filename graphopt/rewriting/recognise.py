@@ -68,6 +68,7 @@ class Rule:
         single: whether it has numbers of its own or in attributes, which have the digits of float32.
         overflow: how the operator differs where a step of the formula overflows; "": it does not. Such a rule fires
             with `fast_math` only.
+        slower: why the parts at hand are no slower than the operator, as runtimes fuse them otherwise; "": they are.
     """
 
     operator: str
@@ -77,6 +78,7 @@ class Rule:
     merges: bool = True
     single: bool = False
     overflow: str = ""
+    slower: Callable[[Found, ir.Value], str] | None = None
 
 
 def plain(**attributes: float | int | str) -> Plan:
@@ -168,6 +170,8 @@ class _Writer:
             return f"it differs where numbers overflow: {rule.overflow} (fast_math=true allows it)"
         if not self.slow and rule.operator in self.target.slow_operators:
             return f"{self.target.name} runs it slower than its parts (slow=true writes it all the same)"
+        if not self.slow and rule.slower is not None and (parts := rule.slower(found, root.outputs[0])):
+            return f"{parts} (slow=true writes it all the same)"
         for node in found.nodes:
             if node is not root and any(_read_outside(value, found) for value in node.outputs):
                 return "something else reads what is inside"

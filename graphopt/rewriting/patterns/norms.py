@@ -8,6 +8,7 @@ mean RMSNormalization. Models of 16 bits compute it in float32, between two Cast
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from graphopt.rewriting.edit import array
+from graphopt.rewriting.edit import array, constant, is_onnx, sole_use
 from graphopt.rewriting.formulas import Inverse, Pattern, Root
 from graphopt.rewriting.found import Found, Free
 from graphopt.rewriting.match import CastTo, Parameter, Reduce, Tensor
@@ -135,7 +136,35 @@ def _per_channel(stored: npt.NDArray[Any], rank: int) -> bool:
     return len(full) == rank and all(size == 1 for axis, size in enumerate(full) if axis != 1)
 
 
-LAYER_NORM = Rule("LayerNormalization", 17, tuple(_layer_norms()), _of_last_axes(takes_shift=True), single=True)
+_SMALL = 1 << 14
+"""Elements up to which one operator is faster than a mean, a difference and a fused normalisation of that."""
+
+
+def _faster_apart(found: Found, result: ir.Value) -> str:
+    """With a scale and no shift, ONNX Runtime makes SimplifiedLayerNormalization of what follows the mean."""
+    if "beta" in found.values or not ("gamma" in found.values or _scaled_behind(result)):
+        return ""
+    sizes = [size if isinstance(size, int) else None for size in result.shape or (None,)]
+    known = [size for size in sizes if size is not None]
+    if len(known) == len(sizes) and math.prod(known) <= _SMALL:
+        return ""
+    return "with a scale, no shift and many or unknown elements, runtimes fuse its parts to something faster"
+
+
+def _scaled_behind(result: ir.Value) -> bool:
+    """Whether what was found without a scale is the beginning of the formula with one."""
+    use = sole_use(result)
+    return use is not None and is_onnx(use.node, "Mul") and constant(use.node.inputs[1 - use.idx]) is not None
+
+
+LAYER_NORM = Rule(
+    "LayerNormalization",
+    17,
+    tuple(_layer_norms()),
+    _of_last_axes(takes_shift=True),
+    single=True,
+    slower=_faster_apart,
+)
 INSTANCE_NORM = Rule(
     "InstanceNormalization",
     6,

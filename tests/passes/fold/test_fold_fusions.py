@@ -91,6 +91,24 @@ def test_written_as_operators_a_transformer_block_keeps_its_fusions(activation: 
     assert after["LayerNormalization"] == before["LayerNormalization"] == 1
 
 
+@pytest.mark.parametrize(
+    ("norm", "found"),
+    [
+        ("y = LayerNormalization <axis: int = -1> (t, ones)", {"SkipLayerNormalization"}),
+        (f"{NORM.replace('(x', '(t')} y = Identity (l)", {"SkipLayerNormalization"}),
+        (f"{NORM.replace('(x', '(t').split(' g = ')[0].split('    g = ')[0]} y = Identity (n)", set()),
+    ],
+)
+def test_what_a_normalisation_without_its_scale_costs(norm: str, found: set[str]) -> None:
+    """Why `fold` does not ask for `fold-norm-affine`: a scale of one in the operator is fused, none at all is not."""
+    constants = ", ".join([_tensor("gamma", 4), _tensor("beta_", 4), "float two = {2.0}", "float eps = {0.00001}"])
+    ones = "float[4] ones = {1.0, 1.0, 1.0, 1.0}"
+    model = parse(f"""<ir_version: 8, opset_import: ["" : 17]>
+        g (float[2,3,4] x, float[2,3,4] u) => (float[2,3,4] y) <{constants}, {ones}> {{ t = Add (x, u) {norm} }}""")
+    infer_shapes(model)
+    assert set(fused(model)) == found
+
+
 def test_a_hard_swish_is_one_node_where_the_opset_has_it() -> None:
     model = block(HARD_SWISH, opset=14)
     pass_class("fold")().run(model, context())
