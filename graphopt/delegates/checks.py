@@ -83,6 +83,23 @@ def bias_vector(unit: Unit) -> str | None:
     return None if good else f"its C has shape {list(bias)}, not [{channels}]"
 
 
+@check("bias-vector-alone")
+def bias_vector_alone(unit: Unit) -> str | None:
+    """Gemm has an addend, and it is a vector with an entry for each output channel."""
+    bias, weight = sizes(unit, "C"), sizes(unit, "B")
+    if bias is None:
+        return "it has no C"
+    channels = None if weight is None else weight[0 if attribute(unit, "transB", 0) else 1]
+    return None if channels is None or bias == (channels,) else f"its C has shape {list(bias)}, not [{channels}]"
+
+
+@check("window")
+def window(unit: Unit) -> str | None:
+    """A pool over more than one position."""
+    kernel = attribute(unit, "kernel_shape", ())
+    return "its window is a single position" if kernel and all(side == 1 for side in kernel) else None
+
+
 @check("bias-broadcast")
 def bias_broadcast(unit: Unit) -> str | None:
     """The addend of Gemm is a scalar, a vector or one row."""
@@ -131,9 +148,9 @@ def no_zero_size(unit: Unit) -> str | None:
 def spatial_resize(unit: Unit) -> str | None:
     """Resize that leaves samples and channels as they are."""
     before, after = sizes(unit, "X"), sizes(unit, "Y")
-    if before is None or after is None or len(before) < 2 or before[:2] == after[:2]:
-        return None
-    return "it resizes samples or channels"
+    pairs = list(zip(before[:2], after[:2], strict=True)) if before and after else []
+    changed = any(isinstance(b, int) and isinstance(a, int) and a != b for b, a in pairs)
+    return "it resizes samples or channels" if changed and len(before or ()) > 2 else None
 
 
 @check("constant-scales-or-sizes")

@@ -144,7 +144,9 @@ def _shapes(unit: Unit, rule: Rule, delegate: Delegate, fix: str) -> Iterator[Re
     for name, axes in rule.known.items():
         value = unit.operand(name)
         known = shapes.dims(value) if value is not None else None
-        if value is not None and (known is None or any(a < len(known) and not isinstance(known[a], int) for a in axes)):
+        if value is not None and (
+            known is None or any(-len(known) <= a < len(known) and not isinstance(known[a], int) for a in axes)
+        ):
             yield Refusal("shape", f"the shape of {value.name} is {_shape_text(value)}", fix)
     first = unit.operand("0")
     checked = {"0": tuple(range(delegate.ranks[0], delegate.ranks[1] + 1)), **rule.ranks}
