@@ -228,7 +228,7 @@ class OrtBackend:
 
     def open(self, bundle: Bundle, *, threads: int = 1) -> Session:
         """A session of the bundle's model, set up as its manifest says."""
-        of = bundle.manifest["session"]["provider_options"]
+        of = bundle.manifest["session"].get("provider_options", {})
         return self._session(bundle.model, bundle.target, of, bundle.folder, threads)
 
     def stand_in(self, bundle: Bundle, *, threads: int = 1) -> tuple[Session, str]:

@@ -28,6 +28,9 @@ MANIFEST = "manifest.json"
 SCHEMA = 2
 """Version of the manifest; raised when a field changes its meaning or goes away."""
 
+FORM = {"inputs": list, "outputs": list, "session": dict, "run": list}
+"""What a manifest must hold besides, for whoever opens the bundle."""
+
 _CHUNK = 1 << 20
 
 
@@ -79,6 +82,9 @@ def read(folder: str | os.PathLike[str]) -> Bundle:
             where=str(path),
             hint=f"lower the model again{'' if older else ', or run it with the version that made the bundle'}",
         )
+    for key, kind in FORM.items():
+        if not isinstance(manifest.get(key), kind):
+            raise ModelError(f"lacks {key!r}", where=str(path), hint="lower the model again")
     files, name = manifest.get("files"), manifest.get("model")
     if not isinstance(files, dict) or not isinstance(name, str) or name not in files:
         raise ModelError("lists no model file", where=str(path), hint="lower the model again")

@@ -142,7 +142,8 @@ def test_bench_makes_its_own_feeds_and_refuses_different_inputs(net: ir.Model, t
 
 
 REPORT = {
-    "model": "net.onnx", "pipeline": "fold,prune{macs=0.5}", "seed": 0, "accuracy": {"before": 0.9, "after": 0.89},
+    "model": "net.onnx", "pipeline": "fold,prune{macs=0.5}", "seed": 0,
+    "accuracy": {"metric": "top1", "before": 0.9, "after": 0.89},
     "passes": ["not for the manifest"],
 }  # fmt: skip
 
@@ -190,7 +191,7 @@ def test_manifest_says_what_is_in_the_bundle(net: ir.Model, tmp_path: Path) -> N
         {"name": "shift", "dtype": "float32", "shape": []},
     ]
     assert manifest["pipeline"] == {"optimize": "fold,prune{macs=0.5}", "prepare": []}
-    assert manifest["report"]["accuracy"] == {"before": 0.9, "after": 0.89}
+    assert manifest["report"]["accuracy"] == {"metric": "top1", "before": 0.9, "after": 0.89}
     assert "passes" not in manifest["report"]
     assert manifest["measured"]["latency_ms"] > 0
     assert manifest["measured"]["inputs"] == "real"
@@ -233,6 +234,7 @@ def test_tampered_bundle_is_refused(net: ir.Model, tmp_path: Path, file: str) ->
         (lambda m: m.update(model="other.onnx"), "no model file"),
         (lambda m: m["target"].update(backend=3), "backend"),
         (lambda m: m.pop("target"), "backend"),
+        (lambda m: m.update(session=[]), "lacks 'session'"),
     ],
 )
 def test_hostile_manifests_are_refused(net: ir.Model, tmp_path: Path, change: object, expected: str) -> None:

@@ -216,7 +216,8 @@ def test_what_an_earlier_bundle_left_goes_and_what_the_user_changed_stays(
     def old(stage: Path) -> dict[str, Any]:
         for name in ("gone.so", "edited.txt"):
             (stage / name).write_text(name)
-        return {"target": bundle.target_table(TARGET), "model": "gone.so"}
+        form = {key: kind() for key, kind in bundle.FORM.items()}
+        return {"target": bundle.target_table(TARGET), "model": "gone.so", **form}
 
     bundle.write(folder, old)
     (folder / "edited.txt").write_text("mine")
