@@ -18,10 +18,11 @@ from graphopt import bundle
 from graphopt.backend import Artefacts, BenchResult
 from graphopt.backends.tvm_build import why_unavailable
 from graphopt.backends.tvm_target import device_target, linker
-from graphopt.errors import MissingBackendError, ModelError
+from graphopt.errors import MissingBackendError, ModelError, UsageError
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+    from tvm import IRModule
     from tvm.relax import VMExecutable
 
     from graphopt.backends.tvm_session import TvmSession
@@ -39,6 +40,10 @@ LOWER_SECONDS = 2.0
 
 THREADS = 1
 """Threads that a bundle uses where nobody says otherwise."""
+
+TUNING = "tuning"
+TUNING_FILES = ("database_workload.json", "database_tuning_record.json")
+"""Folder of a bundle with the schedules that it was compiled with."""
 
 UNCHECKED = (
     "Indices (Gather and the like) are not checked against the sizes of what they look up: the kernels read outside of "
@@ -142,6 +147,8 @@ class TvmBackend:
         folder: Path,
         *,
         feeds: Mapping[str, Array] | None = None,
+        tune: float | None = None,
+        database: str | None = None,
     ) -> Artefacts:
         """Write model.so, run.py and bench.py; for a device that is not this machine model.onnx as well.
 
@@ -150,22 +157,38 @@ class TvmBackend:
             target: what it is deployed on.
             folder: gets the files.
             feeds: one batch of real inputs for timing.
+            tune: seconds to search for better schedules of its kernels, measured here; kernels that were searched for
+                as long before are not searched again.
+            database: folder of what was found (`tvm_tune`); None: graphopt's cache, with `tune` alone.
 
         Raises:
-            MissingBackendError: TVM or the linker is not installed.
+            MissingBackendError: TVM or the linker is not installed, or what tuning needs.
             ModelError: TVM does not take the model; names the node.
+            UsageError: the target cannot be tuned for here.
         """
-        from graphopt.backends.tvm_build import compiled
+        from graphopt.backends.tvm_build import built, relaxed
         from graphopt.model import save
 
         runs_here = self.unavailable(target) is None
-        executable = compiled(model, target)
+        if tune is not None and not runs_here:
+            raise UsageError(
+                f"schedules are measured on the processor that code is made for, and {self.unavailable(target)}",
+                where="tune", hint="tune there, copy the folder of the database, and name it with `database`",
+            )  # fmt: skip
+        module, device = relaxed(model, target), device_target(target)
+        details: dict[str, Any] = {}
+        best = None
+        if tune is not None or database is not None:
+            best = folder / TUNING
+            details["tuning"] = _tuned(module, device, target, tune, database, best)
+        executable = built(module, device, best)
         about = {"model.so": f"the compiled model, weights included ({_code_for(target)})"}
         export(executable, folder / "model.so", target)
         if not runs_here:
             save(model, folder / "model.onnx")
             about["model.onnx"] = "what was compiled; not needed on the device"
-        details = {}
+        if best is not None:
+            about |= {f"{TUNING}/{name}": "the schedules that tuning found, TVM's format" for name in TUNING_FILES}
         if target.device == "gpu":
             from graphopt.backends.tvm_cuda import write_source
 
@@ -244,6 +267,21 @@ class TvmBackend:
             "shapes": {name: list(array.shape) for name, array in given.items()},
             **bundle.describe_machine(),
         }
+
+
+def _tuned(
+    module: IRModule, device: Any, target: Target, seconds: float | None, database: str | None, into: Path
+) -> dict[str, Any]:
+    """Search (where asked), and put the best schedules of a module into the bundle; what the manifest tells of it."""
+    from graphopt.backends.tvm_build import fused
+    from graphopt.backends.tvm_tune import best, default_folder, tune
+
+    source = Path(database) if database is not None else default_folder(f"{target.name}-{device.attrs.get('mcpu', '')}")
+    kernels = fused(module, device)
+    told = {"database": str(source)}
+    if seconds is not None:
+        told |= tune(kernels, device, source, seconds)
+    return told | best(kernels, device, source, into)
 
 
 def export(executable: VMExecutable, path: Path, target: Target) -> None:

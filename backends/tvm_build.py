@@ -11,6 +11,10 @@ import contextlib
 import importlib
 import importlib.util
 import io
+import os
+import re
+import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +30,9 @@ if TYPE_CHECKING:
     from graphopt.target import Target
 
 INSTALL = "pip install 'graphopt[tvm]'"
+
+LOG_LINE = re.compile(rb"\[\d\d:\d\d:\d\d\] \S+:\d+: (Warning|Info): ")
+"""How TVM's log begins a line."""
 
 
 def why_unavailable() -> str | None:
@@ -96,11 +103,26 @@ def compiled(model: ir.Model, target: Target, database: Path | None = None) -> V
         ModelError: TVM does not take the model.
     """
     require_tvm(target)
-    from graphopt.backends.tvm_check import check
     from graphopt.backends.tvm_target import device_target
 
+    return built(relaxed(model, target), device_target(target), database)
+
+
+def relaxed(model: ir.Model, target: Target) -> IRModule:
+    """The model in Relax, once it is known that all of it can be compiled.
+
+    Args:
+        model: prepared for the importer.
+        target: whose `prepare` is tried with other sizes where open ones are in the way.
+
+    Raises:
+        ModelError: names the node, or the dimensions to fix.
+    """
+    from graphopt.backends.tvm_check import check
+    from graphopt.backends.tvm_sizes import followed
+
     check(model)
-    return built(imported(model), device_target(target), database)
+    return followed(model, target)
 
 
 def built(mod: IRModule, device: Any, database: Path | None = None) -> VMExecutable:
@@ -198,9 +220,28 @@ def _lowering(device: Any) -> Any:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without what TVM prints on the way: its errors are raised as ours."""
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+    with contextlib.redirect_stdout(io.StringIO()), _without_log(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+@contextlib.contextmanager
+def _without_log() -> Iterator[None]:
+    """Without the lines of TVM's C++ log on the error stream, which has no switch; other lines come at the end."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as caught:
+        os.dup2(caught.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            caught.seek(0)
+            for line in caught.read().splitlines(keepends=True):
+                if not LOG_LINE.match(line):
+                    os.write(2, line)
 
 
 def _first_line(error: Exception) -> str:
