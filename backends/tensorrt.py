@@ -12,17 +12,16 @@ TensorRT is not needed to make them, and cannot be installed where graphopt is b
 from __future__ import annotations
 
 import importlib.resources
-import importlib.util
 import shlex
 import shutil
 import tempfile
-import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from graphopt.backend import Artefacts, BenchResult
 from graphopt.backends.tensorrt_profiles import Profiles, profiles, quoted, spec
+from graphopt.backends.tensorrt_session import SCRIPTS, EngineSession, has_trtexec, runner_module
 from graphopt.errors import MissingBackendError
 from graphopt.tensorrt.versions import version_of
 
@@ -36,14 +35,6 @@ if TYPE_CHECKING:
     from graphopt.sparsity.verdicts import Eligibility
     from graphopt.target import Target
     from graphopt.tensorrt import Finding
-
-SCRIPTS = {
-    "build_engine.sh": "tensorrt_build.txt",
-    "bench.sh": "tensorrt_bench.txt",
-    "trt_common.sh": "tensorrt_common.txt",
-    "run.py": "tensorrt_run.txt",
-}
-"""Files of a bundle, and where their text is."""
 
 ENGINE = "model.engine"
 SAMPLE = "sample"
@@ -77,47 +68,6 @@ faster. That is for TensorRT 8.6 to 10; weak typing is deprecated since 10.12 an
 """How a bundle is typed, and which versions that fits, for its reader."""
 
 
-class EngineSession:
-    """A bundle's engine in a folder of its own, removed with the session.
-
-    Args:
-        bundle: checked.
-        runner: the module of `run.py`, set up for `folder`.
-        folder: holds model, scripts and, once built, the engine.
-    """
-
-    def __init__(self, bundle: Bundle, runner: types.ModuleType, folder: Path) -> None:
-        self._manifest, self._folder = bundle.manifest, folder
-        try:
-            self._model = runner.open_model(bundle.manifest)
-        except SystemExit as stopped:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise MissingBackendError(
-                f"the engine could not be built or loaded (exit code {stopped.code}; the reason is above)",
-                where=f"target {bundle.target.name!r}", hint="run build_engine.sh in the bundle, and read build.log",
-            ) from stopped  # fmt: skip
-
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Outputs by name, in the types that the model declares.
-
-        Raises:
-            DataError: a feed is missing, unknown, or has a wrong type or shape.
-        """
-        import numpy as np
-
-        from graphopt.executor import TensorSpec, check_feeds
-
-        specs = [TensorSpec(v["name"], np.dtype(v["dtype"]), tuple(v["shape"])) for v in self._manifest["inputs"]]
-        check_feeds(feeds, specs)
-        found = self._model.run(dict(feeds))
-        kinds = {v["name"]: np.dtype(v["dtype"]) for v in self._manifest["outputs"]}
-        return {name: np.asarray(found[name]).astype(kind, copy=False) for name, kind in kinds.items()}
-
-    def close(self) -> None:
-        """Remove the engine."""
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-
 class TensorRtBackend:
     """The backend `tensorrt`."""
 
@@ -125,12 +75,12 @@ class TensorRtBackend:
 
     def unavailable(self, target: Target) -> str | None:
         """Why models for `target` cannot run on this machine; None where they can."""
-        runner = _runner(Path())
+        runner = runner_module(Path())
         engine, provider = runner.why_no_engine(), runner.why_no_onnxruntime()
         if engine is None:
             return (
                 None
-                if _trtexec()
+                if has_trtexec()
                 else "trtexec, which builds the engine, is not here (JetPack: apt install libnvinfer-bin)"
             )
         if provider is None:
@@ -231,6 +181,7 @@ class TensorRtBackend:
         from graphopt.model import save
         from graphopt.quantization.back.recognised import holds_quantised
         from graphopt.sparsity.eligibility import eligibility
+        from graphopt.sparsity.marks import declared_pattern
         from graphopt.tensorrt import validate
         from graphopt.tensorrt.validate import parts, require_valid
         from graphopt.verify import random_feeds
@@ -262,7 +213,7 @@ class TensorRtBackend:
             guide=GUIDE + TYPINGS[session["typing"]],
             session=session,
             limits=tuple(f.sentence() for f in found),
-            warnings=_warnings(shapes, sparse),
+            warnings=_warnings(shapes, sparse, meant=any(declared_pattern(n) for n in model.graph.all_nodes())),
             details={"tensorrt": {"findings": [_row(f) for f in found], "sparsity": sparse.to_dict()}},
         )
 
@@ -280,7 +231,7 @@ class TensorRtBackend:
             if path.suffix not in (".sh", ".py", ".conf", ".md") and path.parent == bundle.folder:
                 shutil.copy(path, folder / path.name)
         _write_scripts(folder, {**bundle.manifest["session"], "sample": {}}, bundle.target)
-        return EngineSession(bundle, _runner(folder), folder)
+        return EngineSession(bundle, runner_module(folder), folder)
 
     def stand_in(self, bundle: Bundle, *, threads: int = 1) -> tuple[RunnableSession, str]:
         """The same file on this machine's processor, every Q and DQ computed as the standard says."""
@@ -298,25 +249,6 @@ class TensorRtBackend:
             raise MissingBackendError(
                 reason, where=f"target {target.name!r}", hint="copy the bundle to the device; its README says the rest"
             )
-
-
-def _runner(folder: Path) -> types.ModuleType:
-    """The module of run.py, our own text, for a folder."""
-    text = importlib.resources.files("graphopt.backends").joinpath(SCRIPTS["run.py"]).read_text("utf-8")
-    module = types.ModuleType("graphopt_tensorrt_run")
-    module.__file__ = str(folder / "run.py")
-    exec(compile(text, "tensorrt_run.txt", "exec"), module.__dict__)
-    return module
-
-
-def _trtexec() -> bool:
-    import os
-
-    return any(
-        shutil.which(name)
-        for name in (os.environ.get("TRTEXEC", ""), "trtexec", "/usr/src/tensorrt/bin/trtexec")
-        if name
-    )
 
 
 def _write_scripts(folder: Path, session: Mapping[str, Any], target: Target) -> None:
@@ -387,7 +319,7 @@ def _needs(target: Target) -> tuple[str, ...]:
     )
 
 
-def _warnings(shapes: Profiles, sparse: Eligibility) -> tuple[str, ...]:
+def _warnings(shapes: Profiles, sparse: Eligibility, *, meant: bool) -> tuple[str, ...]:
     told = []
     if shapes.guessed:
         named = ", ".join(shapes.guessed)
@@ -395,7 +327,7 @@ def _warnings(shapes: Profiles, sparse: Eligibility) -> tuple[str, ...]:
             f"nobody gave a range for the open dimensions {named}: the engine takes one size only; give one "
             f"(--set sizes={shapes.guessed[0]}=LEAST:USUAL:LARGEST), or edit engine.conf before it is built"
         )
-    if sparse.layers and not any(row.verdict == "may" for row in sparse.layers):
+    if meant and sparse.layers and not any(row.verdict == "may" for row in sparse.layers):
         told.append(f"{sparse.summary()}: TensorRT will hardly choose sparse kernels")
     return tuple(told)
 

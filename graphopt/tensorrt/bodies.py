@@ -40,7 +40,11 @@ def _branches(node: ir.Node) -> Iterator[Finding]:
         ranks = [None if (d := shapes.dims(v)) is None else len(d) for v in (a, b)]
         if None not in ranks and ranks[0] != ranks[1]:
             yield error(
-                "if", node, f"its branches give tensors of {ranks[0]} and {ranks[1]} axes", "reshape one of them", TABLE
+                "if",
+                node,
+                f"its branches give tensors of {ranks[0]} and {ranks[1]} axes",
+                "fold with fixed sizes (--dim), which decides Ifs on sizes, or reshape one of them",
+                TABLE,
             )
 
 

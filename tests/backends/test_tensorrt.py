@@ -21,6 +21,7 @@ from graphopt import bundle, calibration, registry
 from graphopt.backend import Backend
 from graphopt.backends.tensorrt import TensorRtBackend
 from graphopt.backends.tensorrt_profiles import profiles, spec
+from graphopt.backends.tensorrt_session import runner_module
 from graphopt.errors import MissingBackendError, ModelError, UsageError
 from graphopt.executor import Session
 from graphopt.lowering.steps import lower
@@ -236,6 +237,22 @@ def test_sparse_layers_ask_for_sparse_kernels(tmp_path: Path, device: Path) -> N
     assert "--sparsity=enable" in calls(device)[0] and "(Sparsity)" in done.stdout
 
 
+def test_layers_made_sparse_that_will_not_gain_are_warned_of_and_chance_zeros_are_not(tmp_path: Path) -> None:
+    from graphopt.sparsity.marks import declare_pattern
+
+    rows = normal(32, 32)
+    rows[:, np.arange(32) % 4 < 2] = 0
+
+    def warned(declared: bool) -> list[str]:
+        model = graph("(float[1,32] x) => (float[1,32] y)", "y = MatMul(x, w)", w=np.ascontiguousarray(rows.T))
+        if declared:
+            declare_pattern(next(iter(model.graph)), "2:4")
+        return list(bundle.read(lower(model, JETSON, tmp_path / str(declared)).folder).manifest["warnings"])
+
+    assert any("hardly choose sparse kernels" in text for text in warned(declared=True))
+    assert not warned(declared=False)
+
+
 def test_versions_that_do_not_fit_are_told(tmp_path: Path, device: Path) -> None:
     folder = made(tmp_path, net())
     assert (
@@ -357,13 +374,6 @@ def test_the_runner_tells_what_is_wrong(tmp_path: Path, device: Path) -> None:
     assert "outside what the engine was built for" in run_py(folder, given, out, code=1, DOUBLE_LARGEST="6").stderr
     (folder / "model.engine").unlink()
     assert "Could not find any implementation" in run_py(folder, given, out, code=1, DOUBLE_FAIL="1").stderr
-    np.savez(given, x=FEEDS["x"])
-    assert "no array 'image'" in run_py(folder, given, out, code=1).stderr
-    np.savez(given, x=FEEDS["x"].astype(np.float64), image=FEEDS["image"])
-    assert "wants float32, got float64" in run_py(folder, given, out, code=1).stderr
-    np.savez(given, x=FEEDS["x"][0], image=FEEDS["image"])
-    assert "wants shape" in run_py(folder, given, out, code=1).stderr
-    np.savez(given, **FEEDS)
     bare = {"PYTHONPATH": str(tmp_path)}
     assert "python3-libnvinfer" in run_py(folder, given, out, code=6, **bare).stderr
     assert "TensorRT in this onnxruntime" in run_py(folder, given, out, "--onnxruntime", code=6).stderr
@@ -372,6 +382,22 @@ def test_the_runner_tells_what_is_wrong(tmp_path: Path, device: Path) -> None:
     with (folder / "model.onnx").open("ab") as file:
         file.write(b"x")
     assert "copy the bundle again" in run_py(folder, given, out, code=1).stderr
+
+
+def test_inputs_that_do_not_fit_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = made(tmp_path, net())
+    module = runner_module(folder)
+    manifest, given = module.read_manifest(), str(tmp_path / "in.npz")
+    wrong = {
+        "no array 'image'": {"x": FEEDS["x"]},
+        "wants float32, got float64": {"x": FEEDS["x"].astype(np.float64), "image": FEEDS["image"]},
+        "wants shape": {"x": FEEDS["x"][0], "image": FEEDS["image"]},
+    }
+    for text, arrays in wrong.items():
+        np.savez(given, **arrays)
+        with pytest.raises(SystemExit):
+            module.feeds_of(given, manifest)
+        assert text in capsys.readouterr().err
 
 
 def test_sessions_and_runs_where_tensorrt_is(tmp_path: Path, device: Path) -> None:
