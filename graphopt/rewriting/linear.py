@@ -388,7 +388,9 @@ def _view_matmul(node: ir.Node, shape: tuple[int, ...]) -> Linear | str:
     use = sole_use(product)
     if use and is_onnx(use.node, "Add") and use.node.graph is node.graph:
         other = 1 - use.idx
-        data = float64(use.node.inputs[other])
+        # Only what may be a bias is read: a table as large as the tensor is none.
+        tensor = constant(use.node.inputs[other])
+        data = float64(use.node.inputs[other]) if tensor is not None and tensor.size in (1, outputs) else None
         rank = None if product.shape is None else len(product.shape)
         fits = data is not None and data.size in (1, outputs) and data.shape[-1:] in ((), (1,), (outputs,))
         # An Add of higher rank than the product would add axes to it; rank 1 and 0 never do.
