@@ -56,7 +56,7 @@ def test_bundles_hold_the_model_the_runners_and_what_delegates_take(target: str,
     assert bundle.read(made.folder).target == registry.target(target)
     names = {path.name for path in made.folder.iterdir()}
     assert set(FILES) | {"settings.h", "bench.sh", "delegates.json", "delegates.txt", "README.md"} <= names
-    onnx_file = target == "android-qnn"
+    onnx_file = target in ("android-qnn", "android-xnnpack")
     assert made.model.name == ("model.onnx" if onnx_file else "model.ort")
     assert ("required_operators.config" in names) is not onnx_file
     if not onnx_file:
