@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import tvm
-from tvm import relax
+from tvm import relax, tirx
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from graphopt.backends.tvm_schedules import blocked_operators
@@ -71,7 +71,7 @@ class _BlockedGraph(PyExprMutator):  # type: ignore[misc]
         try:
             return blocked_operators.converted(self, binding.value)
         except Exception as error:  # TVM raises whatever a check in C++ raised; the operator stays what it is
-            self.failures.append(Unscheduled.of(binding.var.name_hint, "blocks", error))
+            self.failures.append(Unscheduled.of(str(binding.var), "blocks", error))
             return None
 
     def visit_var_(self, var: relax.Var) -> relax.Expr:
@@ -113,6 +113,10 @@ class _BlockedGraph(PyExprMutator):  # type: ignore[misc]
     def call_te(self, function: Any, *args: Any, **options: Any) -> relax.Expr:
         """The call of a kernel given as a tensor expression."""
         return self.builder_.call_te(function, *args, **options)
+
+    def kernel(self, name: tvm.ir.GlobalVar) -> tirx.PrimFunc:
+        """A kernel of the module."""
+        return self.builder_.get()[name]
 
     def block(self, channels: int) -> int:
         """Channels in a block of a tensor of so many channels."""

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
-from tvm import relax, topi
+from tvm import relax, tirx, topi
 from tvm.ir import GenericConst
 
+from graphopt.backends.tvm_schedules.blocked_formulas import channelwise
 from graphopt.backends.tvm_schedules.blocks import Blocked, Blocking, known, sizes_of
 from graphopt.backends.tvm_schedules.machine import Machine
 from graphopt.backends.tvm_schedules.transposed import Axis, interleaved, phase_weights, window_of
@@ -30,6 +31,7 @@ class Graph(Protocol):
     def emit(self, expr: relax.Expr) -> relax.Var: ...  # noqa: D102
     def call_te(self, function: Any, *args: Any, **options: Any) -> relax.Expr: ...  # noqa: D102
     def block(self, channels: int) -> int: ...  # noqa: D102
+    def kernel(self, name: Any) -> tirx.PrimFunc: ...  # noqa: D102
     def in_blocks(self, expr: relax.Expr) -> Blocked | None: ...  # noqa: D102
     def packed(self, expr: relax.Expr) -> Blocked: ...  # noqa: D102
     def visit_expr(self, expr: relax.Expr) -> relax.Expr: ...  # noqa: D102
@@ -211,6 +213,25 @@ def _operand(graph: Graph, expr: relax.Expr, blocking: Blocking, rank: int) -> r
     return packed.expr if packed.blocking == blocking else None
 
 
+def _kernel(graph: Graph, call: relax.Call) -> Blocked | None:
+    operands = list(call.args[1].fields) if isinstance(call.args[1], relax.Tuple) else []
+    present = [graph.in_blocks(operand) for operand in operands]
+    sizes = sizes_of(call)
+    if len(call.args) > 2 or not any(present):
+        return None
+    blocking = Blocking(sizes[1], graph.block(sizes[1]))
+    formula = channelwise(graph.kernel(call.args[0]), [sizes_of(o) for o in operands], sizes, blocking)
+    if formula is None:
+        return None
+    compute, in_blocks = formula
+    arguments = [
+        graph.packed(operand).expr if blocked else graph.visit_expr(operand)
+        for operand, blocked in zip(operands, in_blocks, strict=True)
+    ]
+    name = str(call.args[0].name_hint)
+    return Blocked(graph.emit(graph.call_te(compute, *arguments, primfunc_name_hint=name)), blocking, len(sizes))
+
+
 def _strided_slice(graph: Graph, call: relax.Call) -> Blocked | None:
     source = graph.in_blocks(call.args[0])
     if source is None or source.rank != 4:
@@ -295,6 +316,7 @@ _UNARY = (
 _BINARY = ("add", "subtract", "multiply", "divide", "maximum", "minimum", "power")
 
 RULES: dict[str, Conversion] = {
+    "relax.call_tir": _kernel,
     "relax.nn.conv1d": _convolution,
     "relax.nn.conv2d": _convolution,
     "relax.nn.conv1d_transpose": _transposed,
