@@ -120,9 +120,9 @@ def _segments(assignment: Assignment) -> Iterator[Assignment]:
             if high - low == 1:
                 new[var] = tirx.const(low, dtype(var))
                 continue
-            if low:
-                new[var] = var + low
-            loops.append((var, tirx.const(high - low, dtype(var))))
+            piece = tirx.Var(var.name, dtype(var))  # of its own: TVM wants one extent for a variable in a function
+            new[var] = piece + low if low else piece
+            loops.append((piece, tirx.const(high - low, dtype(var))))
         yield assignment.replaced(new, tuple(loops))
 
 

@@ -5,11 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import tvm_ffi
 from tvm import ir, sym, tirx
 
-from graphopt.backends.tvm_schedules.stages import constant, dtype, is_const, substitute, zero
+from graphopt.backends.tvm_schedules.stages import CHOICES, constant, dtype, is_const, substitute, zero
 
 Body = Callable[[Any], Any]
+
+HEAVY = frozenset(
+    f"tirx.{name}" for name in (
+        "exp", "exp2", "exp10", "erf", "log", "log2", "log1p", "log10", "pow", "sigmoid", "sqrt", "rsqrt", "tanh",
+        "sin", "cos", "tan", "sinh", "cosh", "asin", "acos", "atan", "atan2",
+    )
+)  # fmt: skip
+"""What takes longer than reading its result again."""
 
 
 def index(value: int) -> Any:
@@ -34,6 +43,60 @@ def loop(name: str, extent: Any, body: Body, kind: tirx.ForKind = tirx.ForKind.S
 def vectorized(lanes: int, body: Body, like: Any) -> Any:
     """The statement that `body` makes of a lane, for all lanes in one instruction."""
     return loop("lane", tirx.const(lanes, dtype(like)), body, tirx.ForKind.VECTORIZED)
+
+
+def computed(lanes: int, store: Callable[[Any], Any], like: Any) -> Any:
+    """The store that `store` makes of a lane, for all lanes in vectors; dear functions in it one after another.
+
+    TVM's simplifiers write out names where they stand, which doubles a formula with every function that is nested in
+    another. So all but single ones go through a register.
+    """
+    lane = tirx.Var("lane", dtype(like))
+    whole = store(lane)
+    steps: list[Any] = []
+    found: list[tuple[Any, Any]] = []
+
+    def step(call: Any) -> Any:
+        if getattr(call.op, "name", "") not in HEAVY or dtype(call) != "float32":
+            return call
+        for known, register_of in found:
+            if tvm_ffi.structural_equal(known, call):
+                return tirx.BufferLoad(register_of, [lane])
+        held = register(lanes, f"step{len(found)}")
+        found.append((call, held))
+        own = tirx.Var("lane", dtype(like))
+        steps.append(tirx.AllocBuffer(held))
+        steps.append(_lanes(own, lanes, tirx.BufferStore(held, substitute(call, {lane: own}), [own])))
+        return tirx.BufferLoad(held, [lane])
+
+    if dear_calls(whole.value) > 1 and not has_branches(whole.value):
+        whole = tirx.BufferStore(whole.buffer, tvm_ffi.structural_map(whole.value, (ir.Call, step)), whole.indices)
+    return sequence([*steps, _lanes(lane, lanes, whole)])
+
+
+def _lanes(lane: Any, lanes: int, statement: Any) -> Any:
+    if lanes == 1:
+        return tvm_ffi.structural_map(statement, (tirx.Var, lambda var: zero(lane) if var == lane else var))
+    return tirx.For(lane, zero(lane), tirx.const(lanes, dtype(lane)), tirx.ForKind.VECTORIZED, statement)
+
+
+def dear_calls(value: Any) -> int:
+    """How many functions in a formula take longer than to read their result again."""
+    found: list[Any] = []
+    tvm_ffi.structural_walk(value, (ir.Call, lambda call: found.append(getattr(call.op, "name", ""))))
+    return sum(name in HEAVY for name in found)
+
+
+def has_branches(value: Any) -> bool:
+    """Whether parts of a formula are computed under a condition alone."""
+    found: list[Any] = []
+    tvm_ffi.structural_walk(value, (ir.Call, lambda call: found.append(getattr(call.op, "name", ""))))
+    return any(name in CHOICES for name in found)
+
+
+def register(lanes: int, name: str, dtype: str = "float32") -> Any:
+    """An array small enough to live in a register."""
+    return tirx.decl_buffer((lanes,), dtype, name, scope="local")
 
 
 def vector(start: Any, lanes: int) -> Any:
@@ -82,6 +145,25 @@ def _pieces(name: str, extent: Any, count: int, rest: bool, size: int, body: Cal
     return loop(
         name, tirx.const(count + 1, dtype(extent)), lambda var: body(tirx.min(var * size, last), size)
     )  # fmt: skip
+
+
+def partitioned(name: str, extent: Any, sizes: Sequence[int], body: Callable[[Any, int], Any]) -> Any:
+    """As `covered`, with every element in one piece: the rest in pieces of the next sizes.
+
+    For arrays that TVM may lay over one that the formula reads: computed twice, an element would read its own result.
+    """
+    static, start, statements = constant(extent), zero(extent), []
+    for size in sizes if static is not None else (sizes[0], 1):
+        left = extent - start
+        count = tirx.floordiv(left, tirx.const(size, dtype(extent)))
+        if static is not None:
+            done = int(start.value)
+            count = tirx.const((static - done) // size, dtype(extent))
+        if is_const(count, 0):
+            continue
+        statements.append(loop(name, count, lambda var, at=start, size=size: body(at + var * size, size)))  # type: ignore[misc]
+        start = start + count * size
+    return sequence(statements)
 
 
 def powers_below(lanes: int) -> tuple[int, ...]:

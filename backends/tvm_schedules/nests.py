@@ -11,10 +11,13 @@ from tvm import ir, tirx
 from graphopt.backends.tvm_schedules.assignments import Assignment, of_stage, prepared
 from graphopt.backends.tvm_schedules.loops import (
     Strides,
+    computed,
     contiguous,
     covered,
     loop,
+    partitioned,
     powers_below,
+    register,
     sequence,
     splat,
     vector,
@@ -36,7 +39,7 @@ PARTIAL_VECTORS = 4
 """Sums that grow side by side: an addition takes 3 to 4 cycles, and one may begin in each."""
 
 
-def nest(stage: Stage, machine: Machine, bound: int = 0, parallel: bool = False) -> Any:
+def nest(stage: Stage, machine: Machine, bound: int = 0, parallel: bool = False, inner: bool = False) -> Any:
     """The loops of a stage.
 
     Args:
@@ -44,11 +47,12 @@ def nest(stage: Stage, machine: Machine, bound: int = 0, parallel: bool = False)
         machine: whose vectors are filled.
         bound: how many of its first axes are variables of loops around it.
         parallel: whether the outermost loop is split among cores.
+        inner: whether the buffer is the function's own, and not one of its results.
     """
     kind = tirx.ForKind.PARALLEL if parallel else tirx.ForKind.SERIAL
     if stage.reduced:
-        return _reduction(stage, machine, bound, kind)
-    return sequence(_elementwise(piece, machine, kind) for piece in prepared(of_stage(stage, bound)))
+        return _reduction(stage, machine, bound, kind, inner)
+    return sequence(_elementwise(piece, machine, kind, inner) for piece in prepared(of_stage(stage, bound)))
 
 
 def _around(loops: Sequence[tuple[Any, Any]], kind: tirx.ForKind, body: Any) -> Any:
@@ -57,24 +61,25 @@ def _around(loops: Sequence[tuple[Any, Any]], kind: tirx.ForKind, body: Any) -> 
     return body
 
 
-def _elementwise(assignment: Assignment, machine: Machine, kind: tirx.ForKind) -> Any:
+def _elementwise(assignment: Assignment, machine: Machine, kind: tirx.ForKind, inner: bool) -> Any:
     def store(new: dict[Any, Any]) -> Any:
         value = substitute(assignment.value, new)
         return tirx.BufferStore(assignment.buffer, value, [substitute(i, new) for i in assignment.indices])
 
     if not assignment.loops:
-        return store({})
+        return computed(1, lambda _: store({}), tirx.const(0, "int64"))
     *outer, (var, extent) = assignment.loops
     if not fills_vectors(assignment.value, assignment.store, var, assignment.strides()):
-        return _around(assignment.loops, kind, store({}))
+        return _around(assignment.loops, kind, computed(1, lambda _: store({}), var))
 
     def piece(start: Any, lanes: int) -> Any:
-        return vectorized(lanes, lambda lane: store({var: start + lane}), var)
+        return computed(lanes, lambda lane: store({var: start + lane}), var)
 
-    inner = covered(var.name, extent, powers_below(machine.lanes()), piece)
-    if not outer and kind == tirx.ForKind.PARALLEL and isinstance(inner, tirx.For):
-        return tirx.For(inner.loop_var, inner.min, inner.extent, kind, inner.body)
-    return _around(outer, kind, inner)
+    cover = partitioned if inner else covered
+    pieces = cover(var.name, extent, powers_below(machine.lanes()), piece)
+    if not outer and kind == tirx.ForKind.PARALLEL and isinstance(pieces, tirx.For):
+        return tirx.For(pieces.loop_var, pieces.min, pieces.extent, kind, pieces.body)
+    return _around(outer, kind, pieces)
 
 
 def fills_vectors(value: Any, store: Any, var: Any, strides: Strides) -> bool:
@@ -90,7 +95,7 @@ def fills_vectors(value: Any, store: Any, var: Any, strides: Strides) -> bool:
     return not any(getattr(c.op, "name", "") in CHOICES and var in variables(c.args[0]) for c in branches)
 
 
-def _reduction(stage: Stage, machine: Machine, bound: int, kind: tirx.ForKind) -> Any:
+def _reduction(stage: Stage, machine: Machine, bound: int, kind: tirx.ForKind, inner: bool) -> Any:
     ranges = list(stage.ranges())
     axes = [(v, e) for v, e in zip(stage.axes, stage.extents, strict=True) if constant(e) != 1]
     outside = set(stage.axes[:bound])
@@ -99,7 +104,7 @@ def _reduction(stage: Stage, machine: Machine, bound: int, kind: tirx.ForKind) -
     store = tirx.BufferLoad(stage.buffer, place)
     strides = Strides([store, *loads(stage.value)], ranges)
     if axes and stage.reduced and fills_vectors(stage.value, store, axes[-1][0], strides):
-        return _around(axes[:-1], kind, _columns(stage, place, axes[-1], machine))
+        return _around(axes[:-1], kind, _columns(stage, place, axes[-1], machine, inner))
     along = stage.reduced[-1]
     if _fills_partial_vectors(stage, along, strides):
         return _around(axes, kind, _partial(stage, place, machine))
@@ -126,7 +131,7 @@ def _reduced_loops(stage: Stage, body: Callable[[dict[Any, Any]], Any], inner: i
     return statement
 
 
-def _columns(stage: Stage, place: list[Any], axis: tuple[Any, Any], machine: Machine) -> Any:
+def _columns(stage: Stage, place: list[Any], axis: tuple[Any, Any], machine: Machine, inner: bool) -> Any:
     """Vectors across the columns of the result; the rows that are reduced run inside, sums in registers."""
     var, extent = axis
     lanes = machine.lanes()
@@ -158,16 +163,11 @@ def _columns(stage: Stage, place: list[Any], axis: tuple[Any, Any], machine: Mac
              _reduced_loops(stage, update), *stores]
         )  # fmt: skip
 
-    return covered(var.name, extent, sizes, piece)
+    return (partitioned if inner else covered)(var.name, extent, sizes, piece)
 
 
 def _moved(position: Any, var: Any, to: Any) -> Any:
     return to if isinstance(position, tirx.Var) and position == var else position
-
-
-def register(lanes: int, name: str, dtype: str = "float32") -> Any:
-    """An array small enough to live in a register."""
-    return tirx.decl_buffer((lanes,), dtype, name, scope="local")
 
 
 def _plain(stage: Stage, place: list[Any]) -> Any:

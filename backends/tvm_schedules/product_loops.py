@@ -9,9 +9,17 @@ from typing import Any
 import tvm_ffi
 from tvm import ir, tirx
 
-from graphopt.backends.tvm_schedules.loops import covered, loop, powers_below, sequence, splat, vector, vectorized
+from graphopt.backends.tvm_schedules.loops import (
+    computed,
+    covered,
+    loop,
+    powers_below,
+    register,
+    sequence,
+    splat,
+    vector,
+)
 from graphopt.backends.tvm_schedules.machine import Machine
-from graphopt.backends.tvm_schedules.nests import register
 from graphopt.backends.tvm_schedules.products import FEW_ROWS, Block, Product, block_for, find, pieces
 from graphopt.backends.tvm_schedules.rows import PARALLEL_WORK, real_axes, with_body, work
 from graphopt.backends.tvm_schedules.stages import constant, dtype, is_const, substitute, variables, zero
@@ -191,7 +199,7 @@ class Kernel:
         height = len(sums)
         if simple or height == 1:
             return sequence(
-                vectorized(size, lambda lane, i=i, j=j: result(i, j, tirx.BufferLoad(sums[i][j], [lane]), lane), first)  # type: ignore[misc]
+                computed(size, lambda lane, i=i, j=j: result(i, j, tirx.BufferLoad(sums[i][j], [lane]), lane), first)  # type: ignore[misc]
                 for i in range(height) for j, (_, size) in enumerate(parts)
             )  # fmt: skip
         block = tirx.decl_buffer((height, parts[-1][0] + parts[-1][1]), "float32", "block")
@@ -203,7 +211,7 @@ class Kernel:
 
         def line(i: Any) -> Any:
             def piece(j: int, at: int, size: int) -> Any:
-                return vectorized(size, lambda lane: result(i, j, tirx.BufferLoad(block, [i, at + lane]), lane), first)
+                return computed(size, lambda lane: result(i, j, tirx.BufferLoad(block, [i, at + lane]), lane), first)
 
             return sequence(piece(j, at, size) for j, (at, size) in enumerate(parts))
 

@@ -24,10 +24,11 @@ from tvm import ir, tirx
 
 from graphopt.backends.tvm_schedules.loops import (
     Strides,
+    dear_calls,
     powers_below,
 )
 from graphopt.backends.tvm_schedules.machine import Machine
-from graphopt.backends.tvm_schedules.rows import is_dear, real_axes
+from graphopt.backends.tvm_schedules.rows import real_axes
 from graphopt.backends.tvm_schedules.stages import (
     NotStagesError,
     Stage,
@@ -90,7 +91,7 @@ def find(function: tirx.PrimFunc) -> Product | None:
         return None
     axes = real_axes(stage)
     reads = loads(stage.value)
-    if not axes or any(read.source.dtype != "float32" for read in reads) or is_dear(stage.value):
+    if not axes or any(read.source.dtype != "float32" for read in reads) or dear_calls(stage.value):
         return None
     column = axes[-1]
     for left, right in ((stage.value.a, stage.value.b), (stage.value.b, stage.value.a)):

@@ -10,7 +10,7 @@ from typing import Any
 import tvm_ffi
 from tvm import ir, relax, s_tir, tirx
 
-from graphopt.backends.tvm_schedules.loops import sequence
+from graphopt.backends.tvm_schedules.loops import dear_calls, sequence
 from graphopt.backends.tvm_schedules.machine import Machine
 from graphopt.backends.tvm_schedules.nests import nest
 from graphopt.backends.tvm_schedules.stages import (
@@ -26,14 +26,6 @@ from graphopt.backends.tvm_schedules.stages import (
 
 PARALLEL_WORK = 1 << 15
 """Elements below which starting threads costs more than they save (a few microseconds)."""
-
-HEAVY = frozenset(
-    f"tirx.{name}" for name in (
-        "exp", "exp2", "exp10", "erf", "log", "log2", "log1p", "log10", "pow", "sigmoid", "sqrt", "rsqrt", "tanh",
-        "sin", "cos", "tan", "sinh", "cosh", "asin", "acos", "atan", "atan2",
-    )
-)  # fmt: skip
-"""What takes longer than reading its result again."""
 
 
 def rows_rule(function: tirx.PrimFunc, machine: Machine) -> tirx.PrimFunc | None:
@@ -64,20 +56,13 @@ def with_body(function: tirx.PrimFunc, body: Any) -> tirx.PrimFunc:
 
 def keep_dear(stage: Stage, readers: Sequence[Stage]) -> bool:
     """Whether a stage should be computed once and kept: it is dear, and its readers would compute it more often."""
-    if not is_dear(stage.value):
+    if not dear_calls(stage.value):
         return False
     if len(readers) > 1:
         return True
     (reader,) = readers
     places = {tuple(str(i) for i in load.indices) for load in loads(reader.value) if load.source == stage.buffer}
     return len(places) > 1 or points(reader) is None or points(stage) is None or points(reader) > points(stage)  # type: ignore[operator]
-
-
-def is_dear(value: Any) -> bool:
-    """Whether a formula takes longer than to read its result."""
-    found = []
-    tvm_ffi.structural_walk(value, (ir.Call, lambda call: found.append(getattr(call.op, "name", ""))))
-    return any(name in HEAVY for name in found)
 
 
 def points(stage: Stage) -> int | None:
@@ -138,7 +123,9 @@ def _by_rows(program: Program, shared: int, machine: Machine) -> Any:
     inner = [tirx.AllocBuffer(row) for row in rows_of.values()]
     for stage in renamed:
         bound = 0 if stage.buffer in rows_of else _leading(stage, shared)
-        inner.append(nest(_reading(stage, rows_of, shared, renamed), machine, bound=bound))
+        inner.append(
+            nest(_reading(stage, rows_of, shared, renamed), machine, bound=bound, inner=stage.buffer in rows_of)
+        )
     body = sequence(inner)
     parallel = machine.cores > 1 and work(program.stages) >= PARALLEL_WORK
     for depth, (var, size) in reversed(list(enumerate(loops))):
@@ -205,7 +192,6 @@ def _one_by_one(program: Program, machine: Machine) -> Any:
     for stage in program.stages:
         value = tvm_ffi.structural_map(stage.value, (ir.expr.TensorLoad, read))
         parallel = machine.cores > 1 and work([stage]) >= PARALLEL_WORK
-        statements.append(
-            nest(replace(stage, buffer=new.get(stage.buffer, stage.buffer), value=value), machine, parallel=parallel)
-        )
+        own = replace(stage, buffer=new.get(stage.buffer, stage.buffer), value=value)
+        statements.append(nest(own, machine, parallel=parallel, inner=stage.buffer in new))
     return sequence(statements)

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tvm import tirx
+from tvm import ir, tirx
 
 _LOG2_E = math.log2(math.e)
 # ln 2 = high + low, where high has so few digits that n * high is exact for every exponent n.
@@ -45,12 +45,18 @@ def install() -> None:
     roundings, which are no identities of real numbers.
     """
     for name, formula in _FORMULAS.items():
-        tirx.register_intrin_lowering(f"tirx.{name}", target="llvm", f=_rule(formula), level=99)
+        before = ir.Op.get(f"tirx.{name}").get_attr("llvm.FLowerIntrinsic")
+        tirx.register_intrin_lowering(f"tirx.{name}", target="llvm", f=_rule(formula, before), level=99)
 
 
-def _rule(formula: Callable[..., Any]) -> Callable[[Any], Any]:
+def _rule(formula: Callable[..., Any], before: Callable[[Any], Any] | None) -> Callable[[Any], Any]:
+    """The formula for float32; for other types, and where it has none, what TVM did before."""
+
     def rule(call: Any) -> Any:
-        return formula(*call.args) if str(call.ty.dtype).split("x")[0] == "float32" else None
+        value = formula(*call.args) if _dtype(call).split("x")[0] == "float32" else None
+        if value is not None:
+            return value
+        return call if before is None else before(call)
 
     return rule
 
