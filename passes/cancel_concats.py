@@ -258,8 +258,8 @@ def _into_operand(node: ir.Node, opset: int, editor: Editor, result: PassResult)
     place = _operand_of(node, inner)
     if place is None:
         if axis_of(inner, _rank(inner)) in (cuts_of(node) or {}):
-            reason = "it takes of several operands of a Concat, or their sizes are unknown"
-            result.skipped.append(Skip(label(node), reason))
+            several = "it takes of several operands of a Concat, or their sizes are unknown"
+            result.skipped.append(Skip(label(node), several))
         return 0
     operand, axis, cut, whole = place
     alone = whole and len(cuts_of(node) or {}) == 1
