@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from graphopt.backend import Artefacts, BenchResult
-from graphopt.backends.ort_format import OPERATORS, write_ort
+from graphopt.backends import ort_format
 from graphopt.backends.ort_mobile_qnn import Compiled, compile_context
 from graphopt.backends.ort_mobile_text import ABOUT, ABOUT_CONTEXT, QNN_LICENCE
 from graphopt.errors import MissingBackendError, ModelError, UsageError
@@ -104,7 +104,7 @@ class OrtMobileBackend:
             qnn_python: a Python that has onnxruntime-qnn; None: this one, where it has it.
 
         Raises:
-            ModelError: the delegate needs static shapes, or a compiler refuses the model.
+            ModelError: the delegate needs static shapes, the file would be too large, or a compiler refuses the model.
             MissingBackendError: a Hexagon context is wanted and its compiler is not installed.
             UsageError: an option of Hexagon on a target without it.
         """
@@ -166,12 +166,18 @@ class OrtMobileBackend:
         return Session(bundle.model, optimize=True, threads=threads), said
 
     def _write_model(self, model: ir.Model, target: Target, folder: Path) -> str:
-        from graphopt.model import save
+        from graphopt.model import save, weight_bytes
 
         if target.options["file"] == "onnx":
             save(model, folder / "model.onnx")
             return "model.onnx"
-        write_ort(model, folder / "model.ort", style=target.options["style"])
+        size = weight_bytes(model)
+        if size > ort_format.LARGEST:
+            raise ModelError(
+                f"its weights have {size / 1e9:.1f} GB, and .ort files end at 2 GB",
+                hint="quantise it, or lower it with --target cpu-arm64, which keeps the ONNX file",
+            )
+        ort_format.write_ort(model, folder / "model.ort", style=target.options["style"])
         return "model.ort"
 
 
@@ -249,7 +255,7 @@ def _settings(file: str, target: Target) -> str:
 def _guide(target: Target, compiled: Compiled | None) -> str:
     system = "ios" if target.options["provider"] == "CoreML" else "android"
     guide = _text(f"ort_mobile_{system}.txt").strip()
-    parts = [guide.replace("{provider}", target.options["provider"]).replace("{operators}", OPERATORS)]
+    parts = [guide.replace("{provider}", target.options["provider"]).replace("{operators}", ort_format.OPERATORS)]
     if compiled is not None:
         parts.append(compiled.message)
         if compiled.files:

@@ -16,7 +16,7 @@ from text_graph import graph
 
 from graphopt import bundle, jobs, registry
 from graphopt.backend import Backend
-from graphopt.backends import ort_mobile_qnn
+from graphopt.backends import ort_format, ort_mobile_qnn
 from graphopt.backends.ort_mobile import FILES, OrtMobileBackend
 from graphopt.errors import MissingBackendError, ModelError, UsageError
 from graphopt.executor import Session
@@ -200,3 +200,23 @@ def test_the_runner_in_cpp_computes_what_the_model_does(tmp_path: Path) -> None:
         refused = run(*words)
         assert refused.returncode in (1, 2) and expected in refused.stderr
     assert not (tmp_path / "no.npz").exists()
+
+
+def test_ios_refuses_quantised_models_by_node(tmp_path: Path) -> None:
+    model = graph(
+        "(float[1,4] x) => (float[1,4] y)",
+        "q = QuantizeLinear(x, s, z)  y = DequantizeLinear(q, s, z)",
+        s=np.float32(0.1), z=np.uint8(0),
+    )  # fmt: skip
+    with pytest.raises(ModelError, match=r"QuantizeLinear\).*CoreML provider takes no"):
+        jobs.lower(model, "ios", tmp_path / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_beyond_the_format_are_refused_before_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ort_format, "LARGEST", 100)
+    with pytest.raises(ModelError, match=r"\.ort files end at 2 GB; quantise it, or lower it with --target cpu-arm64"):
+        jobs.lower(network(), "android", tmp_path / "b")
+    assert list(tmp_path.iterdir()) == []
