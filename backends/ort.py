@@ -6,6 +6,7 @@ import importlib.resources
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -128,7 +129,7 @@ class OrtBackend:
                 yield _call(session, feeds)
 
         if _weights(models) > TOGETHER:
-            result = in_turns([lambda model=model: ready(model) for model in models], seconds)
+            result = in_turns([partial(ready, model) for model in models], seconds)
         else:
             with ExitStack() as stack:
                 result = paired([stack.enter_context(ready(model)) for model in models], seconds)

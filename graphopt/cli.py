@@ -9,16 +9,25 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import click
 
+from graphopt.cli_bundles import lower, run
+from graphopt.cli_options import (
+    DATA,
+    common,
+    compress_option,
+    force_option,
+    print_json,
+    print_rows,
+    seed_option,
+    target_option,
+    threads_option,
+)
 from graphopt.cli_sizes import size_options
 from graphopt.shell import Shell, State
-
-F = Callable[..., Any]
-DATA = "DATA is an .npz (keys are input names, axis 0 is samples), a folder of .npy/.npz, MODULE:FUNCTION, or 'random'."
 
 
 @click.group(cls=Shell, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -31,28 +40,6 @@ def cli() -> None:
     4 verification failed, 5 a gate refused and nothing better was found, 6 a backend or tool is missing,
     130 interrupted.
     """
-
-
-def _debug(ctx: click.Context, option: click.Parameter, on: bool) -> None:
-    if on:
-        ctx.ensure_object(State).debug = True
-
-
-def common(command: F) -> F:
-    """Options that every command takes."""
-    command = click.option(
-        "--debug", is_flag=True, expose_value=False, callback=_debug, help="Show the traceback of an error."
-    )(command)
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables, errors too.")(command)
-
-
-target_option = click.option("--target", metavar="NAME", help="Device and runtime; see `graphopt targets`.")
-seed_option = click.option("--seed", type=int, help="Of every random choice.  [default: 0]")
-threads_option = click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Of a session.")
-compress_option = click.option(
-    "--compress", is_flag=True, help="Store weights with many zeros as values and positions; runtimes unpack them."
-)
-force_option = click.option("--force", is_flag=True, help="Write into a folder that holds other things.")
 
 
 @cli.command()
@@ -210,7 +197,7 @@ def inspect(model: str, units: bool, target: str | None, as_json: bool, **sizes:
 
     found = find(model, target=target, **sizes)
     if as_json:
-        _json(found.to_dict(units=units))
+        print_json(found.to_dict(units=units))
         return
     from graphopt.report import tables
 
@@ -249,7 +236,7 @@ def compare(
     errors = jobs.compare_layers(a, b, seed=seed or 0, **options) if layers else None
     equal = found.equal if tolerance is None else found.worst_relative <= tolerance
     if as_json:
-        _json(tables.comparison_dict(found, equal) | ({"layers": errors.to_dict()} if errors else {}))
+        print_json(tables.comparison_dict(found, equal) | ({"layers": errors.to_dict()} if errors else {}))
     else:
         tables.print_comparison(tables.console(sys.stdout), found, equal)
         if errors is not None:
@@ -283,7 +270,7 @@ def bench(models: Sequence[str], target: str | None, layers: bool, as_json: bool
         return
     found = measure(models, target or "cpu", **options)
     if as_json:
-        _json(tables.bench_dict(models, found))
+        print_json(tables.bench_dict(models, found))
     else:
         tables.print_bench(tables.console(sys.stdout), models, found)
 
@@ -294,91 +281,16 @@ def _bench_layers(models: Sequence[str], target: str, as_json: bool, options: di
     taken = {name: options[name] for name in ("calib", "threads", "dim", "input_shape")}
     found = [latency_table(model, target, **taken) for model in models]
     if as_json:
-        _json(found[-1].table.to_dict())
+        print_json(found[-1].table.to_dict())
         return
     for each in found:
-        _print_rows(each.rows(), False)
+        print_rows(each.rows(), False)
     new = sum(each.new for each in found)
     click.echo(f"{new} times measured now; the table is {found[-1].path}")
 
 
-@cli.command(short_help="Write the deployable bundle of a target.")
-@click.argument("model", type=click.Path())
-@click.option("--target", required=True, metavar="NAME", help="Device and runtime; see `graphopt targets`.")
-@click.option("-o", "--output", "out", required=True, type=click.Path(), metavar="OUT", help="Folder for the bundle.")
-@click.option("--calib", metavar="DATA", help=f"Real inputs, to time and to verify it; without: random. {DATA}")
-@click.option("--verify", is_flag=True, help="Run the bundle beside MODEL; where they differ, nothing is written.")
-@click.option(
-    "--tolerance", type=float, metavar="X", help="Relative difference --verify allows; without: by the number formats."
-)
-@click.option("--tune", type=click.FloatRange(1), metavar="SECONDS", help="Search so long for faster kernels (TVM).")
-@click.option(
-    "--set",
-    "more",
-    multiple=True,
-    metavar="NAME=VALUE",
-    help="Another option of the target's backend, which `graphopt targets NAME` lists; repeatable.",
-)
-@size_options
-@seed_option
-@compress_option
-@force_option
-@common
-def lower(
-    model: str,
-    target: str,
-    out: str,
-    more: Sequence[str],
-    seed: int | None,
-    tune: float | None,
-    compress: bool,
-    force: bool,
-    as_json: bool,
-    **options: Any,
-) -> None:
-    """Write the deployable bundle of a target for MODEL."""
-    from inspect import signature
-
-    from graphopt.jobs import lower as write
-    from graphopt.lowering.options import assignments
-    from graphopt.pipeline.destination import check_folder
-    from graphopt.report import tables
-
-    folder = check_folder(out, [model], force=force)
-    own = assignments(more, {"tune": tune, "compress": compress}, signature(write).parameters)
-    made = write(model, target, folder, seed=seed or 0, **options, **own)
-    files, verified, warnings = map(str, made.files), made.manifest["verified"], made.manifest["warnings"]
-    if as_json:
-        _json({"files": list(files), "verified": verified, "warnings": warnings})
-    else:
-        if verified is not None:
-            click.echo(f"differs from MODEL by {verified['relative']:.2g} relative ({verified['ran']})")
-        click.echo(f"wrote {', '.join(files)}")
-    tables.print_warnings(tables.console(sys.stderr), warnings)
-
-
-@cli.command(short_help="Execute a bundle on this machine.")
-@click.argument("bundle", type=click.Path())
-@click.option("--input", "inputs", required=True, type=click.Path(), metavar="X.npz", help="Arrays by input name.")
-@click.option("-o", "--output", "out", required=True, type=click.Path(), metavar="Y.npz", help="Arrays by output name.")
-@threads_option
-@common
-def run(bundle: str, inputs: str, out: str, threads: int, as_json: bool) -> None:
-    """Execute BUNDLE here, where this machine can."""
-    from graphopt.jobs import run as execute
-    from graphopt.jobs import save_arrays
-    from graphopt.pipeline.destination import check_file
-    from graphopt.report import tables
-
-    check_file(out, [inputs])
-    found = execute(bundle, inputs, threads=threads)
-    save_arrays(out, found)
-    rows = [{"output": name, "dtype": str(array.dtype), "shape": list(array.shape)} for name, array in found.items()]
-    if as_json:
-        _json({"written": out, "outputs": rows})
-    else:
-        tables.print_mappings(tables.console(sys.stdout), rows)
-        click.echo(f"wrote {out}")
+cli.add_command(lower)
+cli.add_command(run)
 
 
 @cli.command(short_help="What passes there are, and their options.")
@@ -389,14 +301,14 @@ def passes(name: str | None, as_json: bool) -> None:
     if name is None:
         from graphopt.jobs import describe_passes
 
-        _print_rows(describe_passes(), as_json)
+        print_rows(describe_passes(), as_json)
         return
     from graphopt import registry
     from graphopt.pipeline import describe
 
     kind = registry.pass_class(name)
     if as_json:
-        _json(describe.json_schema(kind))
+        print_json(describe.json_schema(kind))
     else:
         click.echo(describe.help_text(kind), nl=False)
 
@@ -412,26 +324,11 @@ def targets(name: str | None, as_json: bool) -> None:
     if name is not None:
         table = describe_target(name)
         said = [{"key": key, "value": value} for key, value in table.items() if value not in ("", (), [], None)]
-        _print_rows(table if as_json else said, as_json)
+        print_rows(table if as_json else said, as_json)
         return
     rows = [describe_target(each) for each in registry.targets()]
     keep = ("name", "backend", "arch", "runs here", "lowers here", "description")
-    _print_rows(rows if as_json else [{key: row[key] for key in keep} for row in rows], as_json)
-
-
-def _print_rows(data: Any, as_json: bool) -> None:
-    if as_json:
-        _json(data)
-        return
-    from graphopt.report import tables
-
-    tables.print_mappings(tables.console(sys.stdout), data)
-
-
-def _json(data: Any) -> None:
-    from graphopt.report.data import plain_json
-
-    click.echo(plain_json(data))
+    print_rows(rows if as_json else [{key: row[key] for key in keep} for row in rows], as_json)
 
 
 def main() -> None:

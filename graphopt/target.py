@@ -54,8 +54,8 @@ class HalfTypes:
         faster: those among them in which models run faster than in float32.
         float_ops: operators without a kernel of a half type, which stay in float32; "Transpose>MatMul" is a product by
             a constant together with a Transpose before it that moves the first axis.
-        quantised: its Q and DQ read and write half types, too, and a layer must stand right behind its DQ: the float part
-            of a quantised model becomes half without a Cast in between (TensorRT, strongly typed).
+        quantised: its Q and DQ read and write half types, too, and a layer must stand right behind its DQ: the float
+            part of a quantised model becomes half without a Cast in between (TensorRT, strongly typed).
         note: why a type is not faster, or what else must hold, for the reader of a report.
     """
 
