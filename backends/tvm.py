@@ -199,7 +199,7 @@ class TvmBackend:
             (folder / f"{name}.py").write_text(text, encoding="utf-8")
         about["run.py"] = "runs the model: numpy and TVM's runtime, nothing else"
         about["bench.py"] = "times the model; one line of JSON"
-        measured = self._measure(model, executable, feeds) if runs_here else None
+        measured = self._measure(model, folder / "model.so", feeds) if runs_here else None
         return Artefacts(
             model="model.so",
             run=("python3", "run.py"),
@@ -241,16 +241,17 @@ class TvmBackend:
         session = _session_of(module, bundle.manifest, threads)
         return session, "the bundle's model.onnx, compiled by TVM for this machine's processor"
 
-    def _measure(self, model: ir.Model, executable: VMExecutable, feeds: Mapping[str, Array] | None) -> dict[str, Any]:
+    def _measure(self, model: ir.Model, library: Path, feeds: Mapping[str, Array] | None) -> dict[str, Any]:
         """Time of the compiled model beside ONNX Runtime on the same processor, one thread each."""
         import onnxruntime as ort
 
+        from graphopt.backends.tvm_session import loaded
         from graphopt.executor import Session
         from graphopt.timing import paired
         from graphopt.verify import random_feeds
 
         given = dict(random_feeds(model, 0, samples=1)[0] if feeds is None else feeds)
-        session = _session_of(executable.jit(), bundle.describe_model(model), THREADS)
+        session = _session_of(loaded(library), bundle.describe_model(model), THREADS)
         with Session(model, optimize=True, threads=THREADS) as reference:
             run, names = reference.session.run, reference.output_names
             result = paired([lambda: run(names, given), session.ready(given)], LOWER_SECONDS)
