@@ -86,9 +86,8 @@ def _first_schedule(
     for rule_name, rule in RULES.items():
         try:
             schedule = rule(function, machine)
-        except (
-            Exception
-        ) as error:  # TVM raises whatever a check in C++ raised: ValueError, InternalError, ScheduleError
+        except Exception as error:
+            # TVM raises whatever a check in C++ raised: ValueError, InternalError, ScheduleError
             failures.append(Unscheduled.of(name, rule_name, error))
             continue
         if schedule is not None:
