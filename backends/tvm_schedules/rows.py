@@ -24,8 +24,8 @@ from graphopt.backends.tvm_schedules.stages import (
     substitute,
 )
 
-PARALLEL_WORK = 1 << 15
-"""Elements below which starting threads costs more than they save (a few microseconds)."""
+PARALLEL_WORK = 1 << 17
+"""Elements below which starting threads costs more than they save: some tens of microseconds of one thread."""
 
 
 def rows_rule(function: tirx.PrimFunc, machine: Machine) -> tirx.PrimFunc | None:

@@ -108,6 +108,30 @@ def test_columns_that_are_no_neighbours(rows: int) -> None:
     assert kernels.error < TOLERANCE
 
 
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        "h = MatMul(w, x)  y = Relu(h)",
+        "h = MatMul(x, x)  y = Tanh(h)",
+        "h = MatMul(x, w)  y = Add(h, w)",
+        "y = Gemm <transA=1, transB=1, alpha=0.5> (x, w)",
+        'y = Einsum <equation="ab,cb->ca"> (x, w)',
+    ],
+    ids=[
+        "weight on the left",
+        "the operand twice",
+        "the weight behind the product",
+        "both transposed",
+        "result transposed",
+    ],
+)
+def test_other_places(nodes: str) -> None:
+    model = graph("(float[19,19] x) => (y)", nodes, w=(19, 19))
+    kernels = compared(model, {"x": _normal(19, 19)})
+    assert kernels.failures == []
+    assert kernels.error < TOLERANCE
+
+
 def test_infinities_and_nan_stay_where_they_belong() -> None:
     model = graph("(float[9,12] x) => (float[a,b] y)", "h = MatMul(x, w)  y = Tanh(h)", w=np.ones((12, 21), np.float32))
     x = _normal(9, 12)

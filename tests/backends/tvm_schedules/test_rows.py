@@ -73,6 +73,43 @@ def test_formula(case: tuple[Any, ...]) -> None:
     _exact(compared(model, {"x": _normal(*shape)}))
 
 
+@pytest.mark.parametrize("shape", [(0, 9), (3, 0), (1, 1)])
+def test_open_sizes_may_be_zero(shape: tuple[int, int]) -> None:
+    model = graph(
+        "(float[n,m] x, float[m,k] w) => (float[n,m] y, float[n,k] z)",
+        "y = Softmax <axis=-1> (x)  h = MatMul(x, w)  z = Relu(h)",
+    )
+    module, failures = scheduled(model, x86())
+    machine = tvm.relax.VirtualMachine(tvm.compile(module, target=x86()), tvm.cpu())
+    y, z = machine["main"](*(tvm.runtime.tensor(v) for v in (_normal(*shape), _normal(shape[1], 21))))
+    assert failures == []
+    assert y.numpy().shape == shape
+    assert z.numpy().shape == (shape[0], 21)
+    np.testing.assert_array_equal(y.numpy(), np.ones(shape, np.float32))
+    if shape[1] == 0:
+        assert not z.numpy().any()
+
+
+def test_integers_and_truth_values() -> None:
+    model = graph(
+        "(int64[5,9] x, int64[5,1] z) => (int64[a,b] y)",
+        "m = Mul(x, z)  s = ReduceSum <keepdims=1> (m, a)  g = Greater(x, z)  w = Where(g, s, x)  "
+        "y = Transpose <perm=[1,0]> (w)",
+        a=np.array([1]),
+    )
+    random = np.random.default_rng(0)
+    _exact(compared(model, {"x": random.integers(-9, 9, (5, 9)), "z": random.integers(-9, 9, (5, 1))}))
+
+
+@pytest.mark.parametrize("kind", ["double", "float16"])
+def test_other_floats_keep_the_functions_of_tvm(kind: str) -> None:
+    model = graph(f"({kind}[3,20] x) => (y)", "e = Exp(x)  l = Log(e)  s = Sigmoid(l)  y = Tanh(s)")
+    x = _normal(3, 20).astype({"double": np.float64, "float16": np.float16}[kind])
+    kernels = compared(model, {"x": x})
+    assert kernels.failures == []
+    assert kernels.error < {"double": 1e-14, "float16": 2e-3}[kind]
+
+
 @pytest.mark.parametrize("rows", [1, 5])
 def test_open_sizes(rows: int) -> None:
     model = graph(
@@ -91,8 +128,8 @@ def test_a_chain_of_dear_functions_compiles_in_pieces() -> None:
 
 
 def test_sums_of_rows_on_several_cores() -> None:
-    model = graph("(float[300,200] x) => (float[300,200] y)", "y = Softmax <axis=-1> (x)")
-    kernels = compared(model, {"x": _normal(300, 200)}, x86(cores=2))
+    model = graph("(float[300,800] x) => (float[300,800] y)", "y = Softmax <axis=-1> (x)")
+    kernels = compared(model, {"x": _normal(300, 800)}, x86(cores=2))
     _exact(kernels)
     assert "T.parallel" in scheduled(model, x86(cores=2))[0].script()
 
