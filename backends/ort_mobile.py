@@ -1,9 +1,8 @@
 """Phones: ONNX Runtime's mobile builds, with the delegates that its execution providers are.
 
 A target's `options`: `file` ("ort": its own format, "onnx"), `style` of the .ort file ("fixed" for the processor,
-"runtime" where a delegate cuts the graph on the device), `provider` as the C++ runner names it, `delegates` whose
-tables the model is held against (`graphopt.delegates`), `static` where free sizes are refused, `soc` and `arch` for
-Hexagon, `needs` of the device.
+"runtime" where a delegate cuts the graph on the device), `provider` as the C++ runner names it, `static` where free
+sizes are refused, `soc` and `arch` for Hexagon, `needs` of the device.
 """
 
 from __future__ import annotations
@@ -121,7 +120,7 @@ class OrtMobileBackend:
                 keep=folder if context else None,
             )  # fmt: skip
         file = self._write_model(model, target, folder)
-        reports = write_reports(model, own["delegates"], folder)
+        reports = write_reports(model, target.delegates, folder)
         for name, source in FILES.items():
             (folder / name).write_text(_text(source), encoding="utf-8")
         (folder / "settings.h").write_text(_settings(file, target), encoding="utf-8")

@@ -187,7 +187,9 @@ def _show(report: Any, page: str | None, as_json: bool) -> None:
 @click.argument("model", type=click.Path())
 @click.option("--units", is_flag=True, help="Also the units themselves: what may be removed together.")
 @click.option(
-    "--target", metavar="NAME", help="Also which layers its kernels that skip 2:4 zeros may run, and why not."
+    "--target",
+    metavar="NAME",
+    help="Also which layers its 2:4 kernels and which nodes its accelerators take, and why not.",
 )
 @size_options
 @common

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from graphopt.analysis.units import Coupling
+    from graphopt.delegates import Report
     from graphopt.files.stored import Storage
     from graphopt.report.units import UnitGroup
     from graphopt.sparsity.verdicts import Eligibility
@@ -35,6 +36,7 @@ class Inspection:
         coupling: the whole analysis.
         storage: how the weights are stored in the file, where it is compressed.
         sparsity: which layers a target's kernels that skip zeros may execute, where a target was asked for.
+        delegates: what each accelerator that this target's runtime may hand nodes to would take.
     """
 
     model: ir.Model
@@ -45,6 +47,7 @@ class Inspection:
     coupling: Coupling
     storage: Storage | None = None
     sparsity: Eligibility | None = None
+    delegates: tuple[Report, ...] = ()
 
     def groups(self) -> list[UnitGroup]:
         """The units by the parameters they are slices of."""
@@ -66,6 +69,7 @@ class Inspection:
             "prunable": asdict(self.units),
             "storage": None if self.storage is None else asdict(self.storage),
             "sparsity": None if self.sparsity is None else self.sparsity.to_dict(),
+            "delegates": [report.as_dict() for report in self.delegates],
         }
         if units:
             from graphopt.report.units import units_to_dicts
@@ -89,7 +93,8 @@ def inspect(
         model: an ONNX file or a loaded model; not changed.
         dim: fixed sizes of symbolic input dimensions.
         input_shape: fixed shapes of inputs, by name.
-        target: also which layers its kernels that skip zeros may execute, and which not: why.
+        target: also which layers its kernels that skip zeros may execute, and which nodes its accelerators would take,
+            and for the others: why not.
 
     Raises:
         ModelError: the model is invalid.
@@ -97,6 +102,7 @@ def inspect(
     """
     from graphopt.analysis.units import analyse
     from graphopt.bundle import describe_model
+    from graphopt.delegates import report
     from graphopt.files.compression import storage_of
     from graphopt.manager import stats
     from graphopt.pipeline.clone import private_clone
@@ -118,4 +124,5 @@ def inspect(
         coupling=coupling,
         storage=storage_of(given),
         sparsity=None if chosen is None else eligibility(loaded, chosen),
+        delegates=() if chosen is None else tuple(report(loaded, name) for name in chosen.delegates),
     )

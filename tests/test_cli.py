@@ -380,6 +380,14 @@ def test_a_folder_with_other_things_needs_force(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
+def test_inspect_tells_what_the_delegates_of_a_target_take() -> None:
+    found = json.loads(call("inspect", MODEL, "--target", "android-nnapi", "--json").stdout)["delegates"]
+    assert [(r["delegate"], r["taken"] < r["nodes"]) for r in found] == [("nnapi", True)]
+    shown = call("inspect", MODEL, "--target", "android-nnapi").stdout
+    assert "NNAPI: " in shown and "what would help" in shown and "--dim" in shown
+    assert json.loads(call("inspect", MODEL, "--json").stdout)["delegates"] == []
+
+
 def test_inspect() -> None:
     found = json.loads(call("inspect", MODEL, "--units", "--json").stdout)
     assert found["schema"] == 1

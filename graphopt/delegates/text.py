@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
-from graphopt.delegates.report import Report
+from graphopt.delegates.report import Refused, Report
 
 NAMED = 4
 """Names that a line shows before it says how many more there are."""
+
+
+_SHAPE = re.compile(r"the shape of .+? is \[.*?\]")
+"""Nodes whose shapes are open are told together, with the shape of the first."""
 
 
 def as_text(found: Report) -> str:
@@ -17,11 +22,13 @@ def as_text(found: Report) -> str:
         lines.append(f"  part {number}: {len(part.nodes)} nodes, {part.macs:.1%}: {_ends(part.nodes)}")
     if found.refused:
         lines.append("  refused:")
-    rows: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    rows: dict[tuple[str, ...], list[Refused]] = {}
     for refused in found.refused:
-        rows.setdefault((refused.op, refused.reasons), []).append(refused.node)
-    for (op, reasons), nodes in sorted(rows.items(), key=lambda row: -len(row[1])):
-        lines.append(f"    {len(nodes)} {op} ({_some(nodes)}): {'; '.join(reasons)}")
+        key = (refused.op, *(_SHAPE.sub("a shape", reason) for reason in refused.reasons))
+        rows.setdefault(key, []).append(refused)
+    for alike in sorted(rows.values(), key=lambda row: -len(row)):
+        first, nodes = alike[0], _some([refused.node for refused in alike])
+        lines.append(f"    {len(alike)} {first.op} ({nodes}): {'; '.join(first.reasons)}")
     if found.changes:
         lines.append(f"  what would help (nodes taken, share of {found.measure}, parts):")
     for change in found.changes:

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from graphopt.base import Skip
+from graphopt.delegates.text import as_text
 from graphopt.report import summary, text
 from graphopt.report.data import PassRecord, Report, Units
 
@@ -209,6 +210,9 @@ def print_inspection(out: Console, name: str, found: Inspection, *, units: bool)
     print_mappings(out, [{"operator": op, "nodes": number} for op, number in by_count])
     print_storage(out, found.storage)
     print_eligibility(out, found.sparsity, layers=True)
+    for delegate in found.delegates:
+        for line in as_text(delegate).splitlines():
+            out.print(Text(text.clean(line, 1000)))
     print_units(out, found.units)
     if units:
         print_mappings(out, [group.to_row() for group in found.groups()])

@@ -64,7 +64,7 @@ def test_bundles_hold_the_model_the_runners_and_what_delegates_take(target: str,
         assert "ai.onnx;13;" in operators and "Erf" in operators and "/tmp" not in operators
     assert made.manifest["verified"]["relative"] < 1e-5
     found = json.loads((made.folder / "delegates.json").read_text())
-    assert list(found) == list(registry.target(target).options["delegates"]) == list(made.manifest["delegates"])
+    assert list(found) == list(registry.target(target).delegates) == list(made.manifest["delegates"])
     text = (made.folder / "delegates.txt").read_text()
     for name, report in found.items():
         assert report["title"] in text
