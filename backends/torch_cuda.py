@@ -9,6 +9,7 @@ and library, and `run.py` makes them anew.
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import importlib.resources
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
@@ -88,6 +89,13 @@ class TorchSession:
         return array if kind is None else array.astype(kind, copy=False)
 
 
+def _cuda_available() -> bool:
+    """Asked of torch, whose import takes seconds."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
 class TorchBackend:
     """The backend `torch`."""
 
@@ -98,11 +106,10 @@ class TorchBackend:
         missing = self.missing(target)
         if missing is not None:
             return missing
-        import torch
-
-        if target.device == "cpu" or torch.cuda.is_available():
+        version = importlib.metadata.version("torch")
+        if target.device == "cpu" or (not version.endswith("+cpu") and _cuda_available()):
             return None
-        return f"torch {torch.__version__} finds no CUDA device here; target torch-cpu runs the same module densely"
+        return f"torch {version} finds no CUDA device here; target torch-cpu runs the same module densely"
 
     def missing(self, target: Target) -> str | None:
         """Torch: whether it covers a model is found out by making its module."""

@@ -225,3 +225,13 @@ def test_the_broken_ffi_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_help_does_not_import_tvm() -> None:
     code = "import sys; import graphopt.backends.tvm; assert not {'tvm', 'tvm_ffi'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ.copy())
+
+
+def test_describing_targets_imports_no_compiler() -> None:
+    script = (
+        "import sys; from graphopt import jobs, registry\n"
+        "for name in registry.targets(): jobs.describe_target(name)\n"
+        "print('tvm' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
