@@ -4,6 +4,9 @@ Exporters write `If(dim == 1, Squeeze(x), x)` for a squeeze whose axis they did 
 the other, and inference knows neither; but an LSTM behind it takes one of them only. So suppose that a branch is taken,
 give its shapes to the results of the If, and follow them through the graph around it, through each If whose condition
 they decide, until operands of a node do not fit together. Shapes that were known before hold in any case.
+
+Once the sizes of the inputs are fixed, a branch made for other sizes may fail by itself: one for 8 kHz, given as many
+samples as 16 kHz need.
 """
 
 from __future__ import annotations
@@ -37,12 +40,13 @@ def only_branch(node: ir.Node, opset: int) -> tuple[bool, str] | None:
         None where either branch may be taken, or none.
     """
     graph = node.graph
-    if not isinstance(graph, ir.Graph) or not _differ(branch(node, False), branch(node, True)):
+    if not isinstance(graph, ir.Graph):
         return None
-    needed, _ = reachable(graph)
-    if node not in needed:
-        return None
-    failures = [_Supposition(opset, needed).failure(node, taken) for taken in (False, True)]
+    failures = [_failure_within(branch(node, taken), opset) for taken in (False, True)]
+    if failures == [None, None] and _differ(branch(node, False), branch(node, True)):
+        needed, _ = reachable(graph)
+        if node in needed:
+            failures = [_Supposition(opset, needed).failure(node, taken) for taken in (False, True)]
     match failures:
         case [None, str(where)]:
             return False, where
@@ -50,6 +54,18 @@ def only_branch(node: ir.Node, opset: int) -> tuple[bool, str] | None:
             return True, where
         case _:
             return None
+
+
+def _failure_within(body: ir.Graph, opset: int) -> str | None:
+    """The first node of a branch that fails whenever it is taken; None if none is known to."""
+    needed, _ = reachable(body)
+    for node in body:
+        if node in needed:
+            try:
+                fitting_results(node, opset)
+            except Contradiction:
+                return label(node)
+    return None
 
 
 def _differ(one: ir.Graph, other: ir.Graph) -> bool:

@@ -163,3 +163,15 @@ def test_the_branch_that_what_follows_can_read(behind: str) -> None:
 def test_either_branch_may_be_taken(behind: str) -> None:
     text = SQUEEZED.format(behind=behind).replace("float[A,B] y", "float[A,B,C] y")
     expect(text, None, SIMPLIFY, feeds={"x": np.ones((2, 4, 3), np.float32)}, runnable="dead" not in behind)
+
+
+def test_a_branch_for_other_sizes_of_the_inputs() -> None:
+    result = expect(
+        """g (bool c, float[2,3] x, float[4,5] w) => (float[A,B] y) { y = If (c) <
+             then_branch = wide () => (float[A,B] p) { s = MatMul(x, w) p = Relu(s) },
+             else_branch = narrow () => (float[A,B] q) { q = Neg(x) }> }""",
+        "g (bool c, float[2,3] x, float[4,5] w) => (float[A,B] y) { y = Neg(x) }",
+        SIMPLIFY,
+        runnable=False,  # ONNX Runtime loads no such branch
+    )
+    assert any("was always false" in note for note in result.notes)
