@@ -44,7 +44,6 @@ VERSIONS = {
 MACS = {"gtcrn": 0.88}
 """Share of the multiply-accumulates that pruning keeps, where .6 is not to be had."""
 
-ARTEFACTS = {".onnx", ".ort", ".so", ".data"}
 HEAD = "| model | version | target | difference | artefact, kB | over ORT float | over ORT, same file | built in, s |"
 
 
@@ -121,7 +120,7 @@ def row(name: str, version: str, target: str, given: argparse.Namespace) -> str:
     except GraphoptError as error:
         return f"{head} refused: {' '.join(str(error).split())[:200]} | | | | |"
     took, bundle = time.monotonic() - start, work / "bundle"
-    size = sum(path.stat().st_size for path in bundle.iterdir() if path.suffix in ARTEFACTS)
+    size = read(bundle).model.stat().st_size
     found = outputs(bundle, feeds, given.arm64)
     apart = "not run" if found is None else f"{difference(file, feeds, found):.1e}"
     times = [ratio(reference, bundle, feeds, given.seconds) for reference in (subject.file, file)]
