@@ -218,14 +218,14 @@ class OrtBackend:
         )
 
     def _own_format(self, model: ir.Model, path: Path, target: Target, about: dict[str, str]) -> list[str]:
-        """Write the .ort file beside the ONNX file, and say what it is; where there can be none, why."""
+        """Write the .ort file beside the ONNX file; the limits that come with it, or why there can be none."""
         from graphopt.model import weight_bytes
 
         if weight_bytes(model) > ort_format.LARGEST:
             return [f"No {ort_format.MODEL}: that format ends at 2 GB, and the weights are larger."]
         ort_format.write_ort(path, path.with_name(ort_format.MODEL), arm=target.arch == "aarch64")
         about |= ort_format.ABOUT
-        return []
+        return [ort_format.DIFFERS]
 
     def open(self, bundle: Bundle, *, threads: int = 1) -> Session:
         """A session of the bundle's model, set up as its manifest says."""

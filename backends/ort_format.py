@@ -22,6 +22,9 @@ ABOUT = {
     OPERATORS: f"operators and types that {MODEL} needs, for a minimal build of ONNX Runtime (--include_ops_by_config)",
 }
 
+DIFFERS = "ONNX Runtime's .ort files are not the same bytes each time they are made."
+"""What the reader of a bundle with such a file must know."""
+
 LARGEST = (1 << 31) - (1 << 20)
 """Bytes of weights beyond which there is no such file: offsets in it are signed numbers of 32 bits."""
 

@@ -125,11 +125,12 @@ class OrtMobileBackend:
             (folder / name).write_text(_text(source), encoding="utf-8")
         (folder / "settings.h").write_text(_settings(file, target), encoding="utf-8")
         (folder / "bench.sh").write_text(_text("ort_mobile_bench.txt").replace("{FILE}", file), encoding="utf-8")
+        about = {name: text for name, text in ABOUT.items() if (folder / name).exists()}
         return Artefacts(
             model=file,
             run=("python3", "run.py"),
-            bench=("sh", "bench.sh"),
-            about={**ABOUT, **(dict.fromkeys(compiled.files, ABOUT_CONTEXT) if compiled else {})},
+            bench=(),
+            about={**about, **(dict.fromkeys(compiled.files, ABOUT_CONTEXT) if compiled else {})},
             needs=tuple(own["needs"]),
             guide=_guide(target, compiled),
             session={
@@ -265,7 +266,7 @@ def _guide(target: Target, compiled: Compiled | None) -> str:
 def _limits(target: Target, compiled: Compiled | None) -> tuple[str, ...]:
     limits = ["What delegates take is known from tables (delegates.txt); what the device's driver makes of it is not."]
     if target.options["file"] == "ort":
-        limits.append("ONNX Runtime's .ort files are not the same bytes each time they are made.")
+        limits.append(ort_format.DIFFERS)
     if compiled is not None and compiled.checked:
         limits.append("Compiled for Hexagon, not run on one.")
     return tuple(limits)
