@@ -64,14 +64,26 @@ def imported(model: ir.Model) -> IRModule:
         ModelError: the importer fails at a node, which it names.
     """
     import onnx_ir as ir
-    from tvm.relax.frontend.onnx.onnx_frontend import ONNXGraphImporter
+    from tvm.relax.frontend.onnx.onnx_frontend import ONNXGraphImporter, onnx_input
+
+    from graphopt.backends.tvm_operators import CONVERTERS, qualify
 
     class NamingImporter(ONNXGraphImporter):  # type: ignore[misc]
-        """TVM's importer, whose errors do not name the node."""
+        """TVM's importer with more operators; its errors do not name the node."""
+
+        def _check_for_unsupported_ops(self, graph: Any) -> None:
+            """`tvm_check` has looked, and knows of ours."""
 
         def _convert_operator(self, op_name: str, inputs: Any, attrs: dict[str, Any], opset: int) -> Any:
+            converter = CONVERTERS.get(op_name)
+
+            def own(name: str, given: Any, attributes: Any) -> Any:
+                return super(NamingImporter, self)._convert_operator(name, onnx_input(given), attributes, opset)
+
             try:
-                return super()._convert_operator(op_name, inputs, attrs, opset)
+                if converter is None:
+                    return own(op_name, inputs, attrs)
+                return self.bb.normalize(converter(self.bb, list(inputs), attrs, own))
             except Exception as error:
                 raise ModelError(
                     f"TVM's importer does not take this {op_name}: {_first_line(error)}",
@@ -79,6 +91,7 @@ def imported(model: ir.Model) -> IRModule:
                 ) from error  # fmt: skip
 
     proto = ir.to_proto(model)
+    qualify(proto.graph)
     importer = NamingImporter(None, None, keep_params_in_input=False, sanitize=True)
     with quiet():
         try:
@@ -127,8 +140,16 @@ def relaxed(model: ir.Model, target: Target) -> IRModule:
     return followed(model, target)
 
 
-def built(mod: IRModule, device: Any, database: Path | None = None) -> VMExecutable:
+def built(
+    mod: IRModule, device: Any, database: Path | None = None, *, plain: dict[str, str] | None = None
+) -> VMExecutable:
     """Compile a Relax module for a `tvm.target.Target`, kernels of the database first.
+
+    Args:
+        mod: what `relaxed` gives.
+        device: what code is made for.
+        database: folder of a tuning database.
+        plain: gets the kernels that no schedule was found for, and why.
 
     Raises:
         ModelError: TVM cannot compile it.
@@ -137,7 +158,7 @@ def built(mod: IRModule, device: Any, database: Path | None = None) -> VMExecuta
 
     with quiet():
         try:
-            mod = scheduled(fused(mod, device), device, database)
+            mod = scheduled(fused(mod, device, plain), device, database, plain)
             return tvm.compile(mod, target=device, relax_pipeline=_lowering(device))
         except RuntimeError as error:  # tvm.error.InternalError and whatever a check in C++ raised
             raise ModelError(
@@ -146,10 +167,15 @@ def built(mod: IRModule, device: Any, database: Path | None = None) -> VMExecuta
             ) from error
 
 
-def fused(mod: IRModule, device: Any) -> IRModule:
+def fused(mod: IRModule, device: Any, plain: dict[str, str] | None = None) -> IRModule:
     """The module as calls of kernels (TIR functions), operators fused into them; nothing is scheduled.
 
     Tuning extracts its tasks from here, so that what it learns fits what `built` compiles.
+
+    Args:
+        mod: what `relaxed` gives.
+        device: what code is made for.
+        plain: gets the operators that could not be brought into the form of our kernels, and why.
     """
     import tvm
     from tvm import relax
@@ -173,12 +199,24 @@ def fused(mod: IRModule, device: Any) -> IRModule:
     with device:
         mod = tvm.transform.Sequential(before)(mod)
         if device.kind.name == "llvm":
-            mod = tvm_schedules.legalize(mod, device)
+            failures: list[tvm_schedules.Unscheduled] = []
+            mod = tvm_schedules.legalize(mod, device, failures=failures)
+            if plain is not None:
+                plain |= {failure.function: f"{failure.rule}: {failure.reason}" for failure in failures}
         return tvm.transform.Sequential(after)(mod)
 
 
-def scheduled(mod: IRModule, device: Any, database: Path | None = None) -> IRModule:
-    """Kernels of a fused module with their schedules: the database's, then our rules."""
+def scheduled(
+    mod: IRModule, device: Any, database: Path | None = None, plain: dict[str, str] | None = None
+) -> IRModule:
+    """Kernels of a fused module with their schedules: the database's, then our rules.
+
+    Args:
+        mod: what `fused` gives.
+        device: what code is made for.
+        database: folder of a tuning database.
+        plain: gets the kernels that stay the loops of the importer (right, but slow), and why.
+    """
     from tvm import relax
 
     from graphopt.backends import tvm_schedules
@@ -188,7 +226,12 @@ def scheduled(mod: IRModule, device: Any, database: Path | None = None) -> IRMod
             mod = relax.transform.MetaScheduleApplyDatabase(str(database))(mod)
         if device.kind.name == "cuda":
             return _gpu_schedules(mod)
-        return tvm_schedules.schedule(mod, device)
+        failures: list[tvm_schedules.Unscheduled] = []
+        mod = tvm_schedules.schedule(mod, device, failures=failures)
+        if plain is not None:
+            reasons = {failure.function: f"{failure.rule}: {failure.reason}" for failure in failures}
+            plain |= {name: reasons.get(name, "no rule takes it") for name in tvm_schedules.unscheduled(mod)}
+        return mod
 
 
 def _gpu_schedules(mod: IRModule) -> IRModule:

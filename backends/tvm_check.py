@@ -10,16 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from graphopt.backends import tvm_operators
+from graphopt.backends.tvm_operators import ONNX_DOMAINS, qualified
 from graphopt.errors import ModelError
 from graphopt.rewriting.edit import array, label
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-ONNX_DOMAINS = ("", "ai.onnx")
-
-CONTRIB = frozenset({"Attention", "BiasGelu", "FastGelu", "Gelu", "SkipLayerNormalization"})
-"""Operators of com.microsoft whose converters follow ONNX Runtime's signatures."""
+CONTRIB = frozenset({"BiasGelu", "FastGelu", "Gelu"})
+"""Operators of com.microsoft whose converters in TVM follow ONNX Runtime's signatures."""
 
 FOREIGN = frozenset({"AllClassNMS", "Attention", "BiasGelu", "EmbedLayerNormalization", "FastGelu", "MatMulInteger16"})
 """Names in the importer's table that are no operators of the standard, or not with the signature of the standard."""
@@ -89,13 +89,16 @@ def refusal(node: ir.Node, known: frozenset[str]) -> str | None:
     """
     op = node.op_type
     foreign = node.domain not in ONNX_DOMAINS
-    if foreign and not (node.domain == "com.microsoft" and op in CONTRIB & known):
+    written = qualified(node.domain, op) in tvm_operators.CONVERTERS
+    if not written and foreign and not (node.domain == "com.microsoft" and op in CONTRIB & known):
         return f"TVM's importer has no operator {op} of {node.domain}"
-    if not foreign and (op not in known or op in FOREIGN):
+    if not written and not foreign and (op not in known or op in FOREIGN):
         return f"TVM's importer has no operator {op}"
     for name, attribute in node.attributes.items():
         if isinstance(attribute.value, (list, tuple)) and not attribute.value:
             return f"TVM's importer cannot read the empty attribute {name!r}"
+    if written:
+        return tvm_operators.refusal(node)
     trap = TRAPS.get(op)
     return None if foreign or trap is None else trap(node)
 

@@ -166,7 +166,7 @@ def test_a_quantised_model_is_refused_with_the_way_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("types", "body", "node", "said"),
     [
-        ("(float[2,4] x) => (float[2,4] y)", "y = Celu(x)", "Celu", "no operator Celu"),
+        ("(float[2,4,4] x) => (float[2] y)", "y = Det(x)", "Det", "no operator Det"),
         ("(float[1,1,4,4] x) => (float[1,1,2,2] y)", "y = Resize<antialias = 1>(x, , , sizes)", "Resize", "aliasing"),
         ("(float[2,4] x) => (float[2,4] y, float[2,1] m)", "y, m = LayerNormalization(x, g)", "LayerN", "first output"),
     ],
@@ -225,6 +225,17 @@ def test_the_broken_ffi_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_help_does_not_import_tvm() -> None:
     code = "import sys; import graphopt.backends.tvm; assert not {'tvm', 'tvm_ffi'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ.copy())
+
+
+@needs_linker
+def test_kernels_without_a_schedule_are_named(net: ir.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from graphopt.backends import tvm_schedules
+
+    taken = lower(net, TARGET, tmp_path / "with").manifest
+    monkeypatch.setattr(tvm_schedules, "RULES", {})
+    left = lower(net, TARGET, tmp_path / "without").manifest
+    assert "plain_loops" not in taken and set(left["plain_loops"].values()) == {"no rule takes it"}
+    assert any("plain loops" in limit for limit in left["limits"])
 
 
 def test_describing_targets_imports_no_compiler() -> None:
