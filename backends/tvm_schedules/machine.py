@@ -7,6 +7,11 @@ from dataclasses import dataclass
 from tvm.target import Target
 from tvm.target.codegen import target_has_features
 
+PARALLEL_ELEMENTS = 1 << 17
+"""Elements below which starting threads costs more than they save: some tens of microseconds of one thread."""
+PARALLEL_SUMS = 1 << 20
+"""The same in multiply-adds."""
+
 
 @dataclass(frozen=True)
 class Machine:

@@ -19,13 +19,10 @@ from graphopt.backends.tvm_schedules.loops import (
     splat,
     vector,
 )
-from graphopt.backends.tvm_schedules.machine import Machine
+from graphopt.backends.tvm_schedules.machine import PARALLEL_SUMS, Machine
 from graphopt.backends.tvm_schedules.products import FEW_ROWS, Block, Product, block_for, find, pieces
 from graphopt.backends.tvm_schedules.rows import real_axes, with_body, work
 from graphopt.backends.tvm_schedules.stages import constant, dtype, is_const, substitute, variables, zero
-
-PARALLEL_PRODUCTS = 1 << 20
-"""Multiply-adds below which starting threads costs more than they save: some tens of microseconds of one thread."""
 
 
 def product_rule(function: tirx.PrimFunc, machine: Machine) -> tirx.PrimFunc | None:
@@ -66,7 +63,7 @@ class Kernel:
     def body(self) -> Any:
         """All blocks: columns outside, since a panel of the right operand stays in the second-level cache meanwhile."""
         found = self.found
-        parallel = self.machine.cores > 1 and work([found.stage]) >= PARALLEL_PRODUCTS
+        parallel = self.machine.cores > 1 and work([found.stage]) >= PARALLEL_SUMS
         kind = tirx.ForKind.PARALLEL if parallel else tirx.ForKind.SERIAL
         columns = self._packed_columns() if self.packed is not None else self._columns()
         if not found.outer and isinstance(columns, tirx.For):

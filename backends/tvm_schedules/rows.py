@@ -11,7 +11,7 @@ import tvm_ffi
 from tvm import ir, relax, s_tir, tirx
 
 from graphopt.backends.tvm_schedules.loops import dear_calls, sequence
-from graphopt.backends.tvm_schedules.machine import Machine
+from graphopt.backends.tvm_schedules.machine import PARALLEL_ELEMENTS, Machine
 from graphopt.backends.tvm_schedules.nests import nest
 from graphopt.backends.tvm_schedules.stages import (
     NotStagesError,
@@ -23,9 +23,6 @@ from graphopt.backends.tvm_schedules.stages import (
     parse,
     substitute,
 )
-
-PARALLEL_WORK = 1 << 17
-"""Elements below which starting threads costs more than they save: some tens of microseconds of one thread."""
 
 
 def rows_rule(function: tirx.PrimFunc, machine: Machine) -> tirx.PrimFunc | None:
@@ -127,7 +124,7 @@ def _by_rows(program: Program, shared: int, machine: Machine) -> Any:
             nest(_reading(stage, rows_of, shared, renamed), machine, bound=bound, inner=stage.buffer in rows_of)
         )
     body = sequence(inner)
-    parallel = machine.cores > 1 and work(program.stages) >= PARALLEL_WORK
+    parallel = machine.cores > 1 and work(program.stages) >= PARALLEL_ELEMENTS
     for depth, (var, size) in reversed(list(enumerate(loops))):
         kind = tirx.ForKind.PARALLEL if parallel and depth == 0 else tirx.ForKind.SERIAL
         body = tirx.For(var, tirx.const(0, str(var.ty.dtype)), size, kind, body)
@@ -191,7 +188,7 @@ def _one_by_one(program: Program, machine: Machine) -> Any:
     statements: list[Any] = [tirx.AllocBuffer(buffer) for buffer in new.values()]
     for stage in program.stages:
         value = tvm_ffi.structural_map(stage.value, (ir.expr.TensorLoad, read))
-        parallel = machine.cores > 1 and work([stage]) >= PARALLEL_WORK
+        parallel = machine.cores > 1 and work([stage]) >= PARALLEL_ELEMENTS
         own = replace(stage, buffer=new.get(stage.buffer, stage.buffer), value=value)
         statements.append(nest(own, machine, parallel=parallel, inner=stage.buffer in new))
     return sequence(statements)

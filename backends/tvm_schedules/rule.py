@@ -9,6 +9,9 @@ from tvm import s_tir, tirx
 
 from graphopt.backends.tvm_schedules.machine import Machine
 
+DONE = "tirx.is_scheduled"
+"""Attribute of a function that has its schedule; TVM's own passes know it too."""
+
 Rule = Callable[[tirx.PrimFunc, Machine], s_tir.Schedule | tirx.PrimFunc | None]
 """Takes a function without a schedule; gives its schedule, or None where the function is not of the rule's kind.
 

@@ -13,6 +13,9 @@ from typing import Any
 import tvm_ffi
 from tvm import ir, s_tir, sym, tirx
 
+LONGEST_FORMULA = 64
+"""Reads of arrays in one formula; with many more, compilation takes minutes."""
+
 
 class NotStagesError(Exception):
     """The function holds something other than one formula an array; the message says what."""
@@ -140,6 +143,9 @@ def _combination(store: Any) -> tuple[type[Any], Any]:
 def inlined(program: Program, keep: Callable[[Stage, Sequence[Stage]], bool]) -> Program:
     """The program with every stage that is no output and no reduction put into its readers, unless `keep` holds it.
 
+    A stage stays too where a formula would read more than `LONGEST_FORMULA` elements: in a chain of operators that use
+    their operand twice, formulas would double with each.
+
     Args:
         program: not changed.
         keep: asked for a stage and those that read it, after earlier stages were put into all of them.
@@ -152,8 +158,17 @@ def inlined(program: Program, keep: Callable[[Stage, Sequence[Stage]], bool]) ->
         readers = [s for s in stages if any(load.source == stage.buffer for load in loads(s.value))]
         if stage.buffer in outputs or stage.reduced or not readers or keep(stage, readers):
             continue
+        if any(_reads_with(stage, reader) > LONGEST_FORMULA for reader in readers):
+            continue
         stages = [_with(stage, s) if s in readers else s for s in stages if s is not stage]
     return Program(program.function, tuple(stages))
+
+
+def _reads_with(stage: Stage, reader: Stage) -> int:
+    """How many reads of arrays `_with` would leave in the formula."""
+    reads = loads(reader.value)
+    places = [load for load in reads if load.source == stage.buffer]
+    return len(reads) + len(places) * (len(loads(stage.value)) - 1)
 
 
 def _with(stage: Stage, reader: Stage) -> Stage:

@@ -15,9 +15,8 @@ from graphopt.backends.tvm_schedules.machine import Machine
 from graphopt.backends.tvm_schedules.product_loops import Kernel
 from graphopt.backends.tvm_schedules.products import Block, Product, block_for, find
 from graphopt.backends.tvm_schedules.rows import with_body
+from graphopt.backends.tvm_schedules.rule import DONE
 from graphopt.backends.tvm_schedules.stages import constant, loads
-
-DONE = "tirx.is_scheduled"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The schedule of windows (`windows.py`): a tile of results in registers, and what is fused behind computed on it.
 
-    for n, block groups, row groups, column groups:          (parallel where there are cores)
+    for n, block groups, row groups, column groups:          (parallel where it is worth it)
         sums = 0                                              blocks x rows x columns vectors, in registers
         for chunks of channels, window rows, window columns, channels:
             for blocks, rows, columns of the tile:            unrolled
@@ -15,11 +15,13 @@ multiply-adds.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 from tvm import s_tir, tirx
 
-from graphopt.backends.tvm_schedules.machine import Machine
+from graphopt.backends.tvm_schedules.machine import PARALLEL_ELEMENTS, PARALLEL_SUMS, Machine
+from graphopt.backends.tvm_schedules.stages import constant
 from graphopt.backends.tvm_schedules.windows import TILE
 
 # Steps of a window that are written out, so that neighbouring columns share what they load.
@@ -39,6 +41,7 @@ def window_rule(function: tirx.PrimFunc, machine: Machine) -> s_tir.Schedule | N
     inputs = [block for block in schedule.get_producers(window) if _name(schedule, block) == "padded"]
     result = _fused_behind(schedule, blocks, window, inputs)
 
+    parallel = machine.cores > 1 and _steps(schedule, schedule.get_loops(window)) >= PARALLEL_SUMS
     outer, inner, reduction = _tiled(schedule, window, tile)
     schedule.reorder(*outer, *reduction, *inner)
     schedule.set_scope(window, 0, "local")
@@ -54,7 +57,7 @@ def window_rule(function: tirx.PrimFunc, machine: Machine) -> s_tir.Schedule | N
         if steps > _WRITTEN_OUT or len(reduction) > 2:
             break
         schedule.unroll(loop)
-    if machine.cores > 1:
+    if parallel:
         schedule.parallel(schedule.fuse(*outer[:3]))
     start = schedule.decompose_reduction(window, reduction[0])
     _unrolled(schedule, schedule.get_loops(start)[-4:])
@@ -94,5 +97,11 @@ def _copy(schedule: s_tir.Schedule, block: Any, machine: Machine) -> None:
     loops = schedule.get_loops(block)
     if len(loops) == 5:
         schedule.vectorize(loops[-1])
-    if machine.cores > 1:
+    if machine.cores > 1 and _steps(schedule, loops) >= PARALLEL_ELEMENTS:
         schedule.parallel(schedule.fuse(*loops[:3]))
+
+
+def _steps(schedule: s_tir.Schedule, loops: Sequence[Any]) -> float:
+    """How often the body of nested loops runs; without end where a size is open."""
+    sizes = [constant(schedule.get(loop).extent) for loop in loops]
+    return prod(float("inf") if size is None else size for size in sizes)

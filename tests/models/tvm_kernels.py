@@ -48,6 +48,14 @@ def assembly(module: Any, target: Any) -> str:
     return "\n".join(texts(tvm.compile(module, target=target).mod))
 
 
+def _distance(got: np.ndarray, want: np.ndarray) -> float:
+    """The largest difference over the largest number; infinite where NaN and infinities are not in the same places."""
+    finite = np.isfinite(want)
+    if not np.array_equal(got[~finite], want[~finite], equal_nan=True) or not np.isfinite(got[finite]).all():
+        return float("inf")
+    return float(np.abs(got[finite] - want[finite]).max() / np.abs(want[finite]).max())
+
+
 def compared(model: ir.Model, feeds: dict[str, np.ndarray], target: Any | None = None) -> Kernels:
     """Compile and run a model, by TVM and by ONNX Runtime; the error is relative to the largest output."""
     import tvm
@@ -63,7 +71,7 @@ def compared(model: ir.Model, feeds: dict[str, np.ndarray], target: Any | None =
     for output, value in zip(model.graph.outputs, outputs, strict=True):
         want = expected[output.name]
         assert value.numpy().shape == want.shape
-        error = max(error, float(np.abs(value.numpy() - want).max() / np.abs(want).max()))
+        error = max(error, _distance(value.numpy(), want))
     kernels = {name.name_hint: f for name, f in module.functions_items() if isinstance(f, tirx.PrimFunc)}
     unscheduled = {name for name, f in kernels.items() if not f.attrs.get("tirx.is_scheduled", 0)}
     return Kernels(error, set(kernels), unscheduled, failures)

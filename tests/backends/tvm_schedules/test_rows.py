@@ -162,3 +162,13 @@ def test_blocks_that_are_no_formulas_are_left_alone() -> None:
     functions = {name.name_hint: f for name, f in module.functions_items() if isinstance(f, tvm.tirx.PrimFunc)}
     assert [name for name, f in functions.items() if not f.attrs.get("tirx.is_scheduled", 0)] == ["scatter_nd"]
     assert failures == []
+
+
+def test_chains_that_use_their_operand_twice_keep_formulas_short() -> None:
+    """Put into one another, the formulas of this chain would read x a billion times."""
+    steps = [f"a{i} = Neg(d{i}) b{i} = Abs(d{i}) c{i} = Mul(a{i}, b{i}) d{i + 1} = Sub(c{i}, d{i})" for i in range(19)]
+    model = graph("(float[4,33] x) => (float[4,33] y)", "  ".join(["d0 = Relu(x)", *steps, "y = Relu(d19)"]))
+    x = np.random.default_rng(0).uniform(-0.01, 0.01, (4, 33)).astype(np.float32)
+    kernels = compared(model, {"x": x})
+    assert kernels.failures == [] and kernels.unscheduled == set()
+    assert kernels.error < TOLERANCE

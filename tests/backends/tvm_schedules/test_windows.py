@@ -132,14 +132,15 @@ def test_padding_along_space_stays_in_blocks_and_along_channels_does_not() -> No
     assert any(name.startswith("pad") for name in kernels.names), "the padding along space, alone"
 
 
-def test_cores_share_a_kernel() -> None:
+@pytest.mark.parametrize(("size", "shared"), [(20, False), (60, True)])
+def test_cores_share_a_kernel_that_is_worth_it(size: int, shared: bool) -> None:
     model = graph(
-        "(float[1,8,20,20] x) => (float[a,b,c,d] y)", "y = Conv <pads=[1,1,1,1]> (x, w)", w=(16, 8, 3, 3)
+        f"(float[1,8,{size},{size}] x) => (float[a,b,c,d] y)", "y = Conv <pads=[1,1,1,1]> (x, w)", w=(16, 8, 3, 3)
     )  # fmt: skip
-    kernels = compared(model, _feeds(1, 8, 20, 20), x86(cores=2))
+    kernels = compared(model, _feeds(1, 8, size, size), x86(cores=2))
     _exact(kernels)
     module, _ = scheduled(model, x86(cores=2))
-    assert "T.parallel" in module.script()
+    assert ("T.parallel" in module.script()) == shared
 
 
 @pytest.mark.parametrize(
