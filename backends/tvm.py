@@ -181,7 +181,10 @@ class TvmBackend:
         if tune is not None or database is not None:
             best = folder / TUNING
             details["tuning"] = _tuned(module, device, target, tune, database, best)
-        executable = built(module, device, best)
+        plain: dict[str, str] = {}
+        executable = built(module, device, best, plain=plain)
+        if plain:
+            details["plain_loops"] = plain
         about = {"model.so": f"the compiled model, weights included ({_code_for(target)})"}
         export(executable, folder / "model.so", target)
         if not runs_here:
@@ -208,7 +211,7 @@ class TvmBackend:
             needs=_needs(target),
             session={"device": target.device, "threads": THREADS, "target": _text(device_target(target))},
             measured=measured,
-            limits=(UNCHECKED,) if any(node.op_type.startswith("Gather") for node in model.graph.all_nodes()) else (),
+            limits=_limits(model, plain),
             warnings=_slower(measured),
             versions=_versions(),
             details=details,
@@ -315,6 +318,14 @@ def _session_of(module: Any, described: Mapping[str, Any], threads: int) -> TvmS
 
     inputs = [TensorSpec(v["name"], np.dtype(v["dtype"]), tuple(v["shape"])) for v in described["inputs"]]
     return TvmSession(module, inputs, [v["name"] for v in described["outputs"]], threads)
+
+
+def _limits(model: ir.Model, plain: Mapping[str, str]) -> tuple[str, ...]:
+    """What does not hold of a bundle."""
+    limits = [UNCHECKED] if any(node.op_type.startswith("Gather") for node in model.graph.all_nodes()) else []
+    if plain:
+        limits.append(f"No schedule fits {len(plain)} of its kernels, which run as plain loops: {', '.join(plain)}.")
+    return tuple(limits)
 
 
 def _slower(measured: Mapping[str, Any] | None) -> tuple[str, ...]:
