@@ -23,7 +23,7 @@ from graphopt.backends.tvm_schedules.blocked_graph import to_blocks
 from graphopt.backends.tvm_schedules.machine import Machine
 from graphopt.backends.tvm_schedules.product_loops import product_rule
 from graphopt.backends.tvm_schedules.rows import rows_rule
-from graphopt.backends.tvm_schedules.rule import Rule, Unscheduled
+from graphopt.backends.tvm_schedules.rule import DONE, Rule, Unscheduled
 from graphopt.backends.tvm_schedules.weights import pack_weights
 from graphopt.backends.tvm_schedules.window_rule import window_rule
 
@@ -34,8 +34,6 @@ LEGALIZERS: tuple[Callable[[tvm.IRModule, Machine, list[Unscheduled]], tvm.IRMod
 
 RULES: dict[str, Rule] = {"window": window_rule, "product": product_rule, "rows": rows_rule}
 """Name -> rule, in the order in which they are tried."""
-
-_DONE = "tirx.is_scheduled"
 
 
 def legalize(module: tvm.IRModule, target: Target, *, failures: list[Unscheduled] | None = None) -> tvm.IRModule:
@@ -69,11 +67,11 @@ def schedule(module: tvm.IRModule, target: Target, *, failures: list[Unscheduled
     updates = {}
     with target:
         for name, function in module.functions_items():
-            if not isinstance(function, tirx.PrimFunc) or function.attrs.get(_DONE, 0):
+            if not isinstance(function, tirx.PrimFunc) or function.attrs.get(DONE, 0):
                 continue
             scheduled = _first_schedule(name.name_hint, function, machine, [] if failures is None else failures)
             if scheduled is not None:
-                updates[name] = scheduled.with_attr(_DONE, 1)
+                updates[name] = scheduled.with_attr(DONE, 1)
     result = tvm.IRModule(module.functions, attrs=module.attrs, global_infos=module.global_infos)
     for name, function in updates.items():
         result.update_func(name, function)
@@ -86,7 +84,7 @@ def unscheduled(module: tvm.IRModule) -> list[str]:
         name.name_hint
         for name, function in module.functions_items()
         if isinstance(function, tirx.PrimFunc)
-        and not function.attrs.get(_DONE, 0)
+        and not function.attrs.get(DONE, 0)
         and not relax.analysis.has_reshape_pattern(function)
     ]
 
