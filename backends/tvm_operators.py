@@ -353,11 +353,28 @@ def _expand(bb: Any, inputs: Sequence[Any], attrs: Mapping[str, Any], own: Calla
     return relax.op.broadcast_to(x, [h if w == 1 else w for h, w in zip(have, want, strict=True)])
 
 
+def _range(bb: Any, inputs: Sequence[Any], attrs: Mapping[str, Any], own: Callable[..., Any]) -> Any:
+    """TVM's own gives the result a size of its own, even where it is a size of an input (positions in a sequence)."""
+    import tvm
+    from tvm import relax, tirx
+
+    start, limit, step = inputs
+    fixed = [x.value.numpy() for x in (start, step) if isinstance(x, tvm.ir.GenericConst)]
+    is_size = tvm.ir.is_prim_expr(limit) and str(getattr(limit, "dtype", None) or limit.ty) == "int64"
+    if len(fixed) < 2 or not is_size or int(fixed[0]) < 0 or int(fixed[1]) != 1:
+        return own("Range", inputs, attrs)
+    first = tirx.IntImm("int64", int(fixed[0]))
+    # Nothing is left of a size below the first number.
+    last = limit if int(fixed[0]) == 0 else tirx.max(limit, first)
+    return relax.op.arange(first, last, tirx.IntImm("int64", 1), "int64")
+
+
 CONVERTERS: dict[str, Converter] = {
     "Attention": _attention,
     "Celu": _celu,
     "Expand": _expand,
     "LpNormalization": _lp_norm,
+    "Range": _range,
     "SimplifiedLayerNormalization": _rms_norm,
     "Swish": _swish(1.0),
     f"{CONTRIB}.Attention": _contrib_attention(packed=True),

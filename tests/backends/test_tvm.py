@@ -145,9 +145,9 @@ def test_options_and_processors_that_nobody_knows_are_refused(net: ir.Model, tmp
 def test_an_open_dimension_that_tvm_loses_is_named(tmp_path: Path) -> None:
     model = graph(
         "(int64[b,t] ids) => (float[b,t,4] y)",
-        "s = Shape<start = 1, end = 2>(ids)  n = Squeeze(s, zero)  r = Range(nought, n, step)  p = Gather(q, r)"
+        "s = Shape<start = 1, end = 2>(ids)  n = Squeeze(s, zero)  r = Range(n, nought, step)  p = Gather(q, r)"
         "  e = Gather(v, ids)  y = Add(e, p)",
-        zero=np.array([0]), nought=np.array(0), step=np.array(1), q=(16, 4), v=(9, 4),
+        zero=np.array([0]), nought=np.array(0), step=np.array(-1), q=(16, 4), v=(9, 4),
     )  # fmt: skip
     with pytest.raises(ModelError, match=r"'t' of the inputs.*--dim t=N"):
         lower(model, TARGET, tmp_path / "b")

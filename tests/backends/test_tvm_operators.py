@@ -119,3 +119,14 @@ def test_expand_beside_an_open_batch() -> None:
 def test_what_of_them_is_not_converted_is_named(signature: str, body: str, said: str) -> None:
     with pytest.raises(ModelError, match=said):
         check(graph(signature, body, imports=MS))
+
+
+def test_positions_of_an_open_sequence() -> None:
+    model = graph(
+        "(int64[b,t] ids) => (float[b,t,4] y, int64[m] later)",
+        "s = Shape(ids)  n = Gather(s, one)  r = Range(nought, n, one)  p = Gather(q, r)  e = Gather(v, ids)"
+        "  y = Add(e, p)  later = Range(three, n, one)",
+        nought=np.array(0), one=np.array(1), three=np.array(3), q=(16, 4), v=(9, 4),
+    )  # fmt: skip
+    for length in (2, 5):
+        same(model, {"ids": np.arange(length)[None]})
