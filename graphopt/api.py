@@ -131,6 +131,26 @@ class Result:
         self.report.warnings += made.manifest["warnings"]
         return made
 
+    def deploy(self, folder: str | os.PathLike[str], *, compress: bool = False) -> list[Path]:
+        """Save the model with its reports, and the bundle of its target, into one folder.
+
+        Args:
+            folder: gets all of it; model and reports stay where the bundle cannot be made.
+            compress: as `save` and `lower`.
+
+        Returns:
+            The files written. Where the target prepares models for itself, what the passes made is `optimized.onnx`.
+
+        Raises:
+            GraphoptError: as `save` and `lower`.
+        """
+        from graphopt.pipeline.destination import MODEL, PREPARED_FROM
+
+        written = self.save(folder, compress=compress, name=PREPARED_FROM if self.target.prepare else MODEL)
+        made = self.lower(folder, compress=compress)
+        self._write_reports(Path(folder))  # again, with what the bundle warns of
+        return [*written, *made.files]
+
     def _note_storage(self, storage: Storage | None) -> None:
         self.report.storage = storage
         if storage is not None and not storage.tensors:

@@ -107,14 +107,7 @@ def optimize(
     _limit_threads(options["jobs"])
     from graphopt.api import optimize as run_pipeline
     from graphopt.errors import GateRefused, UsageError
-    from graphopt.pipeline.destination import (
-        MODEL,
-        PREPARED_FROM,
-        check_bundle,
-        check_file,
-        check_output,
-        is_model_file,
-    )
+    from graphopt.pipeline.destination import check_bundle, check_file, check_output, is_model_file
     from graphopt.report.live import LiveProgress
 
     if options["passes"] is not None and not options["passes"].strip():
@@ -140,11 +133,8 @@ def optimize(
         progress.close()
     written: list[str] = []
     if out is not None and not options["dry_run"]:
-        # What a target prepares for itself is not what the passes made: both stay.
-        name = PREPARED_FROM if result.target.prepare else MODEL
-        written = [str(path) for path in result.save(out, compress=compress, name=name)]
-        if not is_model_file(out):
-            written += [str(path) for path in result.lower(out, compress=compress).files]
+        write = result.save if is_model_file(out) else result.deploy
+        written = [str(path) for path in write(out, compress=compress)]
     if save_recipe is not None:
         from graphopt.pipeline.recipe import write_recipe
 

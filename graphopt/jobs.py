@@ -257,6 +257,14 @@ def run(
             hint=f"copy the bundle to such a device and use {shlex.join(found.manifest['run'])}",
         )
     arrays = read_npz(Path(inputs)) if isinstance(inputs, (str, os.PathLike)) else dict(inputs)
+    names = {value["name"] for value in found.manifest["inputs"]}
+    calls = [key for key in arrays if key not in names and key.partition("|")[2] in names]
+    if calls:
+        raise DataError(
+            f"its keys name samples and inputs, such as {calls[0]!r}, and a bundle runs one call",
+            where="inputs" if isinstance(inputs, Mapping) else os.fspath(inputs),
+            hint=f"store the arrays of one call under {', '.join(sorted(names))}",
+        )
     return dict(backend.open(found, threads=threads).run(arrays))
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from click.testing import CliRunner, Result
 
@@ -66,6 +67,37 @@ def test_a_folder_of_optimize_holds_the_bundle_and_what_it_was_made_of(tmp_path:
     assert set(manifest["files"]) < {p.name for p in out.iterdir()}
     call("optimize", MODEL, "--passes", "fold", "--target", "cpu", "-o", out)  # the same folder, for another target
     assert json.loads((out / "manifest.json").read_text())["target"]["name"] == "cpu"
+
+
+def test_what_a_bundle_warns_of_is_in_the_report(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = call("optimize", MODEL, "--passes", "fold", "--target", "jetson-orin", "-o", out)
+    warnings = json.loads((out / "manifest.json").read_text())["warnings"]
+    assert any("nobody gave a range" in warning for warning in warnings)
+    assert set(warnings) <= set(json.loads((out / "report.json").read_text())["warnings"])
+    assert "nobody gave a range" in (out / "report.html").read_text()
+    assert "nobody gave a range" in " ".join(done.stderr.split())
+
+
+def test_a_file_of_several_calls_is_no_input_of_a_run(tmp_path: Path) -> None:
+    call("lower", MODEL, "--target", "cpu", "-o", tmp_path / "bundle")
+    with np.load(CALIB) as data:
+        np.savez(tmp_path / "x.npz", **{f"0|{name}": data[name][:1] for name in data.files})
+        names = sorted(data.files)
+    done = call("run", tmp_path / "bundle", "--input", tmp_path / "x.npz", "-o", tmp_path / "y.npz", code=3)
+    assert f"'0|{names[0]}', and a bundle runs one call" in last_line(done)
+    assert not (tmp_path / "y.npz").exists()
+
+
+def test_a_type_that_onnx_runtime_does_not_compute_is_lowered_but_not_compared(tmp_path: Path) -> None:
+    text = """<ir_version: 9, opset_import: ["" : 17]> net (bfloat16[2,4] x) => (bfloat16[2,4] y)
+    <bfloat16[4,4] w = {1,0,0,0,0,1,0,0,0,0,1,0,0,0,0,1}> { y = MatMul(x, w) }"""
+    ir.save(ir.from_onnx_text(text), tmp_path / "net.onnx")
+    out = tmp_path / "bundle"
+    done = call("lower", tmp_path / "net.onnx", "--target", "torch-cpu", "-o", out, "--verify", code=6)
+    assert "nothing to compare the bundle with" in last_line(done) and "leave --verify out" in last_line(done)
+    assert not out.exists()
+    call("lower", tmp_path / "net.onnx", "--target", "torch-cpu", "-o", out)
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,16 @@ def as_array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     return np.asarray(found.numpy())
 
 
+def as_tensor(array: np.ndarray[Any, Any]) -> torch.Tensor:
+    """A numpy array as a tensor on the CPU, of the same memory."""
+    import ml_dtypes
+    import torch
+
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
 @contextlib.contextmanager
 def evaluation_mode(module: torch.nn.Module) -> Iterator[None]:
     """The module in evaluation mode; afterwards every part of it is in the mode it was in."""

@@ -252,15 +252,12 @@ def _trained(value: ir.Value, operators: Mapping[ir.Node, Operator]) -> bool:
 def _attach(root: torch.nn.Module, name: str, value: ir.Value, *, trained: bool) -> None:
     import torch
 
+    from graphopt.fx.from_torch import as_tensor
     from graphopt.fx.operators.common import needed_type
 
     tensor = shapes.constant_tensor(value)
     assert tensor is not None
-    array = np.array(tensor.numpy())
-    if tensor.dtype == ir.DataType.BFLOAT16:
-        data = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    else:
-        data = torch.from_numpy(array).to(needed_type(int(tensor.dtype)))
+    data = as_tensor(np.array(tensor.numpy())).to(needed_type(int(tensor.dtype)))
     module = root
     *folders, leaf = name.split(".")
     for folder in folders:

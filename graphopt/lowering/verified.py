@@ -94,7 +94,8 @@ def verify_bundle(
         what the manifest says under `verified`; `relative` is the difference to `model`.
 
     Raises:
-        MissingBackendError: nothing here can run the bundle, nor stand in for it.
+        MissingBackendError: nothing here can run the bundle, nor stand in for it; or ONNX Runtime lacks an operator of
+            the model.
         VerificationError: an output differs by more, or the bundle fails where the model runs.
     """
     import onnxruntime as ort
@@ -106,8 +107,15 @@ def verify_bundle(
     candidate = _Named(session, [v["name"] for v in bundle.manifest["outputs"]])
     allowed = allowed_difference(ready, bundle.target) if tolerance is None else Allowed(tolerance)
     about = f"{len(feeds)} {inputs} inputs, {ran}"
-    first = verify.compare(ready, candidate, feeds)
-    found = verify.compare(model, candidate, feeds) if rounded else first
+    try:
+        first = verify.compare(ready, candidate, feeds)
+        found = verify.compare(model, candidate, feeds) if rounded else first
+    except MissingBackendError as error:
+        raise MissingBackendError(
+            f"there is nothing to compare the bundle with: {error.what}",
+            where=error.where,
+            hint="leave --verify out, and compare the outputs on the device",
+        ) from error
     _demand(first, allowed, bundle.target, f"the model{' as prepared' if rounded else ''} ({about})")
     if rounded and tolerance is not None:
         _demand(found, allowed, bundle.target, f"the model ({about})")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from graphopt.fx.from_torch import as_array
 from graphopt.fx.semi_structured.kernels import Kernel, kernel_for, legal
 from graphopt.fx.semi_structured.match import Blocks, Linear, linear_layers
 from graphopt.fx.semi_structured.modules import BlockDiagonal, SparseLinear, SparseLinearInt8
@@ -144,7 +145,7 @@ def _refusal(layer: Linear, kernel: Kernel, dtype: torch.dtype) -> str:
     weight = layer.weight if layer.quantised is None else layer.quantised.weight
     if weight.shape[1] < 4:
         return f"{weight.shape[1]} inputs are no group of 4"
-    fullest = fullest_groups(weight.cpu().numpy(), [4])[4]
+    fullest = fullest_groups(as_array(weight), [4])[4]
     if fullest > 2:
         return f"its weight is not 2:4: {fullest} of a group of 4 are not zero"
     if layer.quantised is None:

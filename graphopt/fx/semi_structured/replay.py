@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from graphopt.fx.from_torch import as_tensor
 from graphopt.fx.semi_structured.known import with_known_sizes
 from graphopt.fx.semi_structured.lower import Lowered
 
@@ -144,4 +145,4 @@ def _noise(value: Tensor) -> float:
 
 def to_device(feeds: Mapping[str, np.ndarray[Any, Any]], lowered: Lowered) -> tuple[Tensor, ...]:
     """The inputs of a module, in its order, on its device."""
-    return tuple(torch.from_numpy(np.array(feeds[name])).to(lowered.device) for name in lowered.inputs)
+    return tuple(as_tensor(np.array(feeds[name])).to(lowered.device) for name in lowered.inputs)
