@@ -62,7 +62,7 @@ def test_examples_of_extending_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "extending", module)  # annotations are looked up there
     found = vars(module)
     examples = blocks("docs/extending.md", "python")
-    assert len(examples) == 9
+    assert len(examples) == 10
     for number, block in enumerate(examples, 1):
         assert len(block.splitlines()) < LONGEST_EXAMPLE, f"block {number} is too long"
         exec(compile(block, f"docs/extending.md, block {number}", "exec", dont_inherit=True), found)
