@@ -186,8 +186,9 @@ def _session_of(
     import onnx_ir as ir
 
     from graphopt.files.shape_inference import annotated
+    from graphopt.files.stored_shapes import keep_needed, strip_value_info
     from graphopt.files.weights import reference, release_files, with_placeholders
-    from graphopt.files.writer import INLINE_LIMIT, in_memory, keep_known, strip_value_info, write
+    from graphopt.files.writer import INLINE_LIMIT, in_memory, write
 
     # What the runtime optimises, and what is timed, must be told the same shapes as a saved file tells it.
     optimised = options.graph_optimization_level != ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -224,7 +225,7 @@ def _session_of(
     _tap(clone, outputs)
     proto: onnx.ModelProto = ir.to_proto(clone)
     if as_saved:
-        keep_known(proto)
+        keep_needed(proto)
     else:
         strip_value_info(proto)
     if shared:

@@ -19,6 +19,7 @@ from graphopt.files import shape_inference as shapes
 from graphopt.files.external_data import DataFiles
 from graphopt.files.proto_checks import check_proto
 from graphopt.files.stored import Storage
+from graphopt.files.stored_shapes import strip_value_info
 from graphopt.files.weights import MappedTensor, exchange_tensors, model_tensors
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def load(path: str | os.PathLike[str], *, check_weights: bool = True) -> ir.Mode
         proto = _parse(source)
         files = DataFiles(source.parent)
         check_proto(proto, files)
-        writer.strip_value_info(proto)
+        strip_value_info(proto)
         model = _build(proto, files)
         compression.decompress(model)
         checks.sort_nodes(model)
@@ -123,8 +124,8 @@ def save(
 
     The file is written beside its destination, synced and renamed; a failure leaves no file and no part of one. Saving
     over the file the model was loaded from, or over its data file, is safe. Shapes of intermediate tensors are
-    inferred anew and stored, because runtimes choose their fusions by them; unknown ones are left out. External data
-    goes to one file beside the model, named like it with `.data` appended.
+    inferred anew, and those stored that readers do not infer themselves, because runtimes choose their fusions by
+    them. External data goes to one file beside the model, named like it with `.data` appended.
 
     Args:
         model: the model; not changed.

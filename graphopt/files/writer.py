@@ -22,6 +22,7 @@ from graphopt.files.piecewise import stored
 from graphopt.files.shape_inference import annotated
 from graphopt.files.spill import SpilledTensor
 from graphopt.files.stored import Storage
+from graphopt.files.stored_shapes import keep_needed
 from graphopt.files.weights import all_graphs, chunks, model_tensors, reference, with_placeholders
 
 if TYPE_CHECKING:
@@ -108,45 +109,10 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _skeleton(model: ir.Model) -> onnx.ModelProto:
-    """The message of a model from `annotated`, every value in it fully described or not at all."""
+    """The message of a model from `annotated`, with the shapes that its readers do not find themselves."""
     proto = ir.to_proto(model)
-    keep_known(proto)
+    keep_needed(proto)
     return proto
-
-
-def strip_value_info(proto: onnx.ModelProto) -> None:
-    """Remove shapes of intermediate tensors from a message, in nested graphs too."""
-    for graph in _graph_messages(proto):
-        del graph.value_info[:]
-
-
-def keep_known(proto: onnx.ModelProto) -> None:
-    """Leave the shapes of node outputs whose type and rank are known: neither those of constants, which say it
-    themselves, nor anything in functions, whose bodies have other shapes at every call.
-    """
-    import onnx
-
-    for graph in _graph_messages(proto):
-        if isinstance(graph, onnx.FunctionProto):
-            del graph.value_info[:]
-            continue
-        results = {name for node in graph.node if node.op_type != "Constant" for name in node.output}
-        for index in reversed(range(len(graph.value_info))):
-            info = graph.value_info[index]
-            if info.name not in results or not info.type.tensor_type.HasField("shape"):
-                del graph.value_info[index]
-
-
-def _graph_messages(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto | onnx.FunctionProto]:
-    pending: list[onnx.GraphProto | onnx.FunctionProto] = [proto.graph, *proto.functions]
-    while pending:
-        graph = pending.pop()
-        yield graph
-        for node in graph.node:
-            for attribute in node.attribute:
-                if attribute.HasField("g"):
-                    pending.append(attribute.g)
-                pending.extend(attribute.graphs)
 
 
 def _write_external(model: ir.Model, path: Path) -> None:
