@@ -112,7 +112,7 @@ def tune(mod: IRModule, device: Any, folder: Path, seconds: float) -> dict[str, 
     trials = 0
     try:
         with _silent():
-            trials = _search(todo, device, folder, start + budget)
+            trials = _search(todo, own_times(mod, todo, device), device, folder, start + budget)
     finally:
         spent = time.perf_counter() - start
         ledger |= {key_of(task): ledger.get(key_of(task), 0.0) + spent for task in todo}
@@ -120,8 +120,10 @@ def tune(mod: IRModule, device: Any, folder: Path, seconds: float) -> dict[str, 
     return {**told, "seconds": round(spent, 1), "trials": trials}
 
 
-def _search(tasks: Sequence[Any], device: Any, folder: Path, end: float) -> int:
+def _search(tasks: Sequence[Any], own: Sequence[float | None], device: Any, folder: Path, end: float) -> int:
     """Rounds of trials until the clock shows `end`, each for the kernel that has most to gain; how many trials.
+
+    `own` is what our own schedules take (`own_times`).
 
     TVM's own scheduler gives every kernel a round first, learns the results of a round when it comes to the same kernel
     again, and knows no clock. Here a round ends with its records on the disk.
@@ -137,7 +139,7 @@ def _search(tasks: Sequence[Any], device: Any, folder: Path, end: float) -> int:
     callbacks.append(ms.measure_callback.RemoveBuildArtifact())
     builder, runner = _builder(), _runner(ms)
     # Seconds of the best schedule known, and rounds since it was found.
-    known = [_best(database, task, device, own) for task, own in zip(tasks, own_times(tasks, device), strict=True)]
+    known = [_best(database, task, device, seconds) for task, seconds in zip(tasks, own, strict=True)]
     stale = [0] * len(tasks)
     trials = 0
     while time.perf_counter() < end and min(stale) < GIVE_UP:
@@ -195,7 +197,7 @@ def best(mod: IRModule, device: Any, folder: Path, into: Path) -> dict[str, Any]
         sink = ms.database.JSONDatabase(work_dir=str(into))
         taken = kept = 0
         tasks = kernels(mod, device)
-        own = own_times(tasks, device)
+        own = own_times(mod, tasks, device)
         for task, ours in zip(tasks, own, strict=True):
             record = source.query_tuning_record(task.dispatched[0], device, task.task_name)
             if record is None or not record.run_secs:
@@ -211,22 +213,29 @@ def best(mod: IRModule, device: Any, folder: Path, into: Path) -> dict[str, Any]
     return {"tuned": taken, "kept": kept}
 
 
-def own_times(tasks: Sequence[Any], device: Any) -> list[float | None]:
-    """Seconds that each kernel takes with the schedule of our rules; None where they have none or it cannot run."""
+def own_times(mod: IRModule, tasks: Sequence[Any], device: Any) -> list[float | None]:
+    """Seconds that each kernel takes as our rules compile it within `mod`; None where they do not or it cannot run.
+
+    Within the module, since a product is another kernel where its weight is a constant that is packed ahead.
+    """
+    import tvm
     import tvm.s_tir.meta_schedule as ms
 
     from graphopt.backends import tvm_schedules
+    from graphopt.backends.tvm_schedules.weights import packed_name
 
     builder, runner = _builder(), _runner(ms)
     found: list[float | None] = []
+    scheduled = {name.name_hint: f for name, f in tvm_schedules.schedule(mod, device).functions_items()}
     for task in tasks:
-        module = tvm_schedules.schedule(task.dispatched[0], device)
-        scheduled = all(int(f.attrs.get("tirx.is_scheduled", 0)) for f in module.functions.values())
-        (built,) = builder.build([ms.builder.BuilderInput(module, device)]) if scheduled else (None,)
+        kernel = scheduled.get(packed_name(task.task_name)) or scheduled[task.task_name]
+        module = tvm.IRModule({"main": kernel.with_attr("global_symbol", "main")})
+        is_ours = int(kernel.attrs.get("tirx.is_scheduled", 0))
+        (built,) = builder.build([ms.builder.BuilderInput(module, device)]) if is_ours else (None,)
         if built is None or built.artifact_path is None:
             found.append(None)
             continue
-        info = ms.arg_info.ArgInfo.from_entry_func(task.dispatched[0])
+        info = ms.arg_info.ArgInfo.from_entry_func(module)
         (running,) = runner.run([ms.runner.RunnerInput(built.artifact_path, "cpu", info)])
         result = running.result()
         found.append(min(float(s) for s in result.run_secs) if result.run_secs else None)

@@ -69,6 +69,11 @@ def pack_weights(module: tvm.IRModule, machine: Machine) -> tvm.IRModule:
     return result
 
 
+def packed_name(name: str) -> str:
+    """What the kernel of this name is called once its weight is packed."""
+    return f"{name}_packed"
+
+
 def _calls(module: tvm.IRModule) -> tuple[dict[Any, list[Any]], set[Any]]:
     """Calls of each TIR function, and the functions that are used in other ways."""
     calls: dict[Any, list[Any]] = defaultdict(list)
@@ -132,7 +137,7 @@ class _Rewriter(relax.PyExprMutator):  # type: ignore[misc]
         super().__init__(module)
         self._packings = packings
         self._kernels = {
-            name: self.builder_.add_func(_scheduled(module[name], packing, machine), f"{name.name_hint}_packed")
+            name: self.builder_.add_func(_scheduled(module[name], packing, machine), packed_name(name.name_hint))
             for name, packing in packings.items()
         }
         self._packed: dict[tuple[Any, ...], Any] = {}
