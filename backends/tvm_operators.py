@@ -2,24 +2,22 @@
 
 The importer looks at names alone; here those of com.microsoft have their domain in front of them (`qualify`), so that
 its Attention is not the standard's. Formulas follow the operators' definitions in ONNX and in ONNX Runtime's
-docs/ContribOperators.md. What of an operator is not written here is refused before (`REFUSALS`), by name.
+docs/ContribOperators.md. What of an operator is not written here is refused before (`refusal`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from graphopt.backends.tvm_attention import attention_refusal, contrib_attention, standard_attention
+from graphopt.backends.tvm_converter import CONTRIB, Converter, at, number
 
 if TYPE_CHECKING:
     import onnx
     import onnx_ir as ir
 
-CONTRIB = "com.microsoft"
 ONNX_DOMAINS = ("", "ai.onnx")
-
-Converter = Callable[[Any, Sequence[Any], Mapping[str, Any], Callable[..., Any]], Any]
-"""Takes the block builder, the inputs (None: not given), the attributes, and the importer's own converters by name."""
 
 
 def qualified(domain: str, op_type: str) -> str:
@@ -52,22 +50,11 @@ def refusal(node: ir.Node) -> str | None:
     if extra:
         return f"TVM does not compute its output {extra[0].name!r}"
     if name in (f"{CONTRIB}.Attention", f"{CONTRIB}.MultiHeadAttention", "Attention"):
-        return _attention_refusal(node, name)
+        return attention_refusal(node, name)
     activation = node.attributes.get_string("activation", "Relu")
     if name in (f"{CONTRIB}.FusedConv", f"{CONTRIB}.FusedGemm") and activation not in ACTIVATIONS:
         return f"its activation {activation} has no counterpart in TVM"
     return None
-
-
-def _attention_refusal(node: ir.Node, name: str) -> str | None:
-    ranks = [None if v is None or v.shape is None else v.shape.rank() for v in node.inputs]
-    if name == "Attention":
-        return None if all(rank in (3, 4) for rank in ranks[:3]) else "the ranks of its inputs are not known"
-    if name.endswith("MultiHeadAttention") and (len(ranks) < 3 or ranks[:3] != [3, 3, 3]):
-        return "TVM takes it with queries, keys and values of three axes each"
-    at = 4 if name.endswith("MultiHeadAttention") else 3
-    mask = node.inputs[at] if len(node.inputs) > at else None
-    return None if mask is None or ranks[at] in (2, 3) else "TVM takes its mask with two axes or three"
 
 
 def _activated(name: str, alpha: float, beta: float) -> Callable[[Any], Any]:
@@ -77,7 +64,7 @@ def _activated(name: str, alpha: float, beta: float) -> Callable[[Any], Any]:
         return relax.op.clip(x, alpha, beta)
 
     def hard(x: Any) -> Any:
-        return relax.op.clip(relax.op.add(relax.op.multiply(x, _number(x, alpha)), _number(x, beta)), 0, 1)
+        return relax.op.clip(relax.op.add(relax.op.multiply(x, number(x, alpha)), number(x, beta)), 0, 1)
 
     made: dict[str, Callable[[Any], Any]] = {
         "Relu": relax.op.nn.relu,
@@ -98,23 +85,12 @@ def _text(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
-def _number(like: Any, value: float) -> Any:
-    """A constant of the type of a tensor."""
-    from tvm import relax
-
-    return relax.const(value, str(like.ty.dtype.dtype if hasattr(like.ty.dtype, "dtype") else like.ty.dtype))
-
-
-def _at(inputs: Sequence[Any], index: int) -> Any:
-    return inputs[index] if index < len(inputs) else None
-
-
 def _fused_conv(bb: Any, inputs: Sequence[Any], attrs: Mapping[str, Any], own: Callable[..., Any]) -> Any:
     """activation(Conv(x, w, b) + z)."""
     from tvm import relax
 
     x = bb.normalize(own("Conv", inputs[:3], attrs))
-    if _at(inputs, 3) is not None:
+    if at(inputs, 3) is not None:
         x = bb.normalize(relax.op.add(x, inputs[3]))
     name = _text(attrs.get("activation", "Relu"))
     given = attrs.get("activation_params", ACTIVATIONS[name])
@@ -140,7 +116,7 @@ def _fused_product(bb: Any, inputs: Sequence[Any], attrs: Mapping[str, Any], own
         sides.append(relax.op.permute_dims(x, order) if attrs.get(key, 0) and rank > 1 else x)
     product = bb.normalize(relax.op.matmul(*sides))
     alpha = float(attrs.get("alpha", 1.0))
-    return product if alpha == 1 else relax.op.multiply(product, _number(product, alpha))
+    return product if alpha == 1 else relax.op.multiply(product, number(product, alpha))
 
 
 def _swish(alpha: float) -> Converter:
@@ -150,7 +126,7 @@ def _swish(alpha: float) -> Converter:
         from tvm import relax
 
         factor = float(attrs.get("alpha", alpha))
-        inner = inputs[0] if factor == 1 else relax.op.multiply(inputs[0], _number(inputs[0], factor))
+        inner = inputs[0] if factor == 1 else relax.op.multiply(inputs[0], number(inputs[0], factor))
         return relax.op.multiply(inputs[0], relax.op.sigmoid(inner))
 
     return convert
@@ -161,8 +137,8 @@ def _celu(bb: Any, inputs: Sequence[Any], attrs: Mapping[str, Any], own: Callabl
     from tvm import relax
 
     x, alpha = inputs[0], float(attrs.get("alpha", 1.0))
-    below = relax.op.subtract(relax.op.exp(relax.op.divide(x, _number(x, alpha))), _number(x, 1.0))
-    below = relax.op.multiply(relax.op.minimum(below, _number(x, 0.0)), _number(x, alpha))
+    below = relax.op.subtract(relax.op.exp(relax.op.divide(x, number(x, alpha))), number(x, 1.0))
+    below = relax.op.multiply(relax.op.minimum(below, number(x, 0.0)), number(x, alpha))
     return relax.op.add(relax.op.nn.relu(x), below)
 
 
@@ -176,8 +152,8 @@ def _lp_norm(bb: Any, inputs: Sequence[Any], attrs: Mapping[str, Any], own: Call
     else:
         norm = relax.op.sqrt(relax.op.sum(relax.op.multiply(x, x), axes, keepdims=True))
     norm = bb.normalize(norm)
-    zero = relax.op.equal(norm, _number(x, 0.0))
-    return relax.op.divide(x, relax.op.where(zero, _number(x, 1.0), norm))
+    zero = relax.op.equal(norm, number(x, 0.0))
+    return relax.op.divide(x, relax.op.where(zero, number(x, 1.0), norm))
 
 
 def _rms_norm(bb: Any, inputs: Sequence[Any], attrs: Mapping[str, Any], own: Callable[..., Any]) -> Any:
@@ -196,7 +172,7 @@ def _skip_norm(simplified: bool) -> Converter:
         import numpy as np
         from tvm import relax
 
-        beta, bias = (None, _at(inputs, 3)) if simplified else (_at(inputs, 3), _at(inputs, 4))
+        beta, bias = (None, at(inputs, 3)) if simplified else (at(inputs, 3), at(inputs, 4))
         total = relax.op.add(inputs[0], inputs[1])
         if bias is not None:
             total = relax.op.add(total, bias)
@@ -209,128 +185,10 @@ def _skip_norm(simplified: bool) -> Converter:
                 width = int(inputs[2].ty.shape[0])
                 beta = relax.const(np.zeros(width, str(inputs[2].ty.dtype)))
             found = relax.op.nn.layer_norm(total, inputs[2], beta, axes=[-1], epsilon=epsilon)
-        unread = _number(total, 0.0)
+        unread = number(total, 0.0)
         return relax.Tuple([bb.emit(found), unread, unread, total])
 
     return convert
-
-
-def _heads(bb: Any, x: Any, heads: int) -> Any:
-    """(batch, positions, heads * size) as (batch, heads, positions, size)."""
-    from tvm import relax
-
-    batch, positions, width = x.ty.shape
-    apart = relax.op.reshape(x, [batch, positions, heads, int(width) // heads])
-    return bb.normalize(relax.op.permute_dims(apart, [0, 2, 1, 3]))
-
-
-def _joined(bb: Any, x: Any) -> Any:
-    """The reverse of `_heads`."""
-    from tvm import relax
-
-    batch, heads, positions, size = x.ty.shape
-    turned = relax.op.permute_dims(x, [0, 2, 1, 3])
-    return relax.op.reshape(turned, [batch, positions, int(heads) * int(size)])
-
-
-def _attended(bb: Any, q: Any, k: Any, v: Any, *, scale: float, added: Sequence[Any], causal: bool) -> Any:
-    """softmax(scale q k' + what is added) v, of (batch, heads, positions, size); few key heads serve many query heads.
-
-    Args:
-        bb: the block builder.
-        q, k, v: queries, keys, values.
-        scale: of the products.
-        added: to them, each broadcastable.
-        causal: whether a query sees the keys up to its own position alone.
-    """
-    from tvm import relax
-
-    groups = int(q.ty.shape[1]) // int(k.ty.shape[1])
-    if groups > 1:
-        k, v = (bb.normalize(relax.op.repeat(x, groups, axis=1)) for x in (k, v))
-    scores = relax.op.matmul(q, relax.op.permute_dims(k, [0, 1, 3, 2]))
-    scores = bb.normalize(relax.op.multiply(scores, _number(q, scale)))
-    for bias in added:
-        scores = bb.normalize(relax.op.add(scores, bias))
-    if causal:
-        seen = relax.op.tril(relax.op.ones_like(scores))
-        visible = relax.op.greater(seen, _number(q, 0.0))
-        scores = relax.op.where(visible, scores, _number(q, _lowest(q)))
-    return bb.normalize(relax.op.matmul(relax.op.nn.softmax(scores, axis=-1), v))
-
-
-def _lowest(x: Any) -> float:
-    """The smallest number of the type of a tensor."""
-    import numpy as np
-
-    kind = str(x.ty.dtype)
-    return float(np.finfo(kind).min) if kind in ("float16", "float32", "float64") else -1e30
-
-
-def _key_bias(bb: Any, mask: Any, q: Any, filtered: float) -> Any:
-    """What a mask of ones and zeros (batch, keys) or (batch, queries, keys) adds to the products."""
-    from tvm import relax
-
-    axes = [1, 2] if len(mask.ty.shape) == 2 else [1]
-    hidden = relax.op.less_equal(mask, relax.const(0, str(mask.ty.dtype)))
-    bias = relax.op.where(hidden, _number(q, filtered), _number(q, 0.0))
-    return bb.normalize(relax.op.expand_dims(bias, axes))
-
-
-def _contrib_attention(packed: bool) -> Converter:
-    """Attention (weights of queries, keys and values in one) and MultiHeadAttention of ONNX Runtime."""
-
-    def convert(bb: Any, inputs: Sequence[Any], attrs: Mapping[str, Any], own: Callable[..., Any]) -> Any:
-        from tvm import relax
-
-        heads = int(attrs["num_heads"])
-        bias = _at(inputs, 2 if packed else 3)
-        if packed:
-            width = int(inputs[1].ty.shape[1])
-            widths = [int(size) for size in attrs.get("qkv_hidden_sizes") or [width // 3] * 3]
-            joint = relax.op.matmul(inputs[0], inputs[1])
-            parts = _split(bb, joint if bias is None else relax.op.add(joint, bias), widths, 2)
-            mask, extra = _at(inputs, 3), _at(inputs, 5)
-        else:
-            parts = list(inputs[:3])
-            if bias is not None:
-                widths = [int(part.ty.shape[2]) for part in parts]
-                shifts = _split(bb, bias, widths, 0)
-                parts = [bb.normalize(relax.op.add(x, b)) for x, b in zip(parts, shifts, strict=True)]
-            mask, extra = _at(inputs, 4), _at(inputs, 5)
-        q, k, v = (_heads(bb, part, heads) for part in parts)
-        scale = float(attrs.get("scale", 0.0)) or 1 / math.sqrt(int(q.ty.shape[3]))
-        added = [] if mask is None else [_key_bias(bb, mask, q, float(attrs.get("mask_filter_value", -10000.0)))]
-        added += [] if extra is None else [extra]
-        causal = bool(attrs.get("unidirectional", 0))
-        return _joined(bb, _attended(bb, q, k, v, scale=scale, added=added, causal=causal))
-
-    return convert
-
-
-def _split(bb: Any, x: Any, widths: Sequence[int], axis: int) -> list[Any]:
-    from tvm import relax
-
-    ends = [sum(widths[: k + 1]) for k in range(len(widths) - 1)]
-    parts = bb.emit(relax.op.split(x, ends, axis))
-    return [bb.emit(relax.TupleGetItem(parts, k)) for k in range(len(widths))]
-
-
-def _attention(bb: Any, inputs: Sequence[Any], attrs: Mapping[str, Any], own: Callable[..., Any]) -> Any:
-    """Attention of the standard, from opset 23."""
-    from tvm import relax
-
-    flat = len(inputs[0].ty.shape) == 3
-    counts = [int(attrs.get(key, 0)) for key in ("q_num_heads", "kv_num_heads", "kv_num_heads")]
-    q, k, v = (_heads(bb, x, n) if flat else x for x, n in zip(inputs[:3], counts, strict=True))
-    scale = float(attrs.get("scale", 0.0)) or 1 / math.sqrt(int(q.ty.shape[3]))
-    mask, added = _at(inputs, 3), []
-    if mask is not None and str(mask.ty.dtype) == "bool":
-        added = [relax.op.where(mask, _number(q, 0.0), _number(q, _lowest(q)))]
-    elif mask is not None:
-        added = [mask]
-    found = _attended(bb, q, k, v, scale=scale, added=added, causal=bool(attrs.get("is_causal", 0)))
-    return _joined(bb, found) if flat else found
 
 
 def _expand(bb: Any, inputs: Sequence[Any], attrs: Mapping[str, Any], own: Callable[..., Any]) -> Any:
@@ -370,18 +228,18 @@ def _range(bb: Any, inputs: Sequence[Any], attrs: Mapping[str, Any], own: Callab
 
 
 CONVERTERS: dict[str, Converter] = {
-    "Attention": _attention,
+    "Attention": standard_attention,
     "Celu": _celu,
     "Expand": _expand,
     "LpNormalization": _lp_norm,
     "Range": _range,
     "SimplifiedLayerNormalization": _rms_norm,
     "Swish": _swish(1.0),
-    f"{CONTRIB}.Attention": _contrib_attention(packed=True),
+    f"{CONTRIB}.Attention": contrib_attention(packed=True),
     f"{CONTRIB}.FusedConv": _fused_conv,
     f"{CONTRIB}.FusedGemm": _fused_gemm,
     f"{CONTRIB}.FusedMatMul": _fused_product,
-    f"{CONTRIB}.MultiHeadAttention": _contrib_attention(packed=False),
+    f"{CONTRIB}.MultiHeadAttention": contrib_attention(packed=False),
     f"{CONTRIB}.QuickGelu": _swish(1.702),
     f"{CONTRIB}.SimplifiedLayerNormalization": _rms_norm,
     f"{CONTRIB}.SkipLayerNormalization": _skip_norm(simplified=False),
