@@ -267,6 +267,21 @@ def test_the_runner_refuses_inputs_that_do_not_fit(net: ir.Model, tmp_path: Path
     assert not (tmp_path / "out.npz").exists()
 
 
+def test_the_runner_says_in_one_line_what_it_cannot_read(net: ir.Model, tmp_path: Path) -> None:
+    made = lowered(net, tmp_path / "b")
+    (tmp_path / "junk.npz").write_bytes(b"no archive")
+    np.save(tmp_path / "one.npy", FEEDS["x"])
+    for name in ("absent.npz", "junk.npz", "one.npy"):
+        done = run(made, tmp_path / name, tmp_path / "out.npz")
+        assert done.returncode == 1
+        assert name in done.stderr and done.stderr.count("\n") == 1
+    for name in ("model.onnx", "manifest.json"):
+        (made / name).unlink()
+        done = run(made, tmp_path / "junk.npz", tmp_path / "out.npz")
+        assert done.returncode == 1
+        assert name in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_an_existing_folder_keeps_its_other_files_and_gets_the_new_bundle(net: ir.Model, tmp_path: Path) -> None:
     made = lowered(net, tmp_path / "b")
     (made / "report.html").write_text("mine")
