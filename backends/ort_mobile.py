@@ -1,8 +1,8 @@
 """Phones: ONNX Runtime's mobile builds, with the delegates that its execution providers are.
 
 A target's `options`: `file` ("ort": its own format, "onnx"), `style` of the .ort file ("fixed" for the processor,
-"runtime" where a delegate cuts the graph on the device), `provider` as the C++ runner names it, `static` where free
-sizes are refused, `soc` and `arch` for Hexagon, `needs` of the device.
+"runtime" where a delegate cuts the graph on the device), `provider` as the C++ runner names it, `soc` and `arch` for
+Hexagon, `needs` of the device.
 """
 
 from __future__ import annotations
@@ -103,12 +103,11 @@ class OrtMobileBackend:
             qnn_python: a Python that has onnxruntime-qnn; None: this one, where it has it.
 
         Raises:
-            ModelError: the delegate needs static shapes, the file would be too large, or a compiler refuses the model.
+            ModelError: the file would be too large, or a compiler refuses the model.
             MissingBackendError: a Hexagon context is wanted and its compiler is not installed.
             UsageError: an option of Hexagon on a target without it.
         """
         own = target.options
-        refuse_free_sizes(model, target)
         if own.get("soc") is None and (context or soc or arch or qnn_python):
             raise UsageError(
                 f"target {target.name!r} has no Hexagon", where="context, soc, arch, qnn_python", hint="use android-qnn"
@@ -179,30 +178,6 @@ class OrtMobileBackend:
             )
         ort_format.write_ort(model, folder / "model.ort", style=target.options["style"])
         return "model.ort"
-
-
-def refuse_free_sizes(model: ir.Model, target: Target) -> None:
-    """Check that all inputs have fixed shapes, where the target's delegate takes no others.
-
-    Raises:
-        ModelError: names the dimensions and how to fix them.
-    """
-    from graphopt.data.feeds import input_specs
-
-    if not target.options.get("static", False):
-        return
-    free: dict[str, str] = {}
-    for spec in (s for s in input_specs(model) if s.required):
-        for axis, size in enumerate(spec.shape or (None,)):
-            if not isinstance(size, int):
-                option = f"--dim {size}=SIZE" if size else f"--input-shape {spec.name}=..."
-                free.setdefault(option, f"{size or f'axis {axis}'} of input {spec.name!r}")
-    if free:
-        raise ModelError(
-            f"target {target.name!r} takes fixed sizes only, and {', '.join(free.values())} "
-            f"{'is' if len(free) == 1 else 'are'} free",
-            hint=f"fix {'it' if len(free) == 1 else 'them'}: {' '.join(free)}",
-        )
 
 
 def write_reports(model: ir.Model, names: Sequence[str], folder: Path) -> list[Report]:

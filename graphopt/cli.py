@@ -115,7 +115,7 @@ def optimize(
         raise UsageError("names no pass", where="--passes", hint="name one, such as fold; -O0 copies the model")
     if out is not None:
         check_output(out, [model], force=force)
-        check_bundle(out, options["target"])
+        check_bundle(out, options["target"], model, options["dim"], options["input_shape"])
     elif compress:
         raise UsageError("says how OUT is stored, and there is none", where="--compress", hint="name one with -o")
     for file in (page, save_recipe):

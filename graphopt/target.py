@@ -141,6 +141,7 @@ class Target:
             out; a pass that recognises operators leaves these alone (`graphopt.rewriting.recognise`).
         artefacts: what `lower` writes besides the model.
         delegates: tables (`graphopt.delegates`) of the accelerators that its runtime may hand nodes to.
+        static_shapes: it takes models without free dimensions only.
         prepare: pipeline (`graphopt.spec`) that a model goes through, on a copy, before its backend lowers it.
         quant_refusal: why it takes no model that is quantised already; "": it does.
         options: what its backend alone reads, by names of the backend's own.
@@ -166,6 +167,7 @@ class Target:
     slow_operators: tuple[str, ...] = ()
     artefacts: tuple[str, ...] = ()
     delegates: tuple[str, ...] = ()
+    static_shapes: bool = False
     prepare: str = ""
     quant_refusal: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)

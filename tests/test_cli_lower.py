@@ -79,6 +79,13 @@ def test_what_a_bundle_warns_of_is_in_the_report(tmp_path: Path) -> None:
     assert "nobody gave a range" in " ".join(done.stderr.split())
 
 
+def test_open_sizes_are_refused_before_the_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphopt.manager.PassManager.run", None)
+    done = call("optimize", MODEL, "--passes", "fold", "--target", "ios", "-o", tmp_path / "out", code=3)
+    assert "takes fixed sizes only" in last_line(done) and "--dim" in last_line(done)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_file_of_several_calls_is_no_input_of_a_run(tmp_path: Path) -> None:
     call("lower", MODEL, "--target", "cpu", "-o", tmp_path / "bundle")
     with np.load(CALIB) as data:

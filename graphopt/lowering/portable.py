@@ -1,4 +1,5 @@
-"""What a file must be to travel: no operator sets that nothing uses, none newer than the target reads."""
+"""What a file must be to travel: no operator sets that nothing uses, none newer than the target reads, no open sizes
+where it takes none, and nothing that an optimiser made for its own machine."""
 
 from __future__ import annotations
 
@@ -38,6 +39,30 @@ def check_caps(model: ir.Model, target: Target) -> None:
                 f"the model has {what} {have}, and target {target.name!r} reads up to {cap}",
                 hint=f"export it with {what} {cap} or older",
             )
+
+
+def refuse_free_sizes(model: ir.Model, target: Target) -> None:
+    """Refuse a model with open sizes where the target takes none.
+
+    Raises:
+        ModelError: names the dimensions and how to fix them.
+    """
+    from graphopt.data.feeds import input_specs
+
+    if not target.static_shapes:
+        return
+    free: dict[str, str] = {}
+    for spec in (s for s in input_specs(model) if s.required):
+        for axis, size in enumerate(spec.shape or (None,)):
+            if not isinstance(size, int):
+                option = f"--dim {size}=SIZE" if size else f"--input-shape {spec.name}=..."
+                free.setdefault(option, f"{size or f'axis {axis}'} of input {spec.name!r}")
+    if free:
+        raise ModelError(
+            f"target {target.name!r} takes fixed sizes only, and {', '.join(free.values())} "
+            f"{'is' if len(free) == 1 else 'are'} free",
+            hint=f"fix {'it' if len(free) == 1 else 'them'}: {' '.join(free)}",
+        )
 
 
 PRIVATE_DOMAINS = {

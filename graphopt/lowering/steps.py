@@ -11,7 +11,7 @@ from graphopt import bundle, registry
 from graphopt.errors import GraphoptError, MissingBackendError, ModelError, UsageError
 from graphopt.lowering.describe import describe
 from graphopt.lowering.options import check_options
-from graphopt.lowering.portable import check_caps, refuse_private, strip_unused_imports
+from graphopt.lowering.portable import check_caps, refuse_free_sizes, refuse_private, strip_unused_imports
 from graphopt.lowering.readme import write_bench, write_readme
 from graphopt.lowering.verified import verify_bundle
 
@@ -69,6 +69,7 @@ def lower(
     own = check_options(backend, options or {})
     check_tools(backend, target)
     refuse_private(model)
+    refuse_free_sizes(model, target)
     refuse_quantised(model, target)
     ready, prepared = prepare(model, target, calibration, seed)
     ready = strip_unused_imports(ready)

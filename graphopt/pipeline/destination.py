@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from graphopt import registry
@@ -83,18 +83,36 @@ def check_folder(
     return check_output(out, inputs, force=force)
 
 
-def check_bundle(out: str | os.PathLike[str], target: str | None) -> None:
+def check_bundle(
+    out: str | os.PathLike[str],
+    target: str | None,
+    model: str | os.PathLike[str],
+    dim: Mapping[str, int] | None = None,
+    input_shape: Mapping[str, Sequence[int]] | None = None,
+) -> None:
     """A folder gets the bundle of the target: told before the work where nothing can write that.
+
+    Args:
+        out: the destination.
+        target: name, None for none.
+        model: the input.
+        dim, input_shape: sizes to fix in it.
 
     Raises:
         MissingBackendError: the target's backend is not installed, or a tool that its bundles need.
+        ModelError: the target takes no open sizes, and the model has some; or it was compiled for a machine.
         UsageError: there is no such target.
     """
+    from graphopt.given import opened
+    from graphopt.lowering.portable import refuse_free_sizes, refuse_private
     from graphopt.lowering.steps import check_tools
 
     if target is not None and not is_model_file(out):
         found = registry.target(target)
         check_tools(registry.backend(found.backend), found)
+        loaded = opened(model, dim, input_shape)
+        refuse_private(loaded)
+        refuse_free_sizes(loaded, found)
 
 
 def check_file(file: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]] = ()) -> Path:

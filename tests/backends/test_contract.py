@@ -57,7 +57,7 @@ def numbers(count: int, seed: int) -> str:
 def small_model(target: Target) -> ir.Model:
     """With an open batch where the target takes one."""
     text = NET.replace("@W@", numbers(288, 0)).replace("@V@", numbers(40, 1))
-    return ir.from_onnx_text(text.replace("[N,", "[2,") if target.options.get("static") else text)
+    return ir.from_onnx_text(text.replace("[N,", "[2,") if target.static_shapes else text)
 
 
 @pytest.fixture(autouse=True)
@@ -77,9 +77,7 @@ def test_the_bundle_of_every_target(name: str, tmp_path: Path) -> None:
     target = registry.target(name)
     require_tools(target)
     model, feeds = small_model(target), np.random.default_rng(2).normal(size=(4, 4, 8, 8)).astype(np.float32)
-    samples = (
-        [{"x": feeds[:2]}, {"x": feeds[2:]}] if target.options.get("static") else [{"x": row[None]} for row in feeds]
-    )
+    samples = [{"x": feeds[:2]}, {"x": feeds[2:]}] if target.static_shapes else [{"x": row[None]} for row in feeds]
     path = tmp_path / "net.onnx"
     ir.save(model, path)
     made = lower(path, target, tmp_path / "b", calib=samples, verify=True)
@@ -96,7 +94,7 @@ def test_the_bundle_of_every_target(name: str, tmp_path: Path) -> None:
     assert set(manifest) >= KEYS
     assert (manifest["schema"], manifest["target"]["name"]) == (bundle.SCHEMA, name)
     assert manifest["source"] == {"name": "net.onnx", "sha256": bundle.sha256(path)}
-    batch = 2 if target.options.get("static") else BATCH
+    batch = 2 if target.static_shapes else BATCH
     assert manifest["inputs"] == [{"name": "x", "dtype": "float32", "shape": [batch, 4, 8, 8]}]
     assert manifest["outputs"] == [{"name": "y", "dtype": "float32", "shape": [batch, 5]}]
     assert manifest["calibration"]["samples"] == 4

@@ -87,7 +87,7 @@ def test_the_python_runner_runs_the_file(target: str, tmp_path: Path) -> None:
 
 def test_free_sizes_are_refused_by_name_where_the_delegate_takes_none(target: str, tmp_path: Path) -> None:
     model = network(batch="N")
-    if registry.target(target).options.get("static"):
+    if registry.target(target).static_shapes:
         with pytest.raises(ModelError, match=r"N of input 'x' is free; fix it: --dim N=SIZE"):
             jobs.lower(model, target, tmp_path / "b")
         assert list(tmp_path.iterdir()) == []
