@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import IO, Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -112,25 +112,6 @@ def stored(tensor: ir.TensorProtocol) -> Iterator[ir.TensorProtocol]:
         return
     for source in tensor.sources:
         yield from stored(source)
-
-
-class ComputedTensor(PiecewiseTensor):
-    """A tensor whose rows a function computes.
-
-    Args:
-        sources, shape: see `PiecewiseTensor`.
-        compute: rows `start` to `stop` in float64.
-    """
-
-    def __init__(
-        self, sources: Sequence[ir.TensorProtocol], shape: Sequence[int], compute: Callable[[int, int], Float64]
-    ) -> None:
-        self._compute = compute
-        super().__init__(sources, shape)
-
-    def exact_rows(self, start: int, stop: int) -> Float64:
-        """See the class."""
-        return self._compute(start, stop)
 
 
 class ScaledTensor(PiecewiseTensor):
