@@ -38,6 +38,10 @@ FILES = {
 """Files of every bundle, and where their text is."""
 
 
+MOSTLY = 0.5
+"""Share of the work below which the user is told that a delegate hardly takes the model."""
+
+
 class OrtMobileBackend:
     """The backend `ort-mobile`."""
 
@@ -141,6 +145,7 @@ class OrtMobileBackend:
                 "inter_op_num_threads": 1,
             },
             limits=_limits(target, compiled),
+            warnings=_mostly_refused(reports, own["provider"]),
             versions=compiled.found.get("versions", {}) if compiled else {},
             details={
                 "provider": own["provider"],
@@ -236,6 +241,17 @@ def _guide(target: Target, compiled: Compiled | None) -> str:
         if compiled.files:
             parts.append(QNN_LICENCE)
     return "\n\n".join(parts)
+
+
+def _mostly_refused(reports: Sequence[Report], provider: str) -> tuple[str, ...]:
+    """What the user must be told of a model that its delegate hardly takes."""
+    best = max(reports, key=lambda report: report.macs)
+    if provider == "CPU" or best.macs >= MOSTLY:
+        return ()
+    return (
+        f"{best.title} takes {best.macs:.0%} of the {best.measure}, the processor the rest: "
+        "delegates.txt says why and what would help (integers of another target: `dequantize`, then `quantize`)",
+    )
 
 
 def _limits(target: Target, compiled: Compiled | None) -> tuple[str, ...]:

@@ -213,6 +213,14 @@ def test_ios_refuses_quantised_models_by_node(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_model_that_the_delegate_hardly_takes_is_told(tmp_path: Path) -> None:
+    refused = graph("(float[1,4] x) => (float[1,4] y)", "y = Hardmax(x)")
+    warnings = jobs.lower(refused, "android-nnapi", tmp_path / "a").manifest["warnings"]
+    assert any("NNAPI takes 0%" in text and "delegates.txt" in text for text in warnings)
+    assert not jobs.lower(refused, "android", tmp_path / "b").manifest["warnings"]
+    assert not jobs.lower(network(), "android-nnapi", tmp_path / "c").manifest["warnings"]
+
+
 def test_weights_beyond_the_format_are_refused_before_it_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
