@@ -50,17 +50,22 @@ def converted(graph: Graph, call: relax.Call) -> Blocked | None:
 
 
 def _convolution(graph: Graph, call: relax.Call) -> Blocked | None:
-    data, weights = call.args
-    if not isinstance(weights, GenericConst) or not _plain_layout(call, "kernel_layout"):
+    data, values = call.args[0], _weights(call)
+    if values is None:
         return None
-    values = weights.value.numpy()
-    rank = data.ty.ndim
-    if rank == 3:
-        values = values[:, :, None]
     channels = sizes_of(call)[1]
     groups = Groups(int(call.attrs.groups), sizes_of(data)[1], Blocking(channels, graph.block(channels)))
     window = _window(call.attrs, values.shape[2:])
-    return Blocked(_convolved(graph, data, values, window, groups), groups.outputs, rank)
+    return Blocked(_convolved(graph, data, values, window, groups), groups.outputs, data.ty.ndim)
+
+
+def _weights(call: relax.Call) -> np.ndarray | None:
+    """The weights of a convolution over two axes; None where they are computed, or not in ONNX's layout."""
+    weights = call.args[1]
+    if not isinstance(weights, GenericConst) or not _plain_layout(call, "kernel_layout"):
+        return None
+    values: np.ndarray = weights.value.numpy()
+    return values[:, :, None] if values.ndim == 3 else values
 
 
 def _convolved(graph: Graph, data: relax.Expr, values: np.ndarray, window: Window, groups: Groups) -> relax.Var:
@@ -78,13 +83,9 @@ def _convolved(graph: Graph, data: relax.Expr, values: np.ndarray, window: Windo
 
 
 def _transposed(graph: Graph, call: relax.Call) -> Blocked | None:
-    data, weights = call.args
-    if not isinstance(weights, GenericConst) or not _plain_layout(call, "kernel_layout"):
+    data, values = call.args[0], _weights(call)
+    if values is None:
         return None
-    values = weights.value.numpy()
-    rank = data.ty.ndim
-    if rank == 3:
-        values = values[:, :, None]
     channels = sizes_of(call)[1]
     window = _window(call.attrs, values.shape[2:])
     rows, columns = (
@@ -105,7 +106,7 @@ def _transposed(graph: Graph, call: relax.Call) -> Blocked | None:
     result = _convolved(graph, data, phases, window_of(rows, columns), groups)
     if groups.phases > 1:
         result = graph.emit(graph.call_te(interleaved(outputs.blocks, rows, columns), result, primfunc_name_hint="lay"))
-    return Blocked(result, outputs, rank)
+    return Blocked(result, outputs, data.ty.ndim)
 
 
 def _prelu(graph: Graph, call: relax.Call) -> Blocked | None:

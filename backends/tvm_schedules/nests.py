@@ -118,7 +118,13 @@ def _fills_partial_vectors(stage: Stage, along: Any, strides: Strides) -> bool:
     calls: list[Any] = []
     tvm_ffi.structural_walk(stage.value, (ir.Call, calls.append))
     branches = any(getattr(c.op, "name", "") in CHOICES and along in variables(c.args[0]) for c in calls)
-    return 1 in steps and contiguous(steps) and not branches
+    return 1 in steps and contiguous(steps) and not branches and _starts_neutral(stage)
+
+
+def _starts_neutral(stage: Stage) -> bool:
+    """Whether combining the start twice is as good as once: every partial vector begins with it."""
+    neutral = {tirx.Add: 0.0, tirx.Mul: 1.0}.get(stage.combine)
+    return neutral is None or (isinstance(stage.start, tirx.FloatImm) and float(stage.start.value) == neutral)
 
 
 def _reduced_loops(stage: Stage, body: Callable[[dict[Any, Any]], Any], inner: int = 0) -> Any:

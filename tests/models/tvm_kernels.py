@@ -53,7 +53,8 @@ def _distance(got: np.ndarray, want: np.ndarray) -> float:
     finite = np.isfinite(want)
     if not np.array_equal(got[~finite], want[~finite], equal_nan=True) or not np.isfinite(got[finite]).all():
         return float("inf")
-    return float(np.abs(got[finite] - want[finite]).max() / np.abs(want[finite]).max())
+    difference, largest = (np.abs(values).max(initial=0) for values in (got[finite] - want[finite], want[finite]))
+    return float(difference / max(largest, 1e-30))
 
 
 def compared(model: ir.Model, feeds: dict[str, np.ndarray], target: Any | None = None) -> Kernels:
