@@ -37,7 +37,6 @@ FILES = {
 }
 """Files of every bundle, and where their text is."""
 
-
 MOSTLY = 0.5
 """Share of the work below which the user is told that a delegate hardly takes the model."""
 
