@@ -93,7 +93,7 @@ def _cuda_available() -> bool:
     """Asked of torch, whose import takes seconds."""
     import torch
 
-    return torch.cuda.is_available()
+    return bool(torch.cuda.is_available())
 
 
 class TorchBackend:

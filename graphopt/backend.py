@@ -139,6 +139,8 @@ class Backend(Protocol):
 
         Further keyword parameters, annotated `bool`, `int`, `float` or `str` (or one of them `| None`), are options of
         this backend (`graphopt.lowering.options`); they are given only where the user asked for them.
+        A backend that times its result beside another runtime may take `reference: ir.Model | None = None` as well: the
+        model as it was before `prepare`, which is what the user would run otherwise.
 
         Args:
             model: what to deploy, as the target's `prepare` left it; not changed.

@@ -14,7 +14,7 @@ from graphopt.errors import UsageError
 if TYPE_CHECKING:
     from graphopt.backend import Backend
 
-SHARED = ("model", "target", "folder", "feeds")
+SHARED = ("model", "target", "folder", "feeds", "reference")
 """Parameters of `Backend.lower` that are no options."""
 
 TYPES = {"bool": bool, "int": int, "float": float, "str": str}
@@ -30,6 +30,11 @@ def options_of(backend: Backend) -> dict[str, str]:
         kind = parameter.annotation if isinstance(parameter.annotation, str) else parameter.annotation.__name__
         found[name] = kind.removesuffix("| None").strip()
     return found
+
+
+def takes_reference(backend: Backend) -> bool:
+    """Whether the `lower` of a backend wants the model before the target prepared it, too."""
+    return "reference" in inspect.signature(backend.lower).parameters
 
 
 def check_options(backend: Backend, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from graphopt import bundle, registry
 from graphopt.errors import GraphoptError, MissingBackendError, ModelError, UsageError
 from graphopt.lowering.describe import describe
-from graphopt.lowering.options import check_options
+from graphopt.lowering.options import check_options, takes_reference
 from graphopt.lowering.portable import check_caps, refuse_free_sizes, refuse_private, strip_unused_imports
 from graphopt.lowering.readme import write_bench, write_readme
 from graphopt.lowering.verified import verify_bundle
@@ -75,6 +75,9 @@ def lower(
     ready = strip_unused_imports(ready)
     check_caps(ready, target)
     feeds = None if calibration is None else next(iter(calibration.batches(batch_size=1, limit=1)), None)
+
+    if takes_reference(backend):
+        own["reference"] = model
 
     def fill(stage: Path) -> dict[str, Any]:
         made = backend.lower(ready, target, stage, feeds=feeds, **own)

@@ -115,6 +115,23 @@ def test_a_bundle_has_the_same_form_for_every_backend(
         assert told in readme
 
 
+def test_a_backend_that_wants_it_gets_the_model_before_it_was_prepared(
+    net: ir.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Comparing(Box):
+        def lower(
+            self, model: ir.Model, target: Target, folder: Path, *, feeds: Any = None, reference: Any = None, **_: Any
+        ) -> Artefacts:
+            assert [n.op_type for n in model.graph] == ["Neg"]
+            assert [n.op_type for n in reference.graph] == ["Identity", "Neg"]
+            return super().lower(model, target, folder, feeds=feeds)
+
+    use(monkeypatch, Comparing())
+    lower(net, dataclasses.replace(TARGET, prepare="fold"), tmp_path / "b")
+    with pytest.raises(UsageError, match="no such option"):
+        lower(net, TARGET, tmp_path / "c", options={"reference": "x"})
+
+
 def test_bench_sh_finds_its_folder_from_anywhere(
     net: ir.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
