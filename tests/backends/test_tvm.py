@@ -227,6 +227,18 @@ def test_help_does_not_import_tvm() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ.copy())
 
 
+def test_operators_that_the_importer_lacks_are_written_out_by_their_definitions() -> None:
+    model = graph(
+        "(float[2,3,4,8] x, float[2,4,4] c, float[2,4,4] s) => (float[2,3,4,8] y)", "y = RotaryEmbedding(x, c, s)",
+        opset=23,
+    )  # fmt: skip
+    feeds = {
+        name: RNG.normal(size=size).astype(np.float32)
+        for name, size in {"x": (2, 3, 4, 8), "c": (2, 4, 4), "s": (2, 4, 4)}.items()
+    }
+    close(model, BACKEND.session(model, TARGET).run(feeds), feeds)
+
+
 @needs_linker
 def test_kernels_without_a_schedule_are_named(net: ir.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from graphopt.backends import tvm_schedules
