@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
-from scipy import special
 
 from graphopt.analysis import shapes
 from graphopt.analysis.centred import gain_index
 from graphopt.analysis.dead_values import DeadValues, Floats, elementwise_value
 from graphopt.analysis.labels import Axes
 from graphopt.analysis.rules import Labeller, OpRule, Role, rule, where
+from graphopt.numerics import special
 
 Unary = Callable[[Floats, ir.Node], Floats]
 

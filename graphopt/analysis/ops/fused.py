@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
-from scipy import special
 
 from graphopt.analysis import shapes
 from graphopt.analysis.dead_values import DeadValues, Floats
@@ -17,6 +16,7 @@ from graphopt.analysis.ops.elementwise import ElementwiseUnary, ElementwiseVaria
 from graphopt.analysis.ops.linear import Gemm
 from graphopt.analysis.ops.quantized import QuantizeLinear
 from graphopt.analysis.rules import Labeller, OpRule, Role, rule, where
+from graphopt.numerics import special
 
 
 def _gelu(x: Floats) -> Floats:
