@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from graphopt.backends import tvm_operators
 from graphopt.backends.tvm_operators import ONNX_DOMAINS, qualified
 from graphopt.errors import ModelError
-from graphopt.rewriting.edit import array, label
+from graphopt.rewriting.constants import array
+from graphopt.rewriting.nodes import label
 
 if TYPE_CHECKING:
     import onnx_ir as ir

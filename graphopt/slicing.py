@@ -16,7 +16,7 @@ import onnx_ir as ir
 from graphopt.errors import ModelError
 from graphopt.executor import Session, TensorSpec, check_feeds, explain, running
 from graphopt.files.weights import MappedTensor
-from graphopt.rewriting.edit import bodies
+from graphopt.rewriting.scopes import bodies
 
 if TYPE_CHECKING:
     from graphopt.executor import Array

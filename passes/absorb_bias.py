@@ -21,8 +21,9 @@ from graphopt.base import Context, Effect, Pass, PassResult, Skip, option
 from graphopt.calibration import Calibration, activations
 from graphopt.errors import DataError
 from graphopt.files.shape_inference import infer_shapes
-from graphopt.rewriting.edit import Names, is_onnx, label
 from graphopt.rewriting.linear import LINEAR_OPS, Linear, linear_view
+from graphopt.rewriting.names import Names
+from graphopt.rewriting.nodes import is_onnx, label
 
 Floats = NDArray[np.float64]
 

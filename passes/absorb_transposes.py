@@ -14,9 +14,10 @@ import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult, Skip
 from graphopt.rewriting.cuts import given, made_by, numbers, remove_unread
-from graphopt.rewriting.edit import is_onnx, label, mark_origin, sole_use
+from graphopt.rewriting.edit import sole_use
 from graphopt.rewriting.editor import Editor
 from graphopt.rewriting.layout import permutation
+from graphopt.rewriting.nodes import is_onnx, label, mark_origin
 from graphopt.rewriting.permuted import REDUCTIONS, permute
 
 _FIRST_GEMM_WITHOUT_BIAS = 11

@@ -35,17 +35,9 @@ from graphopt.rewriting.cuts import (
     slice_inputs,
     split_sizes,
 )
-from graphopt.rewriting.edit import (
-    bypass,
-    cannot_replace,
-    is_onnx,
-    label,
-    mark_origin,
-    remove_node,
-    replace_value,
-    sole_use,
-)
+from graphopt.rewriting.edit import bypass, cannot_replace, remove_node, replace_value, sole_use
 from graphopt.rewriting.editor import Editor
+from graphopt.rewriting.nodes import is_onnx, label, mark_origin
 
 
 @dataclass(frozen=True)

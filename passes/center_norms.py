@@ -13,7 +13,10 @@ import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult, Skip, option
 from graphopt.rewriting.centring import centre, copied_bytes
-from graphopt.rewriting.edit import Names, freeze_note, freeze_overridable, label, size
+from graphopt.rewriting.constants import freeze_note, freeze_overridable
+from graphopt.rewriting.names import Names
+from graphopt.rewriting.nodes import label
+from graphopt.rewriting.size import size
 from graphopt.rewriting.streams import streams
 
 

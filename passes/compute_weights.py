@@ -17,20 +17,13 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult, Skip, option
-from graphopt.rewriting.edit import (
-    Names,
-    constant,
-    initializer_bytes,
-    is_onnx,
-    label,
-    mark_origin,
-    new_initializer,
-    node_bytes,
-    remove_unread,
-    replace_value,
-    scopes,
-)
+from graphopt.rewriting.constants import constant
+from graphopt.rewriting.edit import new_initializer, remove_unread, replace_value
 from graphopt.rewriting.linear import LINEAR_OPS
+from graphopt.rewriting.names import Names
+from graphopt.rewriting.nodes import is_onnx, label, mark_origin
+from graphopt.rewriting.scopes import scopes
+from graphopt.rewriting.size import initializer_bytes, node_bytes
 from graphopt.rewriting.weight_formulas import computed, formula_nodes
 from graphopt.rewriting.weight_pass import begun, finish
 

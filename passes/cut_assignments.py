@@ -17,9 +17,11 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult, Skip
+from graphopt.rewriting.constants import array
 from graphopt.rewriting.cuts import TO_THE_END, made_by, numbers, remove_unread, sizes, slice_inputs
-from graphopt.rewriting.edit import array, cannot_replace, is_onnx, label, mark_origin, replace_value
+from graphopt.rewriting.edit import cannot_replace, replace_value
 from graphopt.rewriting.editor import Editor
+from graphopt.rewriting.nodes import is_onnx, label, mark_origin
 
 TABLE = 1 << 20
 """Entries of a table of positions that is read."""

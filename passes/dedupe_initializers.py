@@ -16,7 +16,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult, Skip
-from graphopt.rewriting.edit import bodies, graphs, mark_origin
+from graphopt.rewriting.nodes import mark_origin
+from graphopt.rewriting.scopes import bodies, graphs
 
 _SAMPLES = 64
 _CHUNK = 1 << 24

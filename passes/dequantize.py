@@ -45,7 +45,7 @@ class Dequantize(Pass):
         """Dequantise `model` in place."""
         from graphopt.files.shape_inference import infer_shapes
         from graphopt.quantization.back.dequantise import dequantise
-        from graphopt.rewriting.edit import freeze_overridable
+        from graphopt.rewriting.constants import freeze_overridable
         from graphopt.rewriting.prepare import inline_functions
 
         before = holds_quantised(model)

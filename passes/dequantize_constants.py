@@ -15,19 +15,11 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult, Skip
-from graphopt.rewriting.edit import (
-    Float64,
-    Names,
-    cannot_replace,
-    constant,
-    is_onnx,
-    label,
-    mark_origin,
-    new_initializer,
-    remove_node,
-    replace_value,
-    scopes,
-)
+from graphopt.rewriting.constants import Float64, constant
+from graphopt.rewriting.edit import cannot_replace, new_initializer, remove_node, replace_value
+from graphopt.rewriting.names import Names
+from graphopt.rewriting.nodes import is_onnx, label, mark_origin
+from graphopt.rewriting.scopes import scopes
 from graphopt.rewriting.weight_pass import finish
 
 

@@ -22,7 +22,9 @@ from graphopt.numerics.equalization import Magnitudes, equalised
 from graphopt.quantization.scales.groups import ScaleGroups, scale_groups
 from graphopt.quantization.scales.scaling import apply_scales, log_limit
 from graphopt.quantization.scales.walk import ScaledOperand
-from graphopt.rewriting.edit import Names, float64, label
+from graphopt.rewriting.constants import float64
+from graphopt.rewriting.names import Names
+from graphopt.rewriting.nodes import label
 from graphopt.rewriting.prepare import prepare
 
 

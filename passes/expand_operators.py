@@ -13,7 +13,7 @@ import onnx_ir as ir
 from graphopt.base import Context, Effect, Pass, PassResult, Skip, option
 from graphopt.files.opset import opset_of
 from graphopt.files.shape_inference import infer_shapes
-from graphopt.rewriting.edit import is_onnx, label
+from graphopt.rewriting.nodes import is_onnx, label
 from graphopt.rewriting.prepare import inline_functions
 
 if TYPE_CHECKING:

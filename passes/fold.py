@@ -15,8 +15,8 @@ import onnx_ir as ir
 from graphopt.base import Context, Effect, Pass, PassResult, Skip, option
 from graphopt.collector import seldom_collected
 from graphopt.files.shape_inference import infer_shapes
-from graphopt.rewriting.edit import Size, size
 from graphopt.rewriting.shape_nodes import computed_sizes
+from graphopt.rewriting.size import Size, size
 
 MEMBERS = (
     "compute-weights",

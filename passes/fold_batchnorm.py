@@ -18,21 +18,12 @@ import onnx_ir as ir
 from graphopt.base import Context, Effect, Pass, PassResult, Skip, option
 from graphopt.errors import ModelError
 from graphopt.rewriting.affine import inference_affine
-from graphopt.rewriting.edit import (
-    Float64,
-    Names,
-    allow_private_initializers,
-    bypass,
-    cannot_replace,
-    freeze_note,
-    freeze_overridable,
-    is_onnx,
-    label,
-    scopes,
-    settle_functions,
-    sole_use,
-)
+from graphopt.rewriting.constants import Float64, allow_private_initializers, freeze_note, freeze_overridable
+from graphopt.rewriting.edit import bypass, cannot_replace, sole_use
 from graphopt.rewriting.linear import LINEAR_OPS, Linear, linear_view
+from graphopt.rewriting.names import Names
+from graphopt.rewriting.nodes import is_onnx, label
+from graphopt.rewriting.scopes import scopes, settle_functions
 
 
 @dataclass(frozen=True)

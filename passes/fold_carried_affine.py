@@ -22,20 +22,13 @@ from graphopt.errors import ModelError
 from graphopt.rewriting.activations import fused_pattern
 from graphopt.rewriting.affine import arithmetic_affine, inference_affine
 from graphopt.rewriting.carried import AVERAGES, MOVES, carry, carry_along, path_from_linear
-from graphopt.rewriting.edit import (
-    Float64,
-    Names,
-    bypass,
-    cannot_replace,
-    constant,
-    float64,
-    is_onnx,
-    label,
-    scopes,
-    sole_use,
-)
+from graphopt.rewriting.constants import Float64, constant, float64
+from graphopt.rewriting.edit import bypass, cannot_replace, sole_use
 from graphopt.rewriting.growth import grows
 from graphopt.rewriting.linear import LINEAR_OPS, Linear, linear_giving, linear_view
+from graphopt.rewriting.names import Names
+from graphopt.rewriting.nodes import is_onnx, label
+from graphopt.rewriting.scopes import scopes
 from graphopt.rewriting.weight_pass import begun, finish
 
 _AFFINE = ("Mul", "Div", "Add", "Sub", "BatchNormalization")

@@ -27,22 +27,12 @@ import onnx_ir as ir
 from graphopt.base import Context, Effect, Pass, PassResult, Skip, option
 from graphopt.files.shape_inference import infer_shapes
 from graphopt.rewriting.constant_cones import NEVER, Plan, tell
+from graphopt.rewriting.constants import allow_private_initializers, array, constant_node_tensor
 from graphopt.rewriting.dead_code import remove_dead
-from graphopt.rewriting.edit import (
-    Names,
-    allow_private_initializers,
-    array,
-    cannot_replace,
-    constant_node_tensor,
-    graphs,
-    is_onnx,
-    label,
-    mark_origin,
-    new_initializer,
-    remove_node,
-    replace_value,
-    scopes,
-)
+from graphopt.rewriting.edit import cannot_replace, new_initializer, remove_node, replace_value
+from graphopt.rewriting.names import Names
+from graphopt.rewriting.nodes import is_onnx, label, mark_origin
+from graphopt.rewriting.scopes import graphs, scopes
 from graphopt.rewriting.weight_pass import begun
 
 _TINY = 16

@@ -17,22 +17,13 @@ import onnx_ir as ir
 from graphopt.base import Context, Effect, Pass, PassResult, Skip, option
 from graphopt.rewriting.activations import fused_pattern
 from graphopt.rewriting.affine import arithmetic_affine, per_channel
-from graphopt.rewriting.edit import (
-    Float64,
-    Names,
-    allow_private_initializers,
-    bypass,
-    cannot_replace,
-    constant,
-    float64,
-    is_onnx,
-    label,
-    scopes,
-    settle_functions,
-    sole_use,
-)
+from graphopt.rewriting.constants import Float64, allow_private_initializers, constant, float64
+from graphopt.rewriting.edit import bypass, cannot_replace, sole_use
 from graphopt.rewriting.growth import grows
 from graphopt.rewriting.linear import LINEAR_OPS, Linear, linear_view
+from graphopt.rewriting.names import Names
+from graphopt.rewriting.nodes import is_onnx, label
+from graphopt.rewriting.scopes import scopes, settle_functions
 from graphopt.rewriting.weight_pass import begun
 
 

@@ -17,19 +17,12 @@ import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult, Skip, option
 from graphopt.errors import ModelError
-from graphopt.rewriting.edit import (
-    Float64,
-    Names,
-    constant,
-    drop_if_unused,
-    float64,
-    is_onnx,
-    label,
-    mark_origin,
-    new_initializer,
-    scopes,
-)
+from graphopt.rewriting.constants import Float64, constant, float64
+from graphopt.rewriting.edit import drop_if_unused, new_initializer
 from graphopt.rewriting.linear import LINEAR_OPS, Linear, linear_view
+from graphopt.rewriting.names import Names
+from graphopt.rewriting.nodes import is_onnx, label, mark_origin
+from graphopt.rewriting.scopes import scopes
 from graphopt.rewriting.weight_pass import begun, finish
 
 _CONTRIB = "SimplifiedLayerNormalization"

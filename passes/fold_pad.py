@@ -16,7 +16,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from graphopt.base import Context, Effect, Pass, PassResult, Skip
-from graphopt.rewriting.edit import array, bypass, constant, is_onnx, label, mark_origin, scopes
+from graphopt.rewriting.constants import array, constant
+from graphopt.rewriting.edit import bypass
+from graphopt.rewriting.nodes import is_onnx, label, mark_origin
+from graphopt.rewriting.scopes import scopes
 from graphopt.rewriting.windows import Ints, Windows, store_windows, windows
 
 _NOT_NEGATIVE = ("Relu", "Sigmoid", "HardSigmoid", "Abs", "Exp", "Softmax", "Softplus", "ReduceL2", "Sqrt")

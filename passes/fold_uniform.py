@@ -17,9 +17,11 @@ import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult, Skip
 from graphopt.rewriting.affine import arithmetic_affine, inference_problem
+from graphopt.rewriting.constants import constant
 from graphopt.rewriting.cuts import made_by, remove_unread, set_inputs, sizes
-from graphopt.rewriting.edit import bypass, cannot_replace, constant, is_onnx, label, sole_use
+from graphopt.rewriting.edit import bypass, cannot_replace, sole_use
 from graphopt.rewriting.editor import Editor
+from graphopt.rewriting.nodes import is_onnx, label
 from graphopt.rewriting.uniform import Uniforms, uniform
 
 _ARITHMETIC = ("Mul", "Div", "Add", "Sub")

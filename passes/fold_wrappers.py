@@ -15,7 +15,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult
-from graphopt.rewriting.edit import graphs
+from graphopt.rewriting.scopes import graphs
 from graphopt.sparsity.marks import is_wrapper
 
 

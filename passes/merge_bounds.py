@@ -16,9 +16,11 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult, Skip
+from graphopt.rewriting.constants import array
 from graphopt.rewriting.cuts import made_by, set_inputs
-from graphopt.rewriting.edit import array, bypass, is_onnx, label, mark_origin, sole_use
+from graphopt.rewriting.edit import bypass, sole_use
 from graphopt.rewriting.editor import Editor
+from graphopt.rewriting.nodes import is_onnx, label, mark_origin
 
 _FIRST_WITH_OPERANDS = 11
 Bounds = tuple[float, float]

@@ -18,17 +18,12 @@ import onnx_ir as ir
 from graphopt.base import Context, Effect, Pass, PassResult, Skip, option
 from graphopt.errors import ModelError
 from graphopt.rewriting.branches import base_windows, branch_of, embedded
-from graphopt.rewriting.edit import (
-    Names,
-    bypass,
-    constant,
-    is_onnx,
-    label,
-    remove_unread,
-    scopes,
-    sole_use,
-)
+from graphopt.rewriting.constants import constant
+from graphopt.rewriting.edit import bypass, remove_unread, sole_use
 from graphopt.rewriting.linear import Linear, linear_giving
+from graphopt.rewriting.names import Names
+from graphopt.rewriting.nodes import is_onnx, label
+from graphopt.rewriting.scopes import scopes
 from graphopt.rewriting.weight_pass import begun, finish
 from graphopt.sparsity.marks import declared_pattern, role_of
 

@@ -13,7 +13,9 @@ from typing import Any, ClassVar
 import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult, Skip
-from graphopt.rewriting.edit import bodies, cannot_replace, is_onnx, label, mark_origin, remove_node, replace_value
+from graphopt.rewriting.edit import cannot_replace, remove_node, replace_value
+from graphopt.rewriting.nodes import is_onnx, label, mark_origin
+from graphopt.rewriting.scopes import bodies
 
 RANDOM = ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli")
 COMMUTATIVE = ("Add", "Mul", "And", "Or", "Xor", "Equal", "BitwiseAnd", "BitwiseOr", "BitwiseXor")

@@ -15,20 +15,13 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult, Skip, option
-from graphopt.rewriting.edit import (
-    Float64,
-    Names,
-    cannot_replace,
-    constant,
-    is_onnx,
-    label,
-    remove_node,
-    replace_value,
-    scopes,
-    sole_use,
-)
+from graphopt.rewriting.constants import Float64, constant
+from graphopt.rewriting.edit import cannot_replace, remove_node, replace_value, sole_use
 from graphopt.rewriting.linear import LINEAR_OPS, Linear, linear_view
+from graphopt.rewriting.names import Names
+from graphopt.rewriting.nodes import is_onnx, label
 from graphopt.rewriting.products import composable, composed, composed_size, keeps_second
+from graphopt.rewriting.scopes import scopes
 from graphopt.rewriting.weight_pass import begun, finish
 from graphopt.rewriting.windows import Windows, store_windows, windows
 from graphopt.sparsity.marks import declared_pattern, role_of

@@ -16,18 +16,12 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult, Skip, option
-from graphopt.rewriting.edit import (
-    Names,
-    constant,
-    is_onnx,
-    label,
-    mark_origin,
-    new_initializer,
-    remove_node,
-    replace_value,
-    scopes,
-)
+from graphopt.rewriting.constants import constant
+from graphopt.rewriting.edit import new_initializer, remove_node, replace_value
 from graphopt.rewriting.linear import Linear, linear_view
+from graphopt.rewriting.names import Names
+from graphopt.rewriting.nodes import is_onnx, label, mark_origin
+from graphopt.rewriting.scopes import scopes
 from graphopt.rewriting.weight_pass import begun, finish
 from graphopt.sparsity.marks import declared_pattern, role_of
 

@@ -19,10 +19,12 @@ import onnx_ir as ir
 from graphopt.base import Context, Effect, Pass, PassResult, Skip
 from graphopt.files.integers import entries
 from graphopt.files.reshape_targets import result_dims
+from graphopt.rewriting.constants import array
 from graphopt.rewriting.cuts import remove_unread, set_inputs, sizes
-from graphopt.rewriting.edit import array, bypass, is_onnx, label, mark_origin, sole_use
+from graphopt.rewriting.edit import bypass, sole_use
 from graphopt.rewriting.editor import Editor
 from graphopt.rewriting.layout import RESHAPES, Dims, before, carried, keeps_order, permutation, target_of
+from graphopt.rewriting.nodes import is_onnx, label, mark_origin
 
 _FIRST_WITH_TARGET = 5
 

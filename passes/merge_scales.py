@@ -16,9 +16,11 @@ import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult, Skip
 from graphopt.rewriting.activations import fused_pattern
+from graphopt.rewriting.constants import Float64, constant, float64
 from graphopt.rewriting.cuts import made_by, set_inputs
-from graphopt.rewriting.edit import Float64, constant, float64, is_onnx, label, mark_origin, sole_use
+from graphopt.rewriting.edit import sole_use
 from graphopt.rewriting.editor import Editor
+from graphopt.rewriting.nodes import is_onnx, label, mark_origin
 
 _FACTORS = {"Mul": 1, "Div": -1}
 _SHIFTS = {"Add": 1, "Sub": -1}

@@ -15,8 +15,9 @@ import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult, Skip
 from graphopt.rewriting.cuts import Cut, chained, cuts_of, made_by, recut, remove_unread, sizes
-from graphopt.rewriting.edit import is_onnx, label, mark_origin, sole_use
+from graphopt.rewriting.edit import sole_use
 from graphopt.rewriting.editor import Editor
+from graphopt.rewriting.nodes import is_onnx, label, mark_origin
 
 
 @dataclass(frozen=True)

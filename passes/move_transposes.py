@@ -17,11 +17,13 @@ import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult, Skip
 from graphopt.rewriting.cuts import remove_unread
-from graphopt.rewriting.edit import bypass, is_onnx, label, mark_origin, scopes
+from graphopt.rewriting.edit import bypass
 from graphopt.rewriting.editor import Editor
 from graphopt.rewriting.layout import permutation
 from graphopt.rewriting.layouts import Region, best, composed, needed, region
+from graphopt.rewriting.nodes import is_onnx, label, mark_origin
 from graphopt.rewriting.permuted import moving_inputs, permute
+from graphopt.rewriting.scopes import scopes
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult, Skip
 from graphopt.rewriting.body_edit import drop_output
-from graphopt.rewriting.edit import is_onnx, label
 from graphopt.rewriting.editor import Editor
+from graphopt.rewriting.nodes import is_onnx, label
 
 _FIRST_WITHOUT_LENGTHS = 9
 """Before this opset a Scan has a first operand of sequence lengths, and a batch."""

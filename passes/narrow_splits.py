@@ -14,9 +14,12 @@ import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult, Skip
 from graphopt.rewriting.body_edit import drop_output
+from graphopt.rewriting.constants import constant
 from graphopt.rewriting.cuts import axis_of, rank_of, recut, split_sizes
-from graphopt.rewriting.edit import constant, initializer_bytes, is_onnx, label, node_bytes, sole_use
+from graphopt.rewriting.edit import sole_use
 from graphopt.rewriting.editor import Editor
+from graphopt.rewriting.nodes import is_onnx, label
+from graphopt.rewriting.size import initializer_bytes, node_bytes
 
 _BOUNDS = ("starts", "ends", "axes")
 _OPERAND = 26

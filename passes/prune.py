@@ -132,7 +132,8 @@ class Prune(Pass):
 
         from graphopt.pruning.shuffled import choose_form
         from graphopt.rewriting.centring import restore_layer_norms
-        from graphopt.rewriting.edit import Names, allow_private_initializers
+        from graphopt.rewriting.constants import allow_private_initializers
+        from graphopt.rewriting.names import Names
         from graphopt.rewriting.prepare import prepare
 
         result = PassResult(changed=True)

@@ -17,19 +17,12 @@ import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult, Skip
 from graphopt.files.reshape_targets import result_dims
+from graphopt.rewriting.constants import constant
 from graphopt.rewriting.cuts import made_by, set_inputs, sizes
-from graphopt.rewriting.edit import (
-    cannot_replace,
-    constant,
-    is_onnx,
-    label,
-    mark_origin,
-    remove_node,
-    replace_value,
-    sole_use,
-)
+from graphopt.rewriting.edit import cannot_replace, remove_node, replace_value, sole_use
 from graphopt.rewriting.editor import Editor
 from graphopt.rewriting.layout import RESHAPES, Dims, target_of
+from graphopt.rewriting.nodes import is_onnx, label, mark_origin
 from graphopt.sparsity.marks import is_wrapper, role_of
 
 _FIRST_WITH_BROADCAST = 7

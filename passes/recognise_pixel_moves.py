@@ -12,9 +12,10 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult
-from graphopt.rewriting.edit import is_onnx, scopes
+from graphopt.rewriting.nodes import is_onnx
 from graphopt.rewriting.pixels import write_moves
 from graphopt.rewriting.recognise import know_shapes
+from graphopt.rewriting.scopes import scopes
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,11 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult, Skip, option
-from graphopt.rewriting.edit import Names, bypass, label, refers_to_caller, scopes, settle_functions
+from graphopt.rewriting.edit import bypass
 from graphopt.rewriting.identities import identity_of, merge_with_producer
+from graphopt.rewriting.names import Names
+from graphopt.rewriting.nodes import label, refers_to_caller
+from graphopt.rewriting.scopes import scopes, settle_functions
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,11 @@ import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult, Skip
 from graphopt.rewriting.body_edit import drop_output, equal_graphs, inline
-from graphopt.rewriting.edit import array, bodies, cannot_replace, is_onnx, label, replace_value
+from graphopt.rewriting.constants import array
+from graphopt.rewriting.edit import cannot_replace, replace_value
 from graphopt.rewriting.editor import Editor
+from graphopt.rewriting.nodes import is_onnx, label
+from graphopt.rewriting.scopes import bodies
 from graphopt.rewriting.suppositions import branch, only_branch
 
 

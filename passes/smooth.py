@@ -20,7 +20,8 @@ from graphopt.errors import DataError, UsageError
 from graphopt.quantization.scales.groups import ScaleGroups, scale_groups
 from graphopt.quantization.scales.rules import LAYERS
 from graphopt.quantization.scales.scaling import apply_scales, log_limit
-from graphopt.rewriting.edit import Names, is_onnx, label
+from graphopt.rewriting.names import Names
+from graphopt.rewriting.nodes import is_onnx, label
 from graphopt.rewriting.prepare import prepare
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult
-from graphopt.rewriting.edit import scopes
+from graphopt.rewriting.scopes import scopes
 
 _PREFIXES = ("pkg.torch.", "pkg.onnxscript.")
 _KEYS = frozenset({"namespace"})

@@ -14,8 +14,10 @@ import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult, Skip, option
 from graphopt.files.shape_inference import infer_shapes
-from graphopt.rewriting.edit import array, is_onnx, label, remove_node, replace_value
+from graphopt.rewriting.constants import array
+from graphopt.rewriting.edit import remove_node, replace_value
 from graphopt.rewriting.editor import Editor
+from graphopt.rewriting.nodes import is_onnx, label
 from graphopt.rewriting.recurrent import ACTIVATIONS, GATES, PLAIN, Direction, State, Steps
 from graphopt.rewriting.weight_pass import begun
 

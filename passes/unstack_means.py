@@ -15,19 +15,11 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult, Skip
-from graphopt.rewriting.edit import (
-    Names,
-    array,
-    constant,
-    is_onnx,
-    label,
-    mark_origin,
-    new_initializer,
-    remove_unread,
-    replace_value,
-    scopes,
-    sole_use,
-)
+from graphopt.rewriting.constants import array, constant
+from graphopt.rewriting.edit import new_initializer, remove_unread, replace_value, sole_use
+from graphopt.rewriting.names import Names
+from graphopt.rewriting.nodes import is_onnx, label, mark_origin
+from graphopt.rewriting.scopes import scopes
 from graphopt.rewriting.weight_pass import finish
 
 

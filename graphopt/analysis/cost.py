@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from graphopt.analysis import shapes
 from graphopt.analysis.rules import CostView, OpRule, rule_for
-from graphopt.rewriting.edit import bodies
+from graphopt.rewriting.scopes import bodies
 
 PACKED_INPUTS = (("MatMulNBits", 1), ("GatherBlockQuantized", 0))
 """Inputs of ONNX Runtime's operators that hold weights in blocks."""

@@ -17,7 +17,8 @@ from graphopt.analysis import shapes
 from graphopt.analysis.rules import OpRule, rule_for
 from graphopt.analysis.scope import scopes
 from graphopt.rewriting.constant_cones import NEVER
-from graphopt.rewriting.edit import bodies, is_onnx
+from graphopt.rewriting.nodes import is_onnx
+from graphopt.rewriting.scopes import bodies
 
 if TYPE_CHECKING:
     from graphopt.analysis.labels import Factors

@@ -19,7 +19,7 @@ from graphopt.analysis.parameters import check_no_axis_empties, remember_kept, s
 from graphopt.analysis.rules import node_key, rule_for
 from graphopt.analysis.scope import nodes_by_key, scopes, values_by_name
 from graphopt.analysis.survivors import Survivors
-from graphopt.rewriting.edit import Names
+from graphopt.rewriting.names import Names
 
 if TYPE_CHECKING:
     from graphopt.analysis.dead_values import DeadValues

@@ -12,7 +12,7 @@ from collections import Counter
 import onnx_ir as ir
 
 from graphopt.analysis.rules import node_key
-from graphopt.rewriting.edit import graphs
+from graphopt.rewriting.scopes import graphs
 
 
 def scopes(model: ir.Model) -> list[ir.Graph]:

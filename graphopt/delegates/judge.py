@@ -12,7 +12,7 @@ from graphopt.analysis import shapes
 from graphopt.delegates.checks import CHECKS
 from graphopt.delegates.table import Delegate, Rule
 from graphopt.delegates.units import Unit
-from graphopt.rewriting.edit import is_onnx
+from graphopt.rewriting.nodes import is_onnx
 
 _QUANTISED = ("uint8", "int8")
 

@@ -14,7 +14,8 @@ from graphopt.delegates.partition import partition, runs
 from graphopt.delegates.table import Delegate, delegate
 from graphopt.delegates.units import Unit, parents, units
 from graphopt.delegates.work import macs
-from graphopt.rewriting.edit import bodies, label
+from graphopt.rewriting.nodes import label
+from graphopt.rewriting.scopes import bodies
 
 
 @dataclass(frozen=True)

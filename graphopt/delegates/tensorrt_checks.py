@@ -10,7 +10,7 @@ import onnx_ir as ir
 from graphopt.analysis import shapes
 from graphopt.delegates.checks import attribute, check, sizes
 from graphopt.delegates.units import Unit
-from graphopt.rewriting.edit import is_onnx
+from graphopt.rewriting.nodes import is_onnx
 
 MOST = 3840
 """TopK takes fewer than this."""

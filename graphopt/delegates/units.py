@@ -10,7 +10,8 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis import shapes
-from graphopt.rewriting.edit import array, is_onnx
+from graphopt.rewriting.constants import array
+from graphopt.rewriting.nodes import is_onnx
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 
@@ -186,7 +187,7 @@ def parents(all_units: Iterable[Unit]) -> dict[Unit, list[Unit]]:
 
 
 def _read(unit: Unit) -> list[ir.Value]:
-    from graphopt.rewriting.edit import bodies
+    from graphopt.rewriting.scopes import bodies
 
     values = [v for node in unit.nodes for v in node.inputs if v is not None]
     for node in unit.nodes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from graphopt.analysis.rules import CostView, rule_for
 from graphopt.delegates.units import Unit
-from graphopt.rewriting.edit import bodies
+from graphopt.rewriting.scopes import bodies
 
 
 def macs(unit: Unit) -> float:

@@ -33,7 +33,8 @@ from graphopt.errors import DataError
 from graphopt.pipeline.clone import private_clone
 from graphopt.quantization.back.recognised import QUANTISED_OPS
 from graphopt.quantization.static.rules import ABSORBED, RULES, Kind
-from graphopt.rewriting.edit import bodies, is_onnx, label
+from graphopt.rewriting.nodes import is_onnx, label
+from graphopt.rewriting.scopes import bodies
 
 SCHEMA = 1
 """Version of `LayerErrors.to_dict`: raised whenever a key changes its meaning or goes."""

@@ -23,7 +23,8 @@ from typing import Any, Literal
 import onnx_ir as ir
 
 from graphopt.quantization.static.rules import ABSORBED
-from graphopt.rewriting.edit import FOLDED_FROM, is_onnx, label, sole_use
+from graphopt.rewriting.edit import sole_use
+from graphopt.rewriting.nodes import FOLDED_FROM, is_onnx, label
 from graphopt.slicing import reads_of
 
 How = Literal["provenance", "name", "node", "place", "value"]

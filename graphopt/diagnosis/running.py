@@ -17,7 +17,7 @@ from graphopt.calibration import Calibration
 from graphopt.data.activations import submodel
 from graphopt.diagnosis.matching import Pair
 from graphopt.errors import ModelError, VerificationError
-from graphopt.rewriting.edit import Names
+from graphopt.rewriting.names import Names
 from graphopt.slicing import reads_of
 from graphopt.verify import SLICE_BYTES, Runner, run_candidate, run_reference, runner_of_candidate
 

@@ -14,7 +14,11 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from graphopt.rewriting.edit import Names, bodies, constant, graphs, is_onnx, new_initializer
+from graphopt.rewriting.constants import constant
+from graphopt.rewriting.edit import new_initializer
+from graphopt.rewriting.names import Names
+from graphopt.rewriting.nodes import is_onnx
+from graphopt.rewriting.scopes import bodies, graphs
 
 Dims = list[int | str | None]
 

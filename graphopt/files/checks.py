@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from graphopt.errors import ModelError
 from graphopt.files.weights import all_graphs, contains_nan, model_tensors
-from graphopt.rewriting.edit import bodies
+from graphopt.rewriting.scopes import bodies
 
 if TYPE_CHECKING:
     import onnx

@@ -20,7 +20,7 @@ from graphopt.files.opset import opset_of
 from graphopt.files.stored import Storage, StoredTensor
 from graphopt.files.weights import model_tensors
 from graphopt.numerics.packing import LARGEST_GROUP, Array, Choice, Form, Groups, Mask, choose, pack, unpack
-from graphopt.rewriting.edit import Names
+from graphopt.rewriting.names import Names
 
 LEAST_SAVING = 4096
 """Bytes that a weight must save: more than what a call and its function add to a file."""

@@ -18,7 +18,8 @@ from graphopt.files.integers import dimensions
 from graphopt.files.node_shapes import Result, results
 from graphopt.files.reshape_targets import as_read, is_open, known_operands, result_dims
 from graphopt.files.weights import all_graphs, reference, with_placeholders
-from graphopt.rewriting.edit import Names, new_initializer
+from graphopt.rewriting.edit import new_initializer
+from graphopt.rewriting.names import Names
 
 if TYPE_CHECKING:
     import onnx

@@ -116,7 +116,7 @@ def taylor_scores(
 def _with_uses(model: ir.Model, coupling: Coupling) -> tuple[ir.Model, list[_Use]]:
     """A copy in which every use of units reads its own copy of the tensor, which the model also gives out."""
     from graphopt.pipeline.clone import private_clone
-    from graphopt.rewriting.edit import Names
+    from graphopt.rewriting.names import Names
 
     copy = private_clone(model)
     names = Names(copy)

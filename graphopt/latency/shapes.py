@@ -22,7 +22,9 @@ from graphopt.analysis import shapes
 from graphopt.analysis.rules import node_key
 from graphopt.analysis.units import Coupling
 from graphopt.pruning.selection import Vector
-from graphopt.rewriting.edit import constant, is_onnx, sole_use
+from graphopt.rewriting.constants import constant
+from graphopt.rewriting.edit import sole_use
+from graphopt.rewriting.nodes import is_onnx
 
 ACTIVATIONS = ("Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid", "HardSwish", "Elu", "Gelu", "QuickGelu")
 """Operators behind a layer that runtimes fuse into it, or that at least run once for each of its outputs."""

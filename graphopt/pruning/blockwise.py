@@ -27,8 +27,8 @@ import onnx_ir as ir
 from graphopt.numerics.least_squares import solve
 from graphopt.numerics.moments import Moments
 from graphopt.pruning.walk import Walk
-from graphopt.rewriting.edit import is_onnx
 from graphopt.rewriting.layers import Layer
+from graphopt.rewriting.nodes import is_onnx
 
 if TYPE_CHECKING:
     from graphopt.executor import Session

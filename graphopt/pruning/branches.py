@@ -27,18 +27,12 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.analysis.rules import node_key
-from graphopt.rewriting.edit import (
-    Names,
-    bodies,
-    cannot_replace,
-    constant,
-    is_onnx,
-    new_initializer,
-    remove_node,
-    replace_value,
-    sole_use,
-)
+from graphopt.rewriting.constants import constant
+from graphopt.rewriting.edit import cannot_replace, new_initializer, remove_node, replace_value, sole_use
 from graphopt.rewriting.layers import Layer, layers_of
+from graphopt.rewriting.names import Names
+from graphopt.rewriting.nodes import is_onnx
+from graphopt.rewriting.scopes import bodies
 
 IDEMPOTENT = ("Relu", "Clip")
 

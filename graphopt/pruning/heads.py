@@ -23,8 +23,9 @@ import onnx_ir as ir
 
 from graphopt.analysis.rules import node_key
 from graphopt.pruning.routes import Stop, carried, stops
-from graphopt.rewriting.edit import constant, is_onnx
+from graphopt.rewriting.constants import constant
 from graphopt.rewriting.layers import Layer
+from graphopt.rewriting.nodes import is_onnx
 
 Array = npt.NDArray[Any]
 Channels = npt.NDArray[np.int64]

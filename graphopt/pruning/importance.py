@@ -300,7 +300,7 @@ def _halved(setting: Setting, family: Candidates, order: Sequence[int], halved: 
 def silence(model: ir.Model, coupling: Coupling, units: set[int]) -> None:
     """Zero what produces units (filters, biases, scales), in place; shapes stay."""
     from graphopt.analysis.scope import initializers
-    from graphopt.rewriting.edit import constant
+    from graphopt.rewriting.constants import constant
 
     values = initializers(model)
     slices: dict[str, list[tuple[int, tuple[int, ...]]]] = {}

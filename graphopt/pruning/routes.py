@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from graphopt.rewriting.edit import constant, is_onnx
+from graphopt.rewriting.constants import constant
+from graphopt.rewriting.nodes import is_onnx
 
 Array = npt.NDArray[Any]
 Channels = npt.NDArray[np.int64]

@@ -28,7 +28,7 @@ import onnx_ir as ir
 from graphopt.analysis.survivors import Survivors
 from graphopt.analysis.units import Coupling
 from graphopt.pipeline.clone import private_clone
-from graphopt.rewriting.edit import graphs
+from graphopt.rewriting.scopes import graphs
 from graphopt.rewriting.shuffles import Shuffle, gather_shuffles, shuffles
 from graphopt.rewriting.transversals import order_transversals
 

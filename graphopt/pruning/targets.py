@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from graphopt.rewriting.edit import is_onnx
 from graphopt.rewriting.layers import Layer
+from graphopt.rewriting.nodes import is_onnx
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from fnmatch import fnmatchcase
 
 import onnx_ir as ir
 
-from graphopt.rewriting.edit import graphs, label
+from graphopt.rewriting.nodes import label
+from graphopt.rewriting.scopes import graphs
 
 STATIC = ("int8", "auto")
 WEIGHTS = ("int8-weights", "int4-weights", "auto")

@@ -22,7 +22,9 @@ from graphopt.quantization.dynamic.scheme import dynamic_reason
 from graphopt.quantization.static.plan import IN_A_BODY, excluded, plan, refusal
 from graphopt.quantization.static.rules import RULES, Kind
 from graphopt.quantization.weights.scheme import weight_layers
-from graphopt.rewriting.edit import constant, graphs, is_onnx, label
+from graphopt.rewriting.constants import constant
+from graphopt.rewriting.nodes import is_onnx, label
+from graphopt.rewriting.scopes import graphs
 from graphopt.target import QuantScheme, Target
 
 Format = Literal["float", "int8", "int8-dynamic", "int8-weights", "int4-weights"]

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from graphopt.rewriting.edit import constant, is_onnx
+from graphopt.rewriting.constants import constant
+from graphopt.rewriting.nodes import is_onnx
 
 DEPTH = 16
 """Nodes followed back from where a tensor meets itself; the longest pattern known (Gelu by tanh) has nine."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.rewriting.edit import Float64, float64
+from graphopt.rewriting.constants import Float64, float64
 
 
 def inference_affine(node: ir.Node, opset: int) -> tuple[Float64, Float64] | str:

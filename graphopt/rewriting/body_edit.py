@@ -7,8 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.rewriting.edit import bodies, constant, is_onnx, label, mark_origin, replace_value
+from graphopt.rewriting.constants import constant
+from graphopt.rewriting.edit import replace_value
 from graphopt.rewriting.editor import Editor
+from graphopt.rewriting.nodes import is_onnx, label, mark_origin
+from graphopt.rewriting.scopes import bodies
 
 _RANDOM = ("Bernoulli", "Multinomial")
 

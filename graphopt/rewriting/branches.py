@@ -16,8 +16,10 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.rewriting.affine import arithmetic_affine, inference_affine, per_channel
-from graphopt.rewriting.edit import Float64, constant, float64, is_onnx, sole_use
+from graphopt.rewriting.constants import Float64, constant, float64
+from graphopt.rewriting.edit import sole_use
 from graphopt.rewriting.linear import Linear, linear_giving
+from graphopt.rewriting.nodes import is_onnx
 from graphopt.rewriting.products import composable, composed, composed_size, regrouped
 from graphopt.rewriting.windows import Windows, windows
 

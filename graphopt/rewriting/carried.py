@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from graphopt.rewriting.edit import is_onnx, sole_use
+from graphopt.rewriting.edit import sole_use
+from graphopt.rewriting.nodes import is_onnx
 
 Array = npt.NDArray[Any]
 

@@ -23,21 +23,10 @@ import onnx_ir as ir
 
 from graphopt.analysis import shapes
 from graphopt.analysis.centred import centred, standard, uncast
-from graphopt.rewriting.edit import (
-    FOLDED_FROM,
-    Float64,
-    Names,
-    constant,
-    drop_if_unused,
-    float64,
-    is_onnx,
-    label,
-    mark_origin,
-    new_initializer,
-    remove_node,
-    replace_value,
-    sole_use,
-)
+from graphopt.rewriting.constants import Float64, constant, float64
+from graphopt.rewriting.edit import drop_if_unused, new_initializer, remove_node, replace_value, sole_use
+from graphopt.rewriting.names import Names
+from graphopt.rewriting.nodes import FOLDED_FROM, is_onnx, label, mark_origin
 from graphopt.rewriting.streams import Place, Stream, is_layer_norm, is_skip_norm
 
 RMS_OPSET = 23

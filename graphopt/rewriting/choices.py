@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
-from graphopt.rewriting.edit import array
+from graphopt.rewriting.constants import array
 
 Outcome = ir.Value | str | None
 _LARGEST = 1 << 16

@@ -14,7 +14,10 @@ from collections.abc import Container
 
 import onnx_ir as ir
 
-from graphopt.rewriting.edit import constant, initializer_bytes, is_onnx, label, node_bytes, scopes
+from graphopt.rewriting.constants import constant
+from graphopt.rewriting.nodes import is_onnx, label
+from graphopt.rewriting.scopes import scopes
+from graphopt.rewriting.size import initializer_bytes, node_bytes
 
 NEVER = frozenset(
     {

@@ -10,8 +10,11 @@ from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
-from graphopt.rewriting.edit import array, bodies, drop_if_unused, is_onnx
+from graphopt.rewriting.constants import array
+from graphopt.rewriting.edit import drop_if_unused
 from graphopt.rewriting.editor import Editor
+from graphopt.rewriting.nodes import is_onnx
+from graphopt.rewriting.scopes import bodies
 
 TO_THE_END = 2**31 - 1
 _FRONT = -(2**63)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from graphopt.rewriting.edit import bodies, subgraphs
+from graphopt.rewriting.scopes import bodies, subgraphs
 
 
 def remove_dead(model: ir.Model) -> tuple[int, int]:

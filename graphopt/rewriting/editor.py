@@ -10,7 +10,11 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.errors import ModelError
-from graphopt.rewriting.edit import Names, constant, label, new_initializer, refers_to_caller, scopes, settle_functions
+from graphopt.rewriting.constants import constant
+from graphopt.rewriting.edit import new_initializer
+from graphopt.rewriting.names import Names
+from graphopt.rewriting.nodes import label, refers_to_caller
+from graphopt.rewriting.scopes import scopes, settle_functions
 
 _SMALL = 1024
 """Bytes up to which a constant is compared with those that are there."""

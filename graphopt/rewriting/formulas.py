@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from graphopt.rewriting.edit import constant
+from graphopt.rewriting.constants import constant
 from graphopt.rewriting.found import Found, Free, computed_by, number_of, scalar
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.rewriting.edit import array, constant, is_onnx
+from graphopt.rewriting.constants import array, constant
+from graphopt.rewriting.nodes import is_onnx
 
 ULPS = 4.0
 """A number may be off by this many units in the last place of its type: each exporter rounds in its own way."""

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from graphopt.rewriting.edit import Float64, constant, initializer_bytes, is_onnx, node_bytes, sole_use
+from graphopt.rewriting.constants import Float64, constant
+from graphopt.rewriting.edit import sole_use
 from graphopt.rewriting.linear import Linear
+from graphopt.rewriting.nodes import is_onnx
+from graphopt.rewriting.size import initializer_bytes, node_bytes
 
 _OVERHEAD = 28
 """Bytes of a new initializer and of an input that reads it, besides its data and twice the name of the weight."""

@@ -13,19 +13,10 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.rewriting.choices import CHOICES
-from graphopt.rewriting.edit import (
-    Names,
-    array,
-    bypass,
-    cannot_replace,
-    constant,
-    is_onnx,
-    label,
-    mark_origin,
-    remove_node,
-    set_constant,
-    sole_use,
-)
+from graphopt.rewriting.constants import array, constant
+from graphopt.rewriting.edit import bypass, cannot_replace, remove_node, set_constant, sole_use
+from graphopt.rewriting.names import Names
+from graphopt.rewriting.nodes import is_onnx, label, mark_origin
 from graphopt.sparsity.marks import is_wrapper
 
 Outcome = ir.Value | str | None

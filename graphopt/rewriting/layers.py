@@ -19,8 +19,11 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.numerics.patches import Window, channel_columns, patch_chunks, spread
-from graphopt.rewriting.edit import Names, constant, is_onnx, new_initializer
+from graphopt.rewriting.constants import constant
+from graphopt.rewriting.edit import new_initializer
 from graphopt.rewriting.linear import Linear, linear_view
+from graphopt.rewriting.names import Names
+from graphopt.rewriting.nodes import is_onnx
 
 Array = npt.NDArray[Any]
 Float64 = npt.NDArray[np.float64]

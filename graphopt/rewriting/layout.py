@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from graphopt.rewriting.cuts import made_by, sizes
-from graphopt.rewriting.edit import is_onnx
+from graphopt.rewriting.nodes import is_onnx
 from graphopt.sparsity.marks import is_wrapper
 
 Dims = Sequence[int | str | None]

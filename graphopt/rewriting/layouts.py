@@ -24,8 +24,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.rewriting.edit import Usage, is_onnx
+from graphopt.rewriting.edit import Usage
 from graphopt.rewriting.layout import permutation
+from graphopt.rewriting.nodes import is_onnx
 from graphopt.rewriting.permuted import moving_inputs, permutable
 
 PERMUTED, PLAIN = 0, 1

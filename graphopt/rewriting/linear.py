@@ -24,20 +24,11 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.errors import ModelError
-from graphopt.rewriting.edit import (
-    Float64,
-    Names,
-    constant,
-    float64,
-    is_onnx,
-    label,
-    mark_origin,
-    new_initializer,
-    replace_value,
-    set_constant,
-    sole_use,
-)
+from graphopt.rewriting.constants import Float64, constant, float64
+from graphopt.rewriting.edit import new_initializer, replace_value, set_constant, sole_use
 from graphopt.rewriting.large_weights import LARGE, carried, scaled
+from graphopt.rewriting.names import Names
+from graphopt.rewriting.nodes import is_onnx, label, mark_origin
 from graphopt.rewriting.precision import misfit, misfit_of_bias
 
 LINEAR_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")

@@ -21,7 +21,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from graphopt.rewriting.edit import constant
+from graphopt.rewriting.constants import constant
 from graphopt.rewriting.formulas import Pattern
 from graphopt.rewriting.found import Found, Free, computed_by, number_attribute, number_of, reduced_axes, scalar
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from graphopt.files.opset import opset_of
-from graphopt.rewriting.edit import constant, graphs, is_onnx, label
+from graphopt.rewriting.constants import constant
+from graphopt.rewriting.nodes import is_onnx, label
+from graphopt.rewriting.scopes import graphs
 from graphopt.rewriting.streams import norm_input
 
 FUSED = "SkipLayerNormalization"

@@ -11,9 +11,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.rewriting.constants import array, constant
 from graphopt.rewriting.cuts import numbers, rank_of, remove_unread
-from graphopt.rewriting.edit import array, bodies, constant, is_onnx, sole_use
+from graphopt.rewriting.edit import sole_use
 from graphopt.rewriting.editor import Editor
+from graphopt.rewriting.nodes import is_onnx
+from graphopt.rewriting.scopes import bodies
 
 UNARY = frozenset(
     {

@@ -14,7 +14,9 @@ import onnx_ir as ir
 
 from graphopt.base import Skip
 from graphopt.rewriting.cuts import made_by
-from graphopt.rewriting.edit import drop_if_unused, is_onnx, label, mark_origin, remove_node, scopes, sole_use
+from graphopt.rewriting.edit import drop_if_unused, remove_node, sole_use
+from graphopt.rewriting.nodes import is_onnx, label, mark_origin
+from graphopt.rewriting.scopes import scopes
 
 
 @dataclass(frozen=True)

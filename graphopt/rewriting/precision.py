@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.rewriting.edit import Float64
+from graphopt.rewriting.constants import Float64
 
 _ELEMENTS = 1 << 20
 """Numbers that are looked at together."""

@@ -11,7 +11,9 @@ import itertools
 import onnx_ir as ir
 
 from graphopt.errors import ModelError
-from graphopt.rewriting.edit import Names, bodies, freeze_overridable, graphs
+from graphopt.rewriting.constants import freeze_overridable
+from graphopt.rewriting.names import Names
+from graphopt.rewriting.scopes import bodies, graphs
 
 
 def prepare(model: ir.Model) -> list[str]:

@@ -11,8 +11,9 @@ import math
 
 import numpy as np
 
-from graphopt.rewriting.edit import Float64, is_onnx
+from graphopt.rewriting.constants import Float64
 from graphopt.rewriting.linear import Linear
+from graphopt.rewriting.nodes import is_onnx
 from graphopt.rewriting.windows import Windows, windows
 
 

@@ -20,23 +20,14 @@ import onnx_ir as ir
 
 from graphopt.base import PassResult, Skip
 from graphopt.files.shape_inference import infer_shapes
-from graphopt.rewriting.edit import (
-    Names,
-    allow_private_initializers,
-    constant,
-    drop_if_unused,
-    is_onnx,
-    label,
-    mark_origin,
-    new_initializer,
-    node_bytes,
-    remove_node,
-    scopes,
-    settle_functions,
-    sole_use,
-)
+from graphopt.rewriting.constants import allow_private_initializers, constant
+from graphopt.rewriting.edit import drop_if_unused, new_initializer, remove_node, sole_use
 from graphopt.rewriting.formulas import Pattern
 from graphopt.rewriting.found import Found
+from graphopt.rewriting.names import Names
+from graphopt.rewriting.nodes import is_onnx, label, mark_origin
+from graphopt.rewriting.scopes import scopes, settle_functions
+from graphopt.rewriting.size import node_bytes
 from graphopt.target import Target
 
 Array = npt.NDArray[Any]

@@ -11,7 +11,9 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from graphopt.base import Skip
-from graphopt.rewriting.edit import constant, graphs, is_onnx, label
+from graphopt.rewriting.constants import constant
+from graphopt.rewriting.nodes import is_onnx, label
+from graphopt.rewriting.scopes import graphs
 
 _SIZES: dict[str, tuple[int, ...]] = {
     "ConstantOfShape": (0,),

@@ -17,16 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from graphopt.rewriting.edit import (
-    Names,
-    graphs,
-    is_onnx,
-    label,
-    mark_origin,
-    new_initializer,
-    remove_node,
-    sole_use,
-)
+from graphopt.rewriting.edit import new_initializer, remove_node, sole_use
+from graphopt.rewriting.names import Names
+from graphopt.rewriting.nodes import is_onnx, label, mark_origin
+from graphopt.rewriting.scopes import graphs
 
 
 @dataclass(frozen=True)

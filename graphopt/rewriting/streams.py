@@ -22,7 +22,8 @@ import onnx_ir as ir
 
 from graphopt.analysis import shapes
 from graphopt.analysis.centred import centred, mean_axis, reduced_axes, uncast
-from graphopt.rewriting.edit import constant, is_onnx, label
+from graphopt.rewriting.constants import constant
+from graphopt.rewriting.nodes import is_onnx, label
 
 Place = tuple[ir.Value, int]
 """A tensor and the axis of its channels."""

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from graphopt.files.integers import dimensions, integers
 from graphopt.files.node_shapes import Contradiction, Result, fitting_results
 from graphopt.rewriting.dead_code import reachable
-from graphopt.rewriting.edit import is_onnx, label
+from graphopt.rewriting.nodes import is_onnx, label
 
 BRANCHES = ("else_branch", "then_branch")
 """By the condition: false, true."""

@@ -22,7 +22,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from graphopt.rewriting.edit import Names, constant, float64, graphs, is_onnx, label, set_constant, sole_use
+from graphopt.rewriting.constants import constant, float64
+from graphopt.rewriting.edit import set_constant, sole_use
+from graphopt.rewriting.names import Names
+from graphopt.rewriting.nodes import is_onnx, label
+from graphopt.rewriting.scopes import graphs
 
 Order = npt.NDArray[np.int64]
 

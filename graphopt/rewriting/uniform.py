@@ -8,8 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from graphopt.rewriting.edit import constant, is_onnx
+from graphopt.rewriting.constants import constant
 from graphopt.rewriting.editor import Editor
+from graphopt.rewriting.nodes import is_onnx
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _SMALL = 4096

@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from graphopt.rewriting.edit import array, constant, is_onnx
+from graphopt.rewriting.constants import array, constant
+from graphopt.rewriting.nodes import is_onnx
 
 Array = npt.NDArray[Any]
 

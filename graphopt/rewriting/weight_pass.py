@@ -5,7 +5,8 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from graphopt.base import PassResult
-from graphopt.rewriting.edit import allow_private_initializers, freeze_note, freeze_overridable, settle_functions
+from graphopt.rewriting.constants import allow_private_initializers, freeze_note, freeze_overridable
+from graphopt.rewriting.scopes import settle_functions
 
 
 def begun(model: ir.Model, *, keep_overridable: bool) -> PassResult:

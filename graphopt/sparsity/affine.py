@@ -7,16 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.rewriting.edit import (
-    Names,
-    cannot_replace,
-    drop_if_unused,
-    float64,
-    is_onnx,
-    remove_node,
-    replace_value,
-    set_constant,
-)
+from graphopt.rewriting.constants import float64
+from graphopt.rewriting.edit import cannot_replace, drop_if_unused, remove_node, replace_value, set_constant
+from graphopt.rewriting.names import Names
+from graphopt.rewriting.nodes import is_onnx
 from graphopt.sparsity.wrappers import Floats, Wrapper
 
 NORMS = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")

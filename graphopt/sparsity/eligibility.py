@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.rewriting.edit import graphs, is_onnx, label
+from graphopt.rewriting.nodes import is_onnx, label
+from graphopt.rewriting.scopes import graphs
 from graphopt.sparsity.found import fullest_groups
 from graphopt.sparsity.marks import role_of
 from graphopt.sparsity.shapes import Objection, Shape, not_taken, too_small

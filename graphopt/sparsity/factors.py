@@ -13,7 +13,8 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.numerics.sparsity.armor import Factors
-from graphopt.rewriting.edit import Names, replace_value
+from graphopt.rewriting.edit import replace_value
+from graphopt.rewriting.names import Names
 from graphopt.sparsity.layers import Floats, SparseLayer
 from graphopt.sparsity.marks import mark
 from graphopt.sparsity.wrappers import Site

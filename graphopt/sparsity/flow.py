@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.rewriting.edit import is_onnx
+from graphopt.rewriting.nodes import is_onnx
 from graphopt.sparsity.marks import is_wrapper
 from graphopt.sparsity.moves import RULES, Channels, Moved, Sizes
 

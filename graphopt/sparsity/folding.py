@@ -22,18 +22,12 @@ import onnx_ir as ir
 
 from graphopt.base import Skip
 from graphopt.files.opset import opset_of
-from graphopt.rewriting.edit import (
-    Names,
-    cannot_replace,
-    float64,
-    is_onnx,
-    label,
-    mark_origin,
-    set_constant,
-    sole_use,
-)
+from graphopt.rewriting.constants import float64
+from graphopt.rewriting.edit import cannot_replace, set_constant, sole_use
 from graphopt.rewriting.layers import Layer, layer_of
 from graphopt.rewriting.linear import linear_view
+from graphopt.rewriting.names import Names
+from graphopt.rewriting.nodes import is_onnx, label, mark_origin
 from graphopt.sparsity.affine import affine_in_front
 from graphopt.sparsity.flow import Leaf, follow, origins
 from graphopt.sparsity.found import holds_any_pattern

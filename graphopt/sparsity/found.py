@@ -15,7 +15,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.numerics.sparsity.patterns import Pattern
-from graphopt.rewriting.edit import constant, graphs, is_onnx, label
+from graphopt.rewriting.constants import constant
+from graphopt.rewriting.nodes import is_onnx, label
+from graphopt.rewriting.scopes import graphs
 from graphopt.sparsity.marks import Role, declared_pattern, layers_of, role_of
 
 SIZES = (4, 8, 16)

@@ -17,16 +17,10 @@ import onnx_ir as ir
 from graphopt.base import Skip
 from graphopt.numerics.patches import Window
 from graphopt.numerics.sparsity.patterns import Pattern
-from graphopt.rewriting.edit import (
-    allow_private_initializers,
-    constant,
-    freeze_note,
-    freeze_overridable,
-    is_onnx,
-    label,
-)
+from graphopt.rewriting.constants import allow_private_initializers, constant, freeze_note, freeze_overridable
 from graphopt.rewriting.layers import Layer, layers_of
 from graphopt.rewriting.linear import LINEAR_OPS
+from graphopt.rewriting.nodes import is_onnx, label
 from graphopt.sparsity.marks import role_of
 from graphopt.sparsity.shapes import Shape, not_taken, too_small
 from graphopt.target import SparseKernels

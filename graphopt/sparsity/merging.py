@@ -7,8 +7,9 @@ import onnx_ir as ir
 
 from graphopt.base import Skip
 from graphopt.files.opset import opset_of
-from graphopt.rewriting.edit import cannot_replace, is_onnx, label, mark_origin, sole_use
+from graphopt.rewriting.edit import cannot_replace, sole_use
 from graphopt.rewriting.layers import Layer, layer_of
+from graphopt.rewriting.nodes import is_onnx, label, mark_origin
 from graphopt.sparsity.marks import role_of, unmark
 from graphopt.sparsity.wrappers import Floats, Wrapper, read_wrappers
 

@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from graphopt.rewriting.edit import array, is_onnx
+from graphopt.rewriting.constants import array
+from graphopt.rewriting.nodes import is_onnx
 
 Integers = npt.NDArray[np.int64]
 Shape = tuple[int, ...]

@@ -16,20 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from graphopt.rewriting.edit import (
-    Names,
-    array,
-    float64,
-    graphs,
-    is_onnx,
-    label,
-    mark_origin,
-    new_initializer,
-    remove_node,
-    replace_value,
-    set_constant,
-    sole_use,
-)
+from graphopt.rewriting.constants import array, float64
+from graphopt.rewriting.edit import new_initializer, remove_node, replace_value, set_constant, sole_use
+from graphopt.rewriting.names import Names
+from graphopt.rewriting.nodes import is_onnx, label, mark_origin
+from graphopt.rewriting.scopes import graphs
 from graphopt.sparsity.marks import Role, is_wrapper, layers_of, mark, role_of, unmark
 
 Floats = npt.NDArray[np.float64]

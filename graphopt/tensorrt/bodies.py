@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from graphopt.analysis import shapes
-from graphopt.rewriting.edit import bodies, graphs, is_onnx
+from graphopt.rewriting.nodes import is_onnx
+from graphopt.rewriting.scopes import bodies, graphs
 from graphopt.tensorrt.findings import Finding, error, warning
 
 TABLE = "onnx-tensorrt operators.md for TensorRT 10.15"

@@ -8,7 +8,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from graphopt.rewriting.edit import label
+from graphopt.rewriting.nodes import label
 
 SHOWN = 4
 """Nodes that a sentence names; the manifest has all of them."""

@@ -13,7 +13,9 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.files.opset import opset_of
-from graphopt.rewriting.edit import array, graphs, is_onnx
+from graphopt.rewriting.constants import array
+from graphopt.rewriting.nodes import is_onnx
+from graphopt.rewriting.scopes import graphs
 from graphopt.tensorrt.findings import Finding, error, warning
 
 PARSER = "onnx-tensorrt for TensorRT 10.15, QuantDequantLinearHelper"

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from graphopt.rewriting.edit import graphs, is_onnx
+from graphopt.rewriting.nodes import is_onnx
+from graphopt.rewriting.scopes import graphs
 from graphopt.sparsity.found import fullest_groups
 from graphopt.sparsity.marks import declared_pattern, role_of
 from graphopt.sparsity.shapes import Objection

@@ -9,7 +9,9 @@ import onnx_ir as ir
 
 from graphopt.analysis import shapes
 from graphopt.files.opset import opset_of
-from graphopt.rewriting.edit import array, graphs, is_onnx
+from graphopt.rewriting.constants import array
+from graphopt.rewriting.nodes import is_onnx
+from graphopt.rewriting.scopes import graphs
 from graphopt.tensorrt.findings import Finding, error, warning
 from graphopt.tensorrt.versions import Version, newest_opset
 

@@ -10,7 +10,8 @@ from graphopt.analysis import shapes
 from graphopt.delegates import Report, report
 from graphopt.errors import ModelError
 from graphopt.quantization.static.obeys import violations
-from graphopt.rewriting.edit import graphs, is_onnx
+from graphopt.rewriting.nodes import is_onnx
+from graphopt.rewriting.scopes import graphs
 from graphopt.target import Target
 from graphopt.tensorrt.bodies import check_bodies
 from graphopt.tensorrt.findings import SHOWN, Finding, error, gathered, warning

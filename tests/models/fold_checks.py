@@ -8,7 +8,7 @@ from graphopt.base import Context, Pass
 from graphopt.model import check
 from graphopt.progress import Silent
 from graphopt.registry import pass_class, target
-from graphopt.rewriting.edit import size
+from graphopt.rewriting.size import size
 from graphopt.verify import compare, random_feeds
 
 SIZES = 32

@@ -20,7 +20,9 @@ from graphopt.base import Context, Pass, PassResult
 from graphopt.model import infer_shapes
 from graphopt.progress import Silent
 from graphopt.registry import pass_class, target
-from graphopt.rewriting.edit import constant, graphs, is_onnx
+from graphopt.rewriting.constants import constant
+from graphopt.rewriting.nodes import is_onnx
+from graphopt.rewriting.scopes import graphs
 
 Feeds = Mapping[str, npt.NDArray[Any]]
 

@@ -13,7 +13,8 @@ import onnx_ir as ir
 from random_graphs import random_graph
 
 from graphopt.model import infer_shapes
-from graphopt.rewriting.edit import Names, new_initializer
+from graphopt.rewriting.edit import new_initializer
+from graphopt.rewriting.names import Names
 
 
 def redundant_graph(seed: int, detours: int = 8) -> ir.Model:

@@ -12,7 +12,8 @@ import onnx_ir as ir
 from random_graphs import random_graph
 
 from graphopt.model import infer_shapes
-from graphopt.rewriting.edit import Names, bodies
+from graphopt.rewriting.names import Names
+from graphopt.rewriting.scopes import bodies
 
 KINDS = ("if", "loop", "scan", "state", "nested")
 

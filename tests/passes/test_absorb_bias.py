@@ -16,7 +16,7 @@ from graphopt.base import PassResult
 from graphopt.errors import DataError
 from graphopt.passes.absorb_bias import AbsorbBias
 from graphopt.passes.quantize import Quantize
-from graphopt.rewriting.edit import float64
+from graphopt.rewriting.constants import float64
 
 X = np.clip(np.random.default_rng(0).normal(size=(64, 16)), -2, 2).astype(np.float32)
 LIFT = np.zeros(24, np.float32)

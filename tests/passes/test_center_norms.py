@@ -16,7 +16,7 @@ from graphopt.base import PassResult
 from graphopt.passes.center_norms import CenterNorms
 from graphopt.registry import pass_class
 from graphopt.rewriting.centring import restore_layer_norms
-from graphopt.rewriting.edit import Names
+from graphopt.rewriting.names import Names
 from graphopt.verify import compare, random_feeds
 
 CENTER = CenterNorms()

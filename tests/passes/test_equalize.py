@@ -11,7 +11,7 @@ from text_graph import graph
 
 from graphopt.base import PassResult
 from graphopt.passes.equalize import Equalize
-from graphopt.rewriting.edit import float64
+from graphopt.rewriting.constants import float64
 
 EXACTLY = Equalize()
 ROUNDED = Equalize(power_of_two=False)

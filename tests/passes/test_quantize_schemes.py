@@ -20,7 +20,7 @@ from graphopt.model import check, infer_shapes
 from graphopt.passes.quantize import Quantize
 from graphopt.progress import Silent
 from graphopt.registry import pass_class, target
-from graphopt.rewriting.edit import graphs
+from graphopt.rewriting.scopes import graphs
 
 RNG = np.random.default_rng(0)
 INTEGERS = ("int8", "int8-dynamic", "int8-weights", "int4-weights")

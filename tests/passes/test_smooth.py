@@ -16,7 +16,7 @@ from graphopt.base import PassResult
 from graphopt.errors import DataError, UsageError
 from graphopt.passes.quantize import Quantize
 from graphopt.passes.smooth import Smooth
-from graphopt.rewriting.edit import float64
+from graphopt.rewriting.constants import float64
 from graphopt.target import QuantScheme, Target
 
 WIDTH = 32

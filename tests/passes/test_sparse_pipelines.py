@@ -17,7 +17,7 @@ from graphopt.numerics.sparsity.patterns import parse
 from graphopt.passes.armor import Armor
 from graphopt.passes.fold_wrappers import FoldWrappers
 from graphopt.passes.quantize import Quantize
-from graphopt.rewriting.edit import array
+from graphopt.rewriting.constants import array
 from graphopt.sparsity.found import FoundWeight, sparse_weights
 
 RNG = np.random.default_rng(0)

@@ -23,7 +23,7 @@ from graphopt.base import Context
 from graphopt.model import infer_shapes
 from graphopt.progress import Silent
 from graphopt.registry import pass_class, target
-from graphopt.rewriting.edit import size
+from graphopt.rewriting.size import size
 
 WIDTH, HEADS = 32, 4
 

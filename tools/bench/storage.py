@@ -26,7 +26,7 @@ import onnx_ir as ir
 
 import graphopt
 from graphopt.files.stored import Storage
-from graphopt.rewriting.edit import Names
+from graphopt.rewriting.names import Names
 
 MODELS = ("minilm_l6", "resnet56_cifar10")
 PATTERNS = ("2:4", "1:4", "4:8", "50%", "80%")

@@ -26,7 +26,7 @@ from wrapped_graphs import wrapped_graph
 
 from graphopt.base import Pass
 from graphopt.registry import pass_class
-from graphopt.rewriting.edit import size
+from graphopt.rewriting.size import size
 from graphopt.spec import parse
 
 KINDS = ("redundant", "plain", "norms", "redundant", "if", "loop", "state")

@@ -19,7 +19,8 @@ from graphopt.analysis import shapes
 from graphopt.analysis.dead_values import DeadValues, Floats
 from graphopt.analysis.labels import Axes
 from graphopt.analysis.rules import Labeller, OpRule, rule, where
-from graphopt.rewriting.edit import bodies, is_onnx
+from graphopt.rewriting.nodes import is_onnx
+from graphopt.rewriting.scopes import bodies
 
 _ROUNDS = 4
 """Runs of a body in which single positions of a state are found to change; after that a whole axis is unknown."""

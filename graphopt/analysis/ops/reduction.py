@@ -22,7 +22,8 @@ from graphopt.analysis.centred import reduced_axes, variance_of
 from graphopt.analysis.dead_values import DeadValues
 from graphopt.analysis.remove import Removal
 from graphopt.analysis.rules import Labeller, OpRule, rule, where
-from graphopt.rewriting.edit import is_onnx, sole_use
+from graphopt.rewriting.edit import sole_use
+from graphopt.rewriting.nodes import is_onnx
 
 _SUMS = ("ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceMean")
 _OTHERS = ("ReduceMax", "ReduceMin", "ReduceProd", "ReduceLogSumExp", "ArgMax", "ArgMin")

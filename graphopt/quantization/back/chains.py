@@ -23,7 +23,9 @@ from graphopt.quantization.back.float_builder import (
     standard,
 )
 from graphopt.quantization.back.numbers import spread
-from graphopt.rewriting.edit import array, is_onnx, sole_use
+from graphopt.rewriting.constants import array
+from graphopt.rewriting.edit import sole_use
+from graphopt.rewriting.nodes import is_onnx
 
 PRODUCTS = ("MatMulInteger", "ConvInteger")
 

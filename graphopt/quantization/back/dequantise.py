@@ -20,8 +20,11 @@ from graphopt.quantization.back.numbers import dequantised, fake_quantised
 from graphopt.quantization.back.operators import WRITERS
 from graphopt.quantization.back.recognised import holds_quantised, is_quantised
 from graphopt.quantization.back.tensors import MOVING_ONE, IntegerTensors
+from graphopt.rewriting.constants import array
 from graphopt.rewriting.dead_code import remove_dead
-from graphopt.rewriting.edit import array, graphs, is_onnx, label, remove_node
+from graphopt.rewriting.edit import remove_node
+from graphopt.rewriting.nodes import is_onnx, label
+from graphopt.rewriting.scopes import graphs
 
 
 @dataclass

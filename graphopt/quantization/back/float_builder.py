@@ -10,17 +10,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from graphopt.quantization.back.numbers import dequantised
-from graphopt.rewriting.edit import (
-    Names,
-    array,
-    cannot_replace,
-    is_onnx,
-    label,
-    mark_origin,
-    new_initializer,
-    remove_node,
-    replace_value,
-)
+from graphopt.rewriting.constants import array
+from graphopt.rewriting.edit import cannot_replace, new_initializer, remove_node, replace_value
+from graphopt.rewriting.names import Names
+from graphopt.rewriting.nodes import is_onnx, label, mark_origin
 
 Array = NDArray[Any]
 

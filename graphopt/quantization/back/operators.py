@@ -16,7 +16,7 @@ import onnx_ir as ir
 from graphopt.numerics.bit_packing import unpack
 from graphopt.quantization.back.float_builder import FloatBuilder, Refused, kept_attributes
 from graphopt.quantization.back.numbers import dequantised, nbits_weight
-from graphopt.rewriting.edit import array
+from graphopt.rewriting.constants import array
 
 Writer = Callable[[FloatBuilder], Sequence[ir.Value | None]]
 

@@ -14,7 +14,10 @@ import onnx_ir as ir
 
 from graphopt.quantization.back.float_builder import FloatBuilder, hand_over, kept_attributes, standard
 from graphopt.quantization.back.numbers import integer_range
-from graphopt.rewriting.edit import array, graphs, is_onnx, remove_node
+from graphopt.rewriting.constants import array
+from graphopt.rewriting.edit import remove_node
+from graphopt.rewriting.nodes import is_onnx
+from graphopt.rewriting.scopes import graphs
 
 MOVING = (
     "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Gather", "GatherElements", "GatherND",

@@ -20,16 +20,10 @@ from numpy.typing import NDArray
 
 from graphopt.quantization.rounding.interface import Rounding, WeightGrid
 from graphopt.quantization.weights.tied import Stored, share
-from graphopt.rewriting.edit import (
-    Names,
-    array,
-    drop_if_unused,
-    is_onnx,
-    new_initializer,
-    remove_node,
-    replace_value,
-    sole_use,
-)
+from graphopt.rewriting.constants import array
+from graphopt.rewriting.edit import drop_if_unused, new_initializer, remove_node, replace_value, sole_use
+from graphopt.rewriting.names import Names
+from graphopt.rewriting.nodes import is_onnx
 
 Attributes = Mapping[str, Any] | None
 

@@ -15,7 +15,9 @@ import onnx_ir as ir
 
 from graphopt.quantization.dynamic.products import take_over
 from graphopt.quantization.rounding.interface import Rounding, WeightGrid
-from graphopt.rewriting.edit import Names, array, constant, new_initializer
+from graphopt.rewriting.constants import array, constant
+from graphopt.rewriting.edit import new_initializer
+from graphopt.rewriting.names import Names
 
 DOMAIN = "com.microsoft"
 

@@ -19,7 +19,9 @@ from graphopt.quantization.dynamic.products import ProductWriter
 from graphopt.quantization.dynamic.recurrent import RecurrentWriter, recurrent_reason
 from graphopt.quantization.rounding.interface import Rounding, nearest
 from graphopt.quantization.static.plan import excluded
-from graphopt.rewriting.edit import array, constant, graphs, is_onnx, label
+from graphopt.rewriting.constants import array, constant
+from graphopt.rewriting.nodes import is_onnx, label
+from graphopt.rewriting.scopes import graphs
 from graphopt.sparsity.marks import is_wrapper
 from graphopt.target import QuantScheme
 

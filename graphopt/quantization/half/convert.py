@@ -18,19 +18,12 @@ from graphopt.base import Skip
 from graphopt.quantization.half.keep import Keep, keep
 from graphopt.quantization.half.rules import BOUNDS, clipped, is_mask
 from graphopt.quantization.half.types import CONTROL_FLOW, Signature, control_admits, is_float32
-from graphopt.rewriting.edit import (
-    Names,
-    array,
-    bodies,
-    bypass,
-    drop_if_unused,
-    graphs,
-    is_onnx,
-    label,
-    new_initializer,
-    remove_node,
-)
+from graphopt.rewriting.constants import array
+from graphopt.rewriting.edit import bypass, drop_if_unused, new_initializer, remove_node
+from graphopt.rewriting.names import Names
+from graphopt.rewriting.nodes import is_onnx, label
 from graphopt.rewriting.prepare import prepare
+from graphopt.rewriting.scopes import bodies, graphs
 
 TYPES = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 LARGEST = {

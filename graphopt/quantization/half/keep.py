@@ -32,7 +32,9 @@ from graphopt.quantization.half.rules import (
     positional,
 )
 from graphopt.quantization.half.types import CONTROL_FLOW, Signature, is_float32, signature
-from graphopt.rewriting.edit import array, bodies, graphs, is_onnx, label
+from graphopt.rewriting.constants import array
+from graphopt.rewriting.nodes import is_onnx, label
+from graphopt.rewriting.scopes import bodies, graphs
 
 HEADROOM = 2.0
 """Activations beyond the largest number divided by this stay in float32: other data reaches further."""

@@ -13,7 +13,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from graphopt.quantization.half.types import is_float32
-from graphopt.rewriting.edit import array, is_onnx
+from graphopt.rewriting.constants import array
+from graphopt.rewriting.nodes import is_onnx
 
 SUMS = "it adds up many numbers in the type that it reads: sums lose digits and leave the range"
 ANGLES = "its argument needs absolute precision: above 2048 float16 does not even hold the integers"

@@ -12,7 +12,7 @@ from graphopt.errors import UsageError
 from graphopt.quantization.back.recognised import holds_quantised
 from graphopt.quantization.half.convert import TYPES, to_half
 from graphopt.quantization.half.types import is_float32
-from graphopt.rewriting.edit import is_onnx
+from graphopt.rewriting.nodes import is_onnx
 
 if TYPE_CHECKING:
     from graphopt.calibration import Calibration

@@ -15,7 +15,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from graphopt.rewriting.edit import is_onnx
+from graphopt.rewriting.nodes import is_onnx
 
 TYPE_ATTRIBUTES = ("to", "dtype", "output_datatype", "output_dtype")
 """Attributes that give the type of a result which no input determines."""

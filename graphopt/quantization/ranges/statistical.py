@@ -20,8 +20,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from graphopt.numerics.normal import CARRIED, Normal, linear, union
-from graphopt.rewriting.edit import array, constant, is_onnx
+from graphopt.rewriting.constants import array, constant
 from graphopt.rewriting.layers import Layer, layers_of
+from graphopt.rewriting.nodes import is_onnx
 
 Floats = NDArray[np.float64]
 

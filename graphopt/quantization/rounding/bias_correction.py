@@ -29,7 +29,7 @@ from graphopt.numerics.moments import Moments
 from graphopt.parallel import Workers
 from graphopt.pipeline.clone import private_clone
 from graphopt.pruning.walk import Walk
-from graphopt.rewriting.edit import array, constant
+from graphopt.rewriting.constants import array, constant
 from graphopt.rewriting.layers import Layer, layers_of
 
 if TYPE_CHECKING:

@@ -22,7 +22,8 @@ from graphopt.quantization.scales import rules
 from graphopt.quantization.scales.homogeneity import refusal
 from graphopt.quantization.scales.operators import HANDLERS, WRITERS, norm
 from graphopt.quantization.scales.walk import ScaledOperand, ScaleWalk
-from graphopt.rewriting.edit import bodies, is_onnx, label
+from graphopt.rewriting.nodes import is_onnx, label
+from graphopt.rewriting.scopes import bodies
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.rewriting.edit import Float64, float64, is_onnx
+from graphopt.rewriting.constants import Float64, float64
+from graphopt.rewriting.nodes import is_onnx
 
 
 def weight_of(node: ir.Node) -> Float64 | None:

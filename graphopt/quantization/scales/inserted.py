@@ -23,7 +23,10 @@ from graphopt.calibration import Calibration
 from graphopt.data.activations import activations
 from graphopt.numerics.rounding import Grid
 from graphopt.numerics.smoothing import ChannelRange, SmoothedLayer, Smoothing, smoothed
-from graphopt.rewriting.edit import Names, array, is_onnx, new_initializer, sole_use
+from graphopt.rewriting.constants import array
+from graphopt.rewriting.edit import new_initializer, sole_use
+from graphopt.rewriting.names import Names
+from graphopt.rewriting.nodes import is_onnx
 from graphopt.target import QuantScheme
 
 GAIN_DB = 3.0

@@ -15,7 +15,8 @@ from graphopt.numerics.equalization import Classes
 from graphopt.quantization.scales import rules
 from graphopt.quantization.scales.homogeneity import contracted_axis, weight_of
 from graphopt.quantization.scales.walk import ScaledOperand, ScaleWalk, on_axis, present, unscaled
-from graphopt.rewriting.edit import array, float64, is_onnx, label
+from graphopt.rewriting.constants import array, float64
+from graphopt.rewriting.nodes import is_onnx, label
 from graphopt.sparsity.moves import RULES as MOVES
 from graphopt.sparsity.moves import Channels, Shape
 

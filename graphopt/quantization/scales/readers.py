@@ -17,7 +17,8 @@ from graphopt.quantization.scales.groups import ScaleGroups
 from graphopt.quantization.scales.homogeneity import contracted_axis
 from graphopt.quantization.scales.rules import LAYERS
 from graphopt.quantization.scales.walk import ScaledOperand
-from graphopt.rewriting.edit import float64, is_onnx, label
+from graphopt.rewriting.constants import float64
+from graphopt.rewriting.nodes import is_onnx, label
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,10 @@ from graphopt.analysis import shapes
 from graphopt.errors import ModelError
 from graphopt.quantization.scales.groups import ScaleGroups
 from graphopt.quantization.scales.walk import ScaledOperand, is_vector
-from graphopt.rewriting.edit import Names, float64, label, set_constant
+from graphopt.rewriting.constants import float64
+from graphopt.rewriting.edit import set_constant
+from graphopt.rewriting.names import Names
+from graphopt.rewriting.nodes import label
 
 NARROW = 16.0
 """Largest scale where weights have 16 bits: so have activations, and they have little room."""

@@ -10,7 +10,8 @@ import onnx_ir as ir
 
 from graphopt.analysis.labels import LabelTable
 from graphopt.numerics.equalization import Classes
-from graphopt.rewriting.edit import constant, label
+from graphopt.rewriting.constants import constant
+from graphopt.rewriting.nodes import label
 from graphopt.sparsity.moves import Shape, Sizes
 
 

@@ -44,8 +44,10 @@ from graphopt.quantization.search.tradeoff import Price
 from graphopt.quantization.search.writer import Writer
 from graphopt.quantization.static.scheme import StaticOptions, prepare
 from graphopt.quantization.static.sensitive import work_of
-from graphopt.rewriting.edit import constant, graphs, is_onnx
+from graphopt.rewriting.constants import constant
+from graphopt.rewriting.nodes import is_onnx
 from graphopt.rewriting.norm_sums import FUSED, keep_sums_apart
+from graphopt.rewriting.scopes import graphs
 
 if TYPE_CHECKING:
     from graphopt.data.feeds import Call

@@ -9,7 +9,9 @@ import onnx_ir as ir
 
 from graphopt.quantization.formats import Format
 from graphopt.quantization.search.choice import FLOAT, Mixture
-from graphopt.rewriting.edit import constant, graphs, is_onnx
+from graphopt.rewriting.constants import constant
+from graphopt.rewriting.nodes import is_onnx
+from graphopt.rewriting.scopes import graphs
 
 MOST = 8
 """Classes at most; with more, they are told apart less finely. Each is timed in each of its formats."""

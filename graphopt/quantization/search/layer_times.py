@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from graphopt.latency.profile import Profile, profile
-from graphopt.rewriting.edit import constant, label, sole_use
+from graphopt.rewriting.constants import constant
+from graphopt.rewriting.edit import sole_use
+from graphopt.rewriting.nodes import label
 
 if TYPE_CHECKING:
     import numpy as np

@@ -29,7 +29,9 @@ from graphopt.quantization.rounding.interface import Rounded, Rounding, WeightGr
 from graphopt.quantization.rounding.matrices import from_matrices, to_matrices
 from graphopt.quantization.static.plan import Plan, Unit, name_of
 from graphopt.quantization.weights.tied import Stored, share
-from graphopt.rewriting.edit import Names, array, drop_if_unused, new_initializer, remove_node
+from graphopt.rewriting.constants import array
+from graphopt.rewriting.edit import drop_if_unused, new_initializer, remove_node
+from graphopt.rewriting.names import Names
 from graphopt.target import QuantScheme
 
 Array = NDArray[Any]

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import onnx_ir as ir
 
 from graphopt.quantization.static.rules import RULES, Kind
-from graphopt.rewriting.edit import is_onnx, sole_use
+from graphopt.rewriting.edit import sole_use
+from graphopt.rewriting.nodes import is_onnx
 
 
 def fused_operands(graph: ir.Graph, sums: Mapping[str, tuple[int, ...]]) -> dict[str, int]:

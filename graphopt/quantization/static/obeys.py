@@ -17,7 +17,9 @@ from graphopt.numerics.rounding import Grid
 from graphopt.quantization.back.recognised import is_quantised
 from graphopt.quantization.static.fused_sums import fused_operands
 from graphopt.quantization.static.rules import ABSORBED, CPU_OPS, RULES, Kind, Rule
-from graphopt.rewriting.edit import array, is_onnx, label, sole_use
+from graphopt.rewriting.constants import array
+from graphopt.rewriting.edit import sole_use
+from graphopt.rewriting.nodes import is_onnx, label
 from graphopt.target import QuantScheme
 
 LINEAR = ("QuantizeLinear", "DequantizeLinear")

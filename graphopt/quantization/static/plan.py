@@ -19,7 +19,9 @@ from graphopt.base import Skip
 from graphopt.quantization.back.recognised import quantised_already
 from graphopt.quantization.static.fused_sums import fused_operands
 from graphopt.quantization.static.rules import ABSORBED, CPU_OPS, RULES, Kind, Rule
-from graphopt.rewriting.edit import array, constant, is_onnx, label, sole_use
+from graphopt.rewriting.constants import array, constant
+from graphopt.rewriting.edit import sole_use
+from graphopt.rewriting.nodes import is_onnx, label
 from graphopt.sparsity.found import holds_any_pattern
 from graphopt.sparsity.marks import is_wrapper
 from graphopt.target import QuantScheme

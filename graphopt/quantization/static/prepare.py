@@ -7,7 +7,10 @@ import onnx_ir as ir
 from graphopt.analysis.centred import square_of, uncast
 from graphopt.files.opset import raise_opset
 from graphopt.files.shape_inference import infer_shapes
-from graphopt.rewriting.edit import Names, array, bypass, is_onnx, label
+from graphopt.rewriting.constants import array
+from graphopt.rewriting.edit import bypass
+from graphopt.rewriting.names import Names
+from graphopt.rewriting.nodes import is_onnx, label
 
 MIN_OPSET = 13
 """QuantizeLinear and DequantizeLinear take one scale per channel from here on."""

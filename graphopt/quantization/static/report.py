@@ -14,7 +14,7 @@ from graphopt.quantization.formats import Format
 from graphopt.quantization.search.sensitivity import decibel
 from graphopt.quantization.static.plan import Plan, Unit, name_of
 from graphopt.quantization.static.rules import Kind
-from graphopt.rewriting.edit import array
+from graphopt.rewriting.constants import array
 from graphopt.target import QuantScheme
 
 

@@ -18,7 +18,10 @@ import onnx_ir as ir
 from graphopt.numerics.bit_packing import pack
 from graphopt.quantization.rounding.interface import Rounding, WeightGrid
 from graphopt.quantization.weights.readers import Array, Reader, Weight
-from graphopt.rewriting.edit import Names, array, drop_if_unused, is_onnx, new_initializer
+from graphopt.rewriting.constants import array
+from graphopt.rewriting.edit import drop_if_unused, new_initializer
+from graphopt.rewriting.names import Names
+from graphopt.rewriting.nodes import is_onnx
 from graphopt.target import WeightKernels
 
 DOMAIN = "com.microsoft"

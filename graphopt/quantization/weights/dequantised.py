@@ -12,7 +12,9 @@ import onnx_ir as ir
 
 from graphopt.quantization.rounding.interface import Rounding, WeightGrid
 from graphopt.quantization.weights.readers import RECURRENT, Reader, Weight
-from graphopt.rewriting.edit import Names, drop_if_unused, is_onnx, new_initializer
+from graphopt.rewriting.edit import drop_if_unused, new_initializer
+from graphopt.rewriting.names import Names
+from graphopt.rewriting.nodes import is_onnx
 
 OPSET_BLOCKS = 21
 """From here on DequantizeLinear takes blocks and numbers of 4 bits."""

@@ -13,7 +13,9 @@ import onnx_ir as ir
 
 from graphopt.quantization.rounding.interface import Rounding, WeightGrid
 from graphopt.quantization.weights.readers import Weight
-from graphopt.rewriting.edit import Names, drop_if_unused, is_onnx, new_initializer
+from graphopt.rewriting.edit import drop_if_unused, new_initializer
+from graphopt.rewriting.names import Names
+from graphopt.rewriting.nodes import is_onnx
 
 
 def rows_reason(weight: Weight, bits: int, block: int | None, least: int) -> str | None:

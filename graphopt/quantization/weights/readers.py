@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 from graphopt.base import Skip
 from graphopt.quantization.rounding.matrices import from_matrices, to_matrices
 from graphopt.quantization.static.plan import excluded
-from graphopt.rewriting.edit import array, constant, graphs, is_onnx, label
+from graphopt.rewriting.constants import array, constant
+from graphopt.rewriting.nodes import is_onnx, label
+from graphopt.rewriting.scopes import graphs
 from graphopt.sparsity.marks import is_wrapper
 
 Array = NDArray[Any]

@@ -26,7 +26,8 @@ from graphopt.quantization.weights.dequantised import OPSET_BLOCKS, OPSET_CHANNE
 from graphopt.quantization.weights.embeddings import look_up_rows, rows_reason
 from graphopt.quantization.weights.readers import Weight, key_of, weights_of
 from graphopt.quantization.weights.unpacked import OPSET_MIN, stored_bytes, unpack_when_loaded
-from graphopt.rewriting.edit import Names, is_onnx, label
+from graphopt.rewriting.names import Names
+from graphopt.rewriting.nodes import is_onnx, label
 from graphopt.target import WeightKernels
 
 WORTH = 0.8

@@ -8,7 +8,8 @@ import onnx_ir as ir
 
 from graphopt.quantization.formats import Format
 from graphopt.quantization.prepared import Prepared
-from graphopt.rewriting.edit import constant, graphs
+from graphopt.rewriting.constants import constant
+from graphopt.rewriting.scopes import graphs
 
 SCALE = 5
 """Bytes of a scale and its zero point."""

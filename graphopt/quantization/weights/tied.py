@@ -15,7 +15,10 @@ from typing import NamedTuple
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.rewriting.edit import Names, constant, drop_if_unused, is_onnx, new_initializer
+from graphopt.rewriting.constants import constant
+from graphopt.rewriting.edit import drop_if_unused, new_initializer
+from graphopt.rewriting.names import Names
+from graphopt.rewriting.nodes import is_onnx
 
 
 class Stored(NamedTuple):

@@ -23,7 +23,9 @@ from numpy.typing import NDArray
 from graphopt.numerics.bit_packing import pack
 from graphopt.quantization.rounding.interface import Rounded, Rounding, WeightGrid
 from graphopt.quantization.weights.readers import Array, Reader, Weight
-from graphopt.rewriting.edit import Names, drop_if_unused, is_onnx, new_initializer
+from graphopt.rewriting.edit import drop_if_unused, new_initializer
+from graphopt.rewriting.names import Names
+from graphopt.rewriting.nodes import is_onnx
 
 NODE_BYTES, NAMES_PER_NODE = 60, 4
 """About what a node and its constant take in a file, and how often the name of the weight stands in them."""

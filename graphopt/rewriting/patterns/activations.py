@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.rewriting.edit import array, constant
+from graphopt.rewriting.constants import array, constant
 from graphopt.rewriting.formulas import Pattern
 from graphopt.rewriting.found import Found, Free
 from graphopt.rewriting.match import Attribute, Parameter, Scalar, Tensor, either, op

@@ -16,10 +16,12 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from graphopt.rewriting.edit import array, constant, is_onnx, sole_use
+from graphopt.rewriting.constants import array, constant
+from graphopt.rewriting.edit import sole_use
 from graphopt.rewriting.formulas import Inverse, Pattern, Root
 from graphopt.rewriting.found import Found, Free
 from graphopt.rewriting.match import CastTo, Parameter, Reduce, Tensor
+from graphopt.rewriting.nodes import is_onnx
 from graphopt.rewriting.recognise import Plan, Rule, Written
 
 x = Tensor("x")

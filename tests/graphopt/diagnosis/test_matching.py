@@ -11,7 +11,7 @@ from text_graph import graph
 from graphopt.diagnosis.matching import match
 from graphopt.model import infer_shapes
 from graphopt.passes.fold_batchnorm import FoldBatchNorm
-from graphopt.rewriting.edit import FOLDED_FROM
+from graphopt.rewriting.nodes import FOLDED_FROM
 
 FOLDED = "folded: a node of B computes it together with what is behind it"
 ONES = {name: np.ones(4, np.float32) for name in ("s", "t", "m", "v")}

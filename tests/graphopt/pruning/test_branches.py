@@ -9,7 +9,7 @@ from text_graph import graph
 from graphopt.executor import Session
 from graphopt.model import check, infer_shapes
 from graphopt.pruning.branches import Erased, erase, find_branches
-from graphopt.rewriting.edit import constant
+from graphopt.rewriting.constants import constant
 
 X = np.random.default_rng(3).normal(size=(4, 3, 8, 8)).astype(np.float32)
 

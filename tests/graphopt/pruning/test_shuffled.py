@@ -12,7 +12,7 @@ from text_graph import graph
 from graphopt.analysis.units import Coupling, analyse
 from graphopt.pruning.scores import weight_share
 from graphopt.pruning.shuffled import choose_form, even
-from graphopt.rewriting.edit import graphs
+from graphopt.rewriting.scopes import graphs
 from graphopt.rewriting.shuffles import gather_shuffles, shuffles
 
 

@@ -1,60 +1,17 @@
 from __future__ import annotations
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 from golden import parse
 
 from graphopt.errors import ModelError
-from graphopt.rewriting.edit import (
-    FOLDED_FROM,
-    Names,
-    array,
-    bypass,
-    cannot_replace,
-    constant,
-    float64,
-    freeze_overridable,
-    mark_origin,
-    set_constant,
-    size,
-    sole_use,
-)
+from graphopt.rewriting.constants import array
+from graphopt.rewriting.edit import bypass, cannot_replace, set_constant, sole_use
+from graphopt.rewriting.names import Names
+from graphopt.rewriting.nodes import FOLDED_FROM
 
 TEXT = """g (float[2] x) => (float[2] y) <float[2] w = {1.0, 2.0}>
 { k = Constant <value = float[2] {3.0, 4.0}> () t = Add(x, w) u = Mul(t, k) y = Mul(u, w) }"""
-
-
-def test_constants_of_both_kinds() -> None:
-    model = parse(TEXT)
-    add, multiply = model.graph[1], model.graph[2]
-    np.testing.assert_array_equal(array(add.inputs[1]), [1, 2])
-    np.testing.assert_array_equal(array(multiply.inputs[1]), [3, 4])
-    assert constant(add.inputs[0]) is None
-    assert constant(multiply.inputs[0]) is None
-    assert constant(None) is None
-    values = float64(add.inputs[1])
-    assert values is not None
-    assert values.dtype == np.float64
-
-
-def test_an_overridable_initializer_is_no_constant_until_frozen() -> None:
-    model = parse("""<ir_version: 3, opset_import: ["" : 9]>
-    g (float[2] x, float[2] w) => (float[2] y) <float[2] w = {1.0, 2.0}> { y = Add(x, w) }""")
-    value = model.graph[0].inputs[1]
-    assert constant(value) is None
-    assert freeze_overridable(model) == ["w"]
-    assert constant(value) is not None
-    assert [v.name for v in model.graph.inputs] == ["x"]
-    assert freeze_overridable(model) == []
-
-
-def test_fresh_names_are_free_and_repeatable() -> None:
-    model = parse(TEXT)
-    first, second = Names(model), Names(model)
-    wanted = ["w", "w", "new", "new", "y"]
-    assert [first.fresh(n) for n in wanted] == ["w_1", "w_2", "new", "new_1", "y_1"]
-    assert [second.fresh(n) for n in wanted] == ["w_1", "w_2", "new", "new_1", "y_1"]
 
 
 def test_a_shared_constant_is_left_to_its_other_readers() -> None:
@@ -90,20 +47,3 @@ def test_what_cannot_be_replaced() -> None:
     assert bypass(second, first.outputs[0]) is None
     assert [v.name for v in model.graph.outputs] == ["y", "z"]
     assert model.graph.outputs[0] is first.outputs[0]
-
-
-def test_origins_are_kept_in_order_and_once() -> None:
-    value = ir.Value(name="v")
-    mark_origin(value, ["b", "a"])
-    mark_origin(value, ["a", "c"])
-    assert value.metadata_props[FOLDED_FROM] == "b,a,c"
-
-
-def test_size_counts_bodies_but_no_constant_nodes() -> None:
-    flat = size(parse(TEXT))
-    assert flat.nodes == 3
-    nested = parse("""g (bool c, float[2] x) => (float[2] y) { y = If (c) <
-        then_branch = a () => (float[2] p) { k = Constant <value = float[2] {1.0, 2.0}> () p = Add(x, k) },
-        else_branch = d () => (float[2] q) { q = Neg(x) } > }""")
-    assert size(nested).nodes == 3
-    assert flat.bytes > 16

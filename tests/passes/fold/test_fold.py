@@ -14,7 +14,9 @@ from onnx import helper, numpy_helper
 
 from graphopt.base import Context, Effect, Pass, PassResult
 from graphopt.registry import pass_class
-from graphopt.rewriting.edit import graphs, new_initializer, size
+from graphopt.rewriting.edit import new_initializer
+from graphopt.rewriting.scopes import graphs
+from graphopt.rewriting.size import size
 
 FOLD = pass_class("fold")()
 

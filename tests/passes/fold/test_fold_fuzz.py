@@ -11,7 +11,7 @@ from redundant_graphs import redundant_graph
 from wrapped_graphs import wrapped_graph
 
 from graphopt.passes.fold import Fold
-from graphopt.rewriting.edit import size
+from graphopt.rewriting.size import size
 
 
 @pytest.mark.parametrize("seed", range(60))

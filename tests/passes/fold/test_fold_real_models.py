@@ -14,7 +14,8 @@ from golden import context, run
 
 from graphopt.model import load
 from graphopt.registry import pass_class
-from graphopt.rewriting.edit import graphs, size
+from graphopt.rewriting.scopes import graphs
+from graphopt.rewriting.size import size
 
 pytestmark = pytest.mark.data
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from random_linear import linear_graph
 
 from graphopt.registry import pass_class
-from graphopt.rewriting.edit import size
+from graphopt.rewriting.size import size
 
 PASSES = (
     "fold-batchnorm",

@@ -8,7 +8,7 @@ from golden import HEADER, context, expect, parse, reasons, run
 from text_graph import graph
 
 from graphopt.registry import pass_class
-from graphopt.rewriting.edit import array
+from graphopt.rewriting.constants import array
 
 MERGE = pass_class("merge-slices")()
 

@@ -12,8 +12,9 @@ from graphopt.executor import Session
 from graphopt.files.input_sizes import fix_sizes
 from graphopt.model import load
 from graphopt.passes.fold import Fold
-from graphopt.rewriting.edit import graphs, size
+from graphopt.rewriting.scopes import graphs
 from graphopt.rewriting.shape_nodes import computed_sizes
+from graphopt.rewriting.size import size
 from graphopt.verify import compare, random_feeds
 
 HEADS = """

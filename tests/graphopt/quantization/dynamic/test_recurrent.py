@@ -12,7 +12,7 @@ from text_graph import graph
 from graphopt.executor import Session
 from graphopt.quantization.dynamic.scheme import dynamic_layers, write_dynamic
 from graphopt.quantization.rounding.interface import Rounded, WeightGrid, nearest
-from graphopt.rewriting.edit import graphs
+from graphopt.rewriting.scopes import graphs
 from graphopt.target import QuantScheme
 
 RNG = np.random.default_rng(0)

@@ -15,7 +15,7 @@ from graphopt.executor import Session
 from graphopt.model import check
 from graphopt.quantization.dynamic.scheme import dynamic_layers, write_dynamic
 from graphopt.quantization.rounding.interface import Rounded, WeightGrid, nearest
-from graphopt.rewriting.edit import graphs
+from graphopt.rewriting.scopes import graphs
 from graphopt.target import QuantScheme
 
 Floats = NDArray[np.float32]

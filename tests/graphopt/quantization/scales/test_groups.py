@@ -15,7 +15,7 @@ from text_graph import graph
 from graphopt.executor import Session
 from graphopt.quantization.scales.groups import ScaleGroups, scale_groups
 from graphopt.quantization.scales.scaling import apply_scales
-from graphopt.rewriting.edit import Names
+from graphopt.rewriting.names import Names
 from graphopt.rewriting.prepare import prepare
 
 

@@ -9,7 +9,8 @@ from text_graph import graph
 
 from graphopt.executor import Session
 from graphopt.quantization.weights.tied import Stored, share
-from graphopt.rewriting.edit import Names, new_initializer
+from graphopt.rewriting.edit import new_initializer
+from graphopt.rewriting.names import Names
 
 RNG = np.random.default_rng(0)
 INTEGERS = RNG.integers(-127, 128, (20, 6)).astype(np.int8)
