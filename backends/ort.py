@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,6 +13,7 @@ from graphopt import bundle
 from graphopt.backend import Artefacts, BenchResult
 from graphopt.backends import ort_format
 from graphopt.backends.ort_providers import Settings, chosen, fell_back, missing_provider, needs, settings, unprofiled
+from graphopt.backends.texts import text
 from graphopt.errors import DataError, MissingBackendError
 from graphopt.lowering.portable import beyond_onnx
 
@@ -191,8 +191,7 @@ class OrtBackend:
             measured = None
             Session(path, optimize=True).close()  # that another processor can load it says much, if not all
         for name in ("run", "bench"):
-            text = importlib.resources.files("graphopt.backends").joinpath(f"ort_{name}.txt").read_text("utf-8")
-            (folder / f"{name}.py").write_text(text, encoding="utf-8")
+            (folder / f"{name}.py").write_text(text(f"ort_{name}.txt"), encoding="utf-8")
         about, limits = dict(ABOUT), list(unprofiled(model, target, sizes))
         if ort or ort_format.MODEL in target.artefacts:
             limits += self._own_format(model, path, target, about)

@@ -7,7 +7,6 @@ Hexagon, `needs` of the device.
 
 from __future__ import annotations
 
-import importlib.resources
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from graphopt.backend import Artefacts, BenchResult
 from graphopt.backends import ort_format
 from graphopt.backends.ort_mobile_qnn import Compiled, compile_context
 from graphopt.backends.ort_mobile_text import ABOUT, ABOUT_CONTEXT, QNN_LICENCE
+from graphopt.backends.texts import text
 from graphopt.errors import MissingBackendError, ModelError, UsageError
 
 if TYPE_CHECKING:
@@ -124,10 +124,10 @@ class OrtMobileBackend:
         file = self._write_model(model, target, folder)
         reports = write_reports(model, target.delegates, folder)
         for name, source in FILES.items():
-            (folder / name).write_text(_text(source), encoding="utf-8")
+            (folder / name).write_text(text(source), encoding="utf-8")
         (folder / "settings.h").write_text(_settings(file, target), encoding="utf-8")
-        (folder / "bench.sh").write_text(_text("ort_mobile_bench.txt").replace("{FILE}", file), encoding="utf-8")
-        about = {name: text for name, text in ABOUT.items() if (folder / name).exists()}
+        (folder / "bench.sh").write_text(text("ort_mobile_bench.txt").replace("{FILE}", file), encoding="utf-8")
+        about = {name: line for name, line in ABOUT.items() if (folder / name).exists()}
         return Artefacts(
             model=file,
             run=("python3", "run.py"),
@@ -193,18 +193,18 @@ def write_reports(model: ir.Model, names: Sequence[str], folder: Path) -> list[R
     found = [report(model, name) for name in names]
     estimates = {name: estimate(model, name) for name in names if name in CHECKED}
     table = {r.delegate: {**r.as_dict(), "onnxruntime_estimate": None} for r in found}
-    text = []
+    shown = []
     for each in found:
-        text.append(as_text(each))
+        shown.append(as_text(each))
         if each.delegate in estimates:
             other = estimates[each.delegate]
             table[each.delegate]["onnxruntime_estimate"] = other.as_dict()
-            text[-1] += (
+            shown[-1] += (
                 f"  ONNX Runtime's own checker, by operators and ranks alone: {other.taken} of {other.nodes} nodes, "
                 f"{other.partitions} parts ({other.advice})\n"
             )
     (folder / "delegates.json").write_text(json.dumps(table, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    (folder / "delegates.txt").write_text("\n".join(text), encoding="utf-8")
+    (folder / "delegates.txt").write_text("\n".join(shown), encoding="utf-8")
     return found
 
 
@@ -219,10 +219,6 @@ def _figures(report: Report) -> dict[str, Any]:
     }
 
 
-def _text(name: str) -> str:
-    return importlib.resources.files("graphopt.backends").joinpath(name).read_text("utf-8")
-
-
 def _settings(file: str, target: Target) -> str:
     replay = int(file.endswith(".ort") and target.options["style"] == "runtime")
     return (
@@ -233,7 +229,7 @@ def _settings(file: str, target: Target) -> str:
 
 def _guide(target: Target, compiled: Compiled | None) -> str:
     system = "ios" if target.options["provider"] == "CoreML" else "android"
-    guide = _text(f"ort_mobile_{system}.txt").strip()
+    guide = text(f"ort_mobile_{system}.txt").strip()
     parts = [guide.replace("{provider}", target.options["provider"]).replace("{operators}", ort_format.OPERATORS)]
     if compiled is not None:
         parts.append(compiled.message)

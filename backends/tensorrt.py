@@ -11,7 +11,6 @@ TensorRT is not needed to make them, and cannot be installed where graphopt is b
 
 from __future__ import annotations
 
-import importlib.resources
 import shlex
 import shutil
 import tempfile
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from graphopt.backend import Artefacts, BenchResult
 from graphopt.backends.tensorrt_profiles import Profiles, profiles, quoted, spec
 from graphopt.backends.tensorrt_session import SCRIPTS, EngineSession, has_trtexec, runner_module
+from graphopt.backends.texts import text
 from graphopt.errors import MissingBackendError
 from graphopt.tensorrt.versions import version_of
 
@@ -252,9 +252,8 @@ class TensorRtBackend:
 
 
 def _write_scripts(folder: Path, session: Mapping[str, Any], target: Target) -> None:
-    texts = importlib.resources.files("graphopt.backends")
     for name, source in SCRIPTS.items():
-        (folder / name).write_text(texts.joinpath(source).read_text("utf-8"), encoding="utf-8")
+        (folder / name).write_text(text(source), encoding="utf-8")
     (folder / "engine.conf").write_text(_settings(session, target), encoding="utf-8")
 
 

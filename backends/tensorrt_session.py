@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import os
 import shutil
 import types
@@ -10,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from graphopt.backends.texts import text
 from graphopt.errors import MissingBackendError
 
 if TYPE_CHECKING:
@@ -68,10 +68,9 @@ class EngineSession:
 
 def runner_module(folder: Path) -> types.ModuleType:
     """The module of run.py, our own text, for a folder."""
-    text = importlib.resources.files("graphopt.backends").joinpath(SCRIPTS["run.py"]).read_text("utf-8")
     module = types.ModuleType("graphopt_tensorrt_run")
     module.__file__ = str(folder / "run.py")
-    exec(compile(text, "tensorrt_run.txt", "exec"), module.__dict__)
+    exec(compile(text(SCRIPTS["run.py"]), "tensorrt_run.txt", "exec"), module.__dict__)
     return module
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import importlib.resources
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from graphopt import bundle
 from graphopt.backend import Artefacts, BenchResult
+from graphopt.backends.texts import text
 from graphopt.errors import DataError, MissingBackendError, ModelError
 from graphopt.fx.extra import require_torch, torch_threads
 
@@ -220,8 +220,7 @@ class TorchBackend:
         runs_here = self.unavailable(target) is None
         made = _lowered(model, target if runs_here else on_cpu(target))
         save(model, folder / "model.onnx", compress=compress)
-        text = importlib.resources.files("graphopt.backends").joinpath("torch_cuda_run.txt").read_text("utf-8")
-        (folder / "run.py").write_text(text, encoding="utf-8")
+        (folder / "run.py").write_text(text("torch_cuda_run.txt"), encoding="utf-8")
         return Artefacts(
             model="model.onnx",
             run=("python3", "run.py"),

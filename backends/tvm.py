@@ -8,7 +8,6 @@ target the kernels are CUDA C (`tvm_cuda`).
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.resources
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from graphopt import bundle
 from graphopt.backend import Artefacts, BenchResult
+from graphopt.backends.texts import text
 from graphopt.backends.tvm_build import why_unavailable
 from graphopt.backends.tvm_target import device_target, linker
 from graphopt.errors import MissingBackendError, ModelError, UsageError
@@ -200,8 +200,7 @@ class TvmBackend:
             details["cuda"] = write_source(executable, target, folder)
             about["kernels.cu"] = "the kernels in CUDA C, to read; model.so holds them too"
         for name in ("run", "bench"):
-            text = importlib.resources.files("graphopt.backends").joinpath(f"tvm_{name}.txt").read_text("utf-8")
-            (folder / f"{name}.py").write_text(text, encoding="utf-8")
+            (folder / f"{name}.py").write_text(text(f"tvm_{name}.txt"), encoding="utf-8")
         about["run.py"] = "runs the model: numpy and TVM's runtime, nothing else"
         about["bench.py"] = "times the model; one line of JSON"
         measured = self._measure(model, reference or model, folder / "model.so", feeds) if runs_here else None

@@ -155,10 +155,12 @@ def lowered(net: ir.Model, folder: Path, target: Target = TARGET) -> Path:
     return folder
 
 
-def run(folder: Path, *arguments: object, script: str = "run.py") -> subprocess.CompletedProcess[str]:
+def run(
+    folder: Path, *arguments: object, script: str = "run.py", without: str = "onnx"
+) -> subprocess.CompletedProcess[str]:
     # -I: nothing but the installed packages and the bundle's own files; graphopt's absence is checked by the imports
     code = f"import sys, runpy; sys.argv[:] = sys.argv[1:]; sys.path.insert(0, {str(folder)!r})\n"
-    code += "sys.modules['graphopt'] = sys.modules['onnx'] = sys.modules['onnx_ir'] = None\n"
+    code += f"for name in ('graphopt', 'onnx', 'onnx_ir', {without!r}): sys.modules[name] = None\n"
     code += "runpy.run_path(sys.argv[0], run_name='__main__')"
     command = [sys.executable, "-I", "-c", code, str(folder / script), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False, timeout=120)
@@ -218,7 +220,7 @@ def test_tampered_bundle_is_refused(net: ir.Model, tmp_path: Path, file: str) ->
     if file == "model.onnx":
         np.savez(tmp_path / "in.npz", **FEEDS)
         refused = run(made, tmp_path / "in.npz", tmp_path / "out.npz")
-        assert refused.returncode == 1
+        assert refused.returncode == 3
         assert "model.onnx" in refused.stderr
         assert not (tmp_path / "out.npz").exists()
 
@@ -259,12 +261,21 @@ def test_the_runner_refuses_inputs_that_do_not_fit(net: ir.Model, tmp_path: Path
     np.savez(tmp_path / "missing.npz", x=FEEDS["x"])
     np.savez(tmp_path / "shape.npz", x=FEEDS["x"][:, :2], shift=FEEDS["shift"])
     np.savez(tmp_path / "dtype.npz", x=FEEDS["x"].astype(np.float64), shift=FEEDS["shift"])
-    for name, expected in (("missing", "'shift'"), ("shape", "[2, 2, 8, 8]"), ("dtype", "double")):
+    told = {"missing": "'shift'", "shape": "[2, 2, 8, 8]", "dtype": "float32, got float64"}
+    for name, expected in told.items():
         done = run(made, tmp_path / f"{name}.npz", tmp_path / "out.npz")
-        assert done.returncode == 1
+        assert done.returncode == 3
         assert expected in done.stderr
         assert "Traceback" not in done.stderr
     assert not (tmp_path / "out.npz").exists()
+
+
+def test_the_runner_tells_of_arrays_that_are_no_input(net: ir.Model, tmp_path: Path) -> None:
+    made = lowered(net, tmp_path / "b")
+    np.savez(tmp_path / "in.npz", **FEEDS, labels=FEEDS["shift"])
+    done = run(made, tmp_path / "in.npz", tmp_path / "out.npz")
+    assert done.returncode == 0
+    assert "no such input: labels" in done.stderr
 
 
 def test_the_runner_says_in_one_line_what_it_cannot_read(net: ir.Model, tmp_path: Path) -> None:
@@ -273,13 +284,20 @@ def test_the_runner_says_in_one_line_what_it_cannot_read(net: ir.Model, tmp_path
     np.save(tmp_path / "one.npy", FEEDS["x"])
     for name in ("absent.npz", "junk.npz", "one.npy"):
         done = run(made, tmp_path / name, tmp_path / "out.npz")
-        assert done.returncode == 1
+        assert done.returncode == 3
         assert name in done.stderr and done.stderr.count("\n") == 1
     for name in ("model.onnx", "manifest.json"):
         (made / name).unlink()
         done = run(made, tmp_path / "junk.npz", tmp_path / "out.npz")
-        assert done.returncode == 1
+        assert done.returncode == 3
         assert name in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("package", ["numpy", "onnxruntime"])
+def test_the_runner_says_in_one_line_what_is_not_installed(net: ir.Model, tmp_path: Path, package: str) -> None:
+    done = run(lowered(net, tmp_path / "b"), "in.npz", "out.npz", without=package)
+    assert done.returncode == 6
+    assert package in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_an_existing_folder_keeps_its_other_files_and_gets_the_new_bundle(net: ir.Model, tmp_path: Path) -> None:
@@ -356,7 +374,7 @@ def test_a_gpu_runner_without_a_gpu_refuses_unless_told_otherwise(net: ir.Model,
     assert any("sizes=N=LEAST:USUAL:LARGEST" in limit for limit in made.manifest["limits"])
     np.savez(tmp_path / "in.npz", **FEEDS)
     refused = run(made.folder, tmp_path / "in.npz", tmp_path / "out.npz")
-    assert refused.returncode == 1
+    assert refused.returncode == 6
     assert "TensorrtExecutionProvider" in refused.stderr
     done = run(made.folder, tmp_path / "in.npz", tmp_path / "out.npz", "--provider", "CPUExecutionProvider")
     assert done.returncode == 0, done.stderr

@@ -371,7 +371,7 @@ def test_the_runner_tells_what_is_wrong(tmp_path: Path, device: Path) -> None:
     folder = made(tmp_path, net())
     given, out = str(tmp_path / "in.npz"), str(tmp_path / "out.npz")
     np.savez(given, **FEEDS)
-    assert "outside what the engine was built for" in run_py(folder, given, out, code=1, DOUBLE_LARGEST="6").stderr
+    assert "outside what the engine was built for" in run_py(folder, given, out, code=3, DOUBLE_LARGEST="6").stderr
     (folder / "model.engine").unlink()
     assert "Could not find any implementation" in run_py(folder, given, out, code=1, DOUBLE_FAIL="1").stderr
     bare = {"PYTHONPATH": str(tmp_path)}
@@ -381,7 +381,7 @@ def test_the_runner_tells_what_is_wrong(tmp_path: Path, device: Path) -> None:
     run_py(folder, given, out)
     with (folder / "model.onnx").open("ab") as file:
         file.write(b"x")
-    assert "copy the bundle again" in run_py(folder, given, out, code=1).stderr
+    assert "copy the bundle again" in run_py(folder, given, out, code=3).stderr
 
 
 def test_inputs_that_do_not_fit_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
