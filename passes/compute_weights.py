@@ -13,7 +13,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult, Skip, option
@@ -22,6 +21,7 @@ from graphopt.rewriting.edit import new_initializer, remove_unread, replace_valu
 from graphopt.rewriting.linear import LINEAR_OPS
 from graphopt.rewriting.names import Names
 from graphopt.rewriting.nodes import is_onnx, label, mark_origin
+from graphopt.rewriting.row_blocks import finite_in
 from graphopt.rewriting.scopes import scopes
 from graphopt.rewriting.size import initializer_bytes, node_bytes
 from graphopt.rewriting.weight_formulas import computed, formula_nodes
@@ -76,9 +76,8 @@ def _compute(weight: ir.Value, nodes: list[ir.Node], opset: int, names: Names) -
     data = computed(nodes, opset)
     if data is None:
         return "an operand of its formula is not what the operator asks for"
-    with np.errstate(over="ignore"):
-        if not np.isfinite(data.astype(dtype.numpy()).astype(np.float64)).all():
-            return "it would not be finite"
+    if not finite_in(data, dtype.numpy()):
+        return "it would not be finite"
     growth = data.size * dtype.itemsize - _freed(weight, nodes)
     if growth > 0:
         return f"it takes {growth:.0f} bytes more than what only it is computed from"

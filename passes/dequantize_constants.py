@@ -8,6 +8,7 @@ What for: targets and tools that know no DequantizeLinear. The file grows by wha
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,6 +20,7 @@ from graphopt.rewriting.constants import Float64, constant
 from graphopt.rewriting.edit import cannot_replace, new_initializer, remove_node, replace_value
 from graphopt.rewriting.names import Names
 from graphopt.rewriting.nodes import is_onnx, label, mark_origin
+from graphopt.rewriting.row_blocks import Rows, rounded
 from graphopt.rewriting.scopes import scopes
 from graphopt.rewriting.weight_pass import finish
 
@@ -67,12 +69,12 @@ def _dequantize(node: ir.Node, graph: ir.Graph, names: Names) -> str | None:
     assert quantised is not None and scale is not None
     offset = tensors[2] if len(tensors) > 2 else None
     output = node.outputs[0]
-    integers = np.asarray(quantised.numpy()).astype(np.float64)
+    integers = np.asarray(quantised.numpy())
     factor = np.asarray(scale.numpy()).astype(np.float64)
     zero = np.zeros_like(factor) if offset is None else np.asarray(offset.numpy()).astype(np.float64)
     axis, block = node.attributes.get_int("axis", 1), node.attributes.get_int("block_size", 0)
-    spread = [_spread(a, integers.shape, axis, block) for a in (zero, factor)]
-    if spread[0] is None or spread[1] is None:
+    zeros, factors = (_spread(numbers, integers.shape, axis, block) for numbers in (zero, factor))
+    if zeros is None or factors is None:
         return f"scale or zero point of shape {factor.shape} do not fit {integers.shape} along axis {axis}"
     if output.is_graph_output():
         return "its result is a graph output"
@@ -82,7 +84,10 @@ def _dequantize(node: ir.Node, graph: ir.Graph, names: Names) -> str | None:
         dtype = ir.DataType(wanted)
     source = node.inputs[0]
     name = str(source.name).removesuffix("_quantized") if source is not None else str(output.name)
-    value = new_initializer(graph, names.fresh(name), (integers - spread[0]) * spread[1], dtype)
+    floats = rounded(
+        integers.shape, dtype.numpy(), lambda rows: (integers[rows].astype(np.float64) - zeros(rows)) * factors(rows)
+    )
+    value = new_initializer(graph, names.fresh(name), floats, dtype)
     mark_origin(value, [label(node)])
     reason = cannot_replace(output, value)
     if reason:
@@ -92,17 +97,23 @@ def _dequantize(node: ir.Node, graph: ir.Graph, names: Names) -> str | None:
     return None
 
 
-def _spread(numbers: Float64, shape: tuple[int, ...], axis: int, block: int) -> Float64 | None:
-    """`numbers`, one, one per position of `axis` or one per block, in a shape that broadcasts against `shape`."""
+def _spread(numbers: Float64, shape: tuple[int, ...], axis: int, block: int) -> Callable[[Rows], Float64] | None:
+    """For rows of an array of `shape`: `numbers`, one, one per position of `axis` or one per block, to broadcast there.
+
+    None where they do not fit.
+    """
     if numbers.size == 1 and not block:
-        return numbers.reshape(())
+        return lambda rows: numbers.reshape(())
     if not -len(shape) <= axis < len(shape):
         return None
     axis %= len(shape)
     if block:
-        repeated = np.repeat(numbers, block, axis=axis) if numbers.ndim == len(shape) else numbers
-        kept = np.take(repeated, range(min(shape[axis], repeated.shape[axis])), axis=axis)
-        return kept if kept.shape == shape else None
+        wanted = tuple(-(-length // block) if a == axis else length for a, length in enumerate(shape))
+        if numbers.shape != wanted:
+            return None
+        index = np.arange(shape[axis]) // block
+        return lambda rows: numbers[index[rows]] if axis == 0 else np.take(numbers[rows], index, axis=axis)
     if numbers.shape != (shape[axis],):
         return None
-    return numbers.reshape([-1 if a == axis else 1 for a in range(len(shape))])
+    spread = np.broadcast_to(numbers.reshape([-1 if a == axis else 1 for a in range(len(shape))]), shape)
+    return lambda rows: spread[rows]

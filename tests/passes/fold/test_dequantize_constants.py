@@ -6,6 +6,7 @@ import pytest
 from golden import assert_close, context, expect, parse, random_feeds, reasons, run
 
 from graphopt.registry import pass_class
+from graphopt.rewriting import row_blocks
 
 DEQUANTIZE = pass_class("dequantize-constants")()
 
@@ -70,3 +71,30 @@ def test_in_a_function() -> None:
     assert [n.op_type for n in function] == ["Constant", "MatMul"]
     assert isinstance(function, ir.Function)
     assert_close(run(model, feeds), reference)
+
+
+@pytest.mark.parametrize(("axis", "block"), [(0, 0), (1, 0), (0, 2), (1, 2), (None, 0)])
+def test_blocks_of_rows_give_the_same_bits(monkeypatch: pytest.MonkeyPatch, axis: int | None, block: int) -> None:
+    def floats() -> bytes:
+        generator = np.random.default_rng(1)
+        blocks = {0: (3, 7), 1: (5, 4)}
+        shape = () if axis is None else blocks[axis] if block else ((5, 7)[axis],)
+        tensors = {
+            "q": generator.integers(-128, 128, (5, 7)).astype(np.int8),
+            "s": generator.uniform(0.01, 1, shape).astype(np.float32),
+            "z": generator.integers(-9, 9, shape).astype(np.int8),
+        }
+        q, s, z = (ir.val(n, const_value=ir.Tensor(t, name=n)) for n, t in tensors.items())
+        attributes = {"axis": axis or 0} | ({"block_size": block} if block else {})
+        node = ir.node("DequantizeLinear", [q, s, z], attributes)
+        last = ir.node("Neg", [node.outputs[0]])
+        graph = ir.Graph([], last.outputs, nodes=[node, last], initializers=[q, s, z], opset_imports={"": 21})
+        model = ir.Model(graph, ir_version=10)
+        assert DEQUANTIZE.run(model, context()).changed
+        (value,) = graph.initializers.values()
+        assert value.const_value is not None
+        return value.const_value.tobytes()
+
+    whole = floats()
+    monkeypatch.setattr(row_blocks, "BLOCK", 8 * 7 * 2)
+    assert floats() == whole
