@@ -79,6 +79,18 @@ MASK = {
 }
 
 
+def test_sizes_that_a_condition_decides_are_told():
+    """Every operand of the If is fixed; which of two sizes its result has shows at run time only."""
+    model = graph(
+        "(bool c, float[2, 3] x) => (int64[2] n)",
+        """y = If (c) <then_branch = twice () => (float[4, 3] p) { p = Concat <axis = 0> (x, x) },
+                    else_branch = once () => (float[2, 3] q) { q = Neg (x) }>
+        n = Shape (y)""",
+    )
+    result = Fold(static=True).run(model, context())
+    assert any("is not known from the inputs of" in skip.reason for skip in result.skipped)
+
+
 def test_a_mask_is_written_out_only_where_sizes_must_be_fixed():
     original = graph("(float[64, 64] x) => (float[64, 64] y)", CAUSAL, **MASK)
     plain, static, small = (original.clone() for _ in range(3))
