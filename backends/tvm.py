@@ -8,7 +8,6 @@ target the kernels are CUDA C (`tvm_cuda`).
 from __future__ import annotations
 
 import importlib.metadata
-import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -17,8 +16,12 @@ from graphopt import bundle
 from graphopt.backend import Artefacts, BenchResult
 from graphopt.backends.texts import text
 from graphopt.backends.tvm_build import why_unavailable
+from graphopt.backends.tvm_cpp import ABOUT as CPP_FILES
+from graphopt.backends.tvm_cpp import guide, write_runner
 from graphopt.backends.tvm_target import device_target, linker
+from graphopt.benching import batch_of, bench_result, feeds_for, shapes_of
 from graphopt.errors import MissingBackendError, ModelError, UsageError
+from graphopt.target import other_processor
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -29,9 +32,6 @@ if TYPE_CHECKING:
     from graphopt.bundle import Bundle
     from graphopt.data.feeds import Array
     from graphopt.target import Target
-
-ARCHITECTURES = {"x86_64": "x86-64", "amd64": "x86-64", "arm64": "aarch64", "aarch64": "aarch64"}
-"""Target architectures by the name that the operating system gives the machine, lower case."""
 
 PACKAGES = ("apache-tvm", "apache-tvm-ffi")
 
@@ -63,8 +63,7 @@ class TvmBackend:
             return missing
         if target.device == "gpu":
             return "bundles for GPUs are cross-compiled, and run on the device alone"
-        here = ARCHITECTURES.get(platform.machine().lower(), platform.machine().lower())
-        return None if here == target.arch else f"this machine is {here}, the target {target.arch}"
+        return other_processor(target)
 
     def missing(self, target: Target) -> str | None:
         """TVM, or a compiler that links for the target."""
@@ -118,27 +117,12 @@ class TvmBackend:
         """
         from graphopt.model import load
         from graphopt.timing import paired
-        from graphopt.verify import random_feeds
 
         loaded = [load(model) if isinstance(model, Path) else model for model in models]
-        given = random_feeds(loaded[0], 0, samples=1)[0] if feeds is None else feeds
+        given = feeds_for(loaded, feeds)
         sessions = [self.session(model, target, threads=threads) for model in loaded]
         result = paired([session.ready(given) for session in sessions], seconds)
-        return BenchResult(
-            milliseconds=result.milliseconds,
-            ratios=result.ratios,
-            low=result.low,
-            high=result.high,
-            rounds=result.rounds,
-            threads=threads,
-            batch=_batch(given),
-            details={
-                **_versions(),
-                "within_noise": list(result.within_noise),
-                "shapes": {name: list(array.shape) for name, array in given.items()},
-                **bundle.describe_machine(),
-            },
-        )
+        return bench_result(result, given, threads=threads, **_versions())
 
     def lower(
         self,
@@ -203,6 +187,11 @@ class TvmBackend:
             (folder / f"{name}.py").write_text(text(f"tvm_{name}.txt"), encoding="utf-8")
         about["run.py"] = "runs the model: numpy and TVM's runtime, nothing else"
         about["bench.py"] = "times the model; one line of JSON"
+        how = ""
+        if target.device == "cpu":
+            write_runner(folder, "model.so", bundle.describe_model(model), THREADS)
+            about |= CPP_FILES
+            how = guide(_versions(), target)
         measured = self._measure(model, reference or model, folder / "model.so", feeds) if runs_here else None
         return Artefacts(
             model="model.so",
@@ -210,6 +199,7 @@ class TvmBackend:
             bench=("python3", "bench.py"),
             about=about,
             needs=_needs(target),
+            guide=how,
             session={"device": target.device, "threads": THREADS, "target": _text(device_target(target))},
             measured=measured,
             limits=_limits(model, plain),
@@ -257,9 +247,8 @@ class TvmBackend:
         from graphopt.backends.tvm_session import loaded
         from graphopt.executor import Session
         from graphopt.timing import paired
-        from graphopt.verify import random_feeds
 
-        given = dict(random_feeds(model, 0, samples=1)[0] if feeds is None else feeds)
+        given = feeds_for([model], feeds)
         session = _session_of(loaded(library), bundle.describe_model(model), THREADS)
         with Session(reference, optimize=True, threads=THREADS) as other:
             run, names = other.session.run, other.output_names
@@ -268,13 +257,13 @@ class TvmBackend:
             "latency_ms": result.milliseconds[1],
             "rounds": result.rounds,
             "threads": THREADS,
-            "batch": _batch(given),
+            "batch": batch_of(given),
             "inputs": "random" if feeds is None else "real",
             "ratio_to_onnxruntime": result.ratios[1],
             "ratio_quartiles": [result.low[1], result.high[1]],
             "onnxruntime": ort.__version__,
             "onnxruntime_ms": result.milliseconds[0],
-            "shapes": {name: list(array.shape) for name, array in given.items()},
+            "shapes": shapes_of(given),
             **bundle.describe_machine(),
         }
 
@@ -348,7 +337,9 @@ def _needs(target: Target) -> tuple[str, ...]:
     versions = _versions()
     packages = " ".join(f"{name}=={versions[name]}" for name in PACKAGES if name in versions)
     lines = [f"Python 3.10 or newer with numpy and TVM's runtime (`pip install numpy {packages}`)"]
-    if target.device == "gpu":
+    if target.device == "cpu":
+        lines.append("or, for the C++ runner, `libtvm_runtime.so` and `libtvm_ffi.so` of these packages")
+    else:
         lines.append(f"CUDA with NVRTC or nvcc, and a GPU that runs {target.arch}: kernels are compiled when loaded")
     return tuple(lines)
 
@@ -366,10 +357,3 @@ def _text(device: Any) -> dict[str, str]:
 
 def _versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in PACKAGES}
-
-
-def _batch(feeds: Mapping[str, Array]) -> int | None:
-    """Samples in one run: the common length of axis 0 of all inputs; None where there is none."""
-    lengths = {array.shape[:1] for array in feeds.values()}
-    length = lengths.pop() if len(lengths) == 1 else ()
-    return int(length[0]) if length else None
