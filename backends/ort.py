@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -14,8 +13,10 @@ from graphopt.backend import Artefacts, BenchResult
 from graphopt.backends import ort_format
 from graphopt.backends.ort_providers import Settings, chosen, fell_back, missing_provider, needs, settings, unprofiled
 from graphopt.backends.texts import text
-from graphopt.errors import DataError, MissingBackendError
+from graphopt.benching import bench_result, feeds_for
+from graphopt.errors import MissingBackendError
 from graphopt.lowering.portable import beyond_onnx
+from graphopt.target import other_processor, this_architecture
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -29,9 +30,6 @@ TOGETHER = 256 << 20
 """Bytes of weights of all models that are timed interleaved; beyond, one is in memory at a time. A session holds about
 twice the weights of its model: the runtime keeps them in the order that its kernels read, too.
 """
-
-ARCHITECTURES = {"x86_64": "x86-64", "amd64": "x86-64", "arm64": "aarch64", "aarch64": "aarch64"}
-"""Target architectures by the name that the operating system gives the machine, lower case."""
 
 ABOUT = {
     "model.onnx": "the model, portable ONNX",
@@ -54,10 +52,7 @@ class OrtBackend:
         reason = missing_provider(target)
         if reason is not None:
             return reason
-        here = ARCHITECTURES.get(platform.machine().lower(), platform.machine().lower())
-        if target.device == "cpu" and here != target.arch:
-            return f"this machine is {here}, the target {target.arch}"
-        return None
+        return other_processor(target) if target.device == "cpu" else None
 
     def missing(self, target: Target) -> str | None:
         """Nothing: bundles are ONNX files."""
@@ -119,35 +114,20 @@ class OrtBackend:
 
         from graphopt.timing import in_turns, paired
 
-        feeds = _random(models) if feeds is None else feeds
-        inputs: list[Any] = []
+        given = feeds_for(models, feeds)
 
         @contextmanager
         def ready(model: ir.Model | Path) -> Iterator[Callable[[], object]]:
             with self.session(model, target, threads=threads) as session:
-                inputs[:] = session.inputs
-                yield _call(session, feeds)
+                yield _call(session, given)
 
         if _weights(models) > TOGETHER:
             result = in_turns([partial(ready, model) for model in models], seconds)
         else:
             with ExitStack() as stack:
                 result = paired([stack.enter_context(ready(model)) for model in models], seconds)
-        return BenchResult(
-            milliseconds=result.milliseconds,
-            ratios=result.ratios,
-            low=result.low,
-            high=result.high,
-            rounds=result.rounds,
-            threads=threads,
-            batch=_batch(inputs, feeds),
-            details={
-                "onnxruntime": ort.__version__,
-                "providers": list(target.providers),
-                "within_noise": list(result.within_noise),
-                "shapes": {name: list(array.shape) for name, array in feeds.items()},
-                **bundle.describe_machine(),
-            },
+        return bench_result(
+            result, given, threads=threads, onnxruntime=ort.__version__, providers=list(target.providers)
         )
 
     def lower(
@@ -235,9 +215,8 @@ class OrtBackend:
         """The same file on this machine's processor."""
         from graphopt.executor import Session
 
-        here = ARCHITECTURES.get(platform.machine().lower(), platform.machine().lower())
         session = Session(bundle.model, optimize=True, threads=threads)
-        return session, f"the bundle's model.onnx, by ONNX Runtime on this {here} processor"
+        return session, f"the bundle's model.onnx, by ONNX Runtime on this {this_architecture()} processor"
 
     def _measure(self, model: ir.Model, target: Target, feeds: Mapping[str, Array] | None) -> dict[str, Any]:
         found = self.bench([model], target, feeds, seconds=LOWER_SECONDS)
@@ -249,14 +228,6 @@ def _call(session: Session, feeds: Mapping[str, Array]) -> Callable[[], object]:
     session.run(feeds)
     run, names, ready = session.session.run, session.output_names, dict(feeds)
     return lambda: run(names, ready)
-
-
-def _batch(inputs: Sequence[Any], feeds: Mapping[str, Array]) -> int | None:
-    """Samples in one run: the common length of axis 0 of all inputs; None where there is none."""
-    lengths = {feeds[spec.name].shape[:1] for spec in inputs}
-    if len(lengths) != 1 or not (length := lengths.pop()):
-        return None
-    return int(length[0])
 
 
 def _weights(models: Sequence[ir.Model | Path]) -> int:
@@ -272,25 +243,3 @@ def _weights(models: Sequence[ir.Model | Path]) -> int:
         else:
             total += weight_bytes(model)
     return total
-
-
-def _random(models: Sequence[ir.Model | Path]) -> dict[str, Array]:
-    """Random feeds of the first model, which all models must take.
-
-    Raises:
-        DataError: the models have different inputs.
-    """
-    from graphopt import verify
-    from graphopt.data.feeds import input_specs
-    from graphopt.model import load
-
-    loaded = [load(m, check_weights=False) if isinstance(m, Path) else m for m in models]
-    first = input_specs(loaded[0])
-    for other in loaded[1:]:
-        have = {s.name: s.dtype for s in input_specs(other) if s.required}
-        if have != {s.name: s.dtype for s in first if s.required}:
-            raise DataError(
-                "the models have different inputs, so they cannot be timed on the same data",
-                where=", ".join(sorted(have)), hint="time them one by one",
-            )  # fmt: skip
-    return verify.random_feeds(loaded[0], 0, samples=1)[0]

@@ -22,6 +22,7 @@ from graphopt.backend import Artefacts, BenchResult
 from graphopt.backends.tensorrt_profiles import Profiles, profiles, quoted, spec
 from graphopt.backends.tensorrt_session import SCRIPTS, EngineSession, has_trtexec, runner_module
 from graphopt.backends.texts import text
+from graphopt.benching import bench_result, feeds_for
 from graphopt.errors import MissingBackendError
 from graphopt.tensorrt.versions import version_of
 
@@ -128,33 +129,19 @@ class TensorRtBackend:
             MissingBackendError: TensorRT is not on this machine.
             ModelError: a model breaks a rule of TensorRT.
         """
-        from graphopt.bundle import describe_machine
         from graphopt.model import load
         from graphopt.timing import paired
-        from graphopt.verify import random_feeds
 
         self._require(target)
         loaded = [load(model) if isinstance(model, Path) else model for model in models]
-        ready = dict(feeds) if feeds is not None else dict(random_feeds(loaded[0], 0, samples=1)[0])
+        ready = feeds_for(loaded, feeds)
         sessions = [self.session(model, target) for model in loaded]
         try:
             result = paired([lambda s=s: s.run(ready) for s in sessions], seconds)  # type: ignore[misc]
         finally:
             for session in sessions:
                 session.close()
-        return BenchResult(
-            milliseconds=result.milliseconds,
-            ratios=result.ratios,
-            low=result.low,
-            high=result.high,
-            rounds=result.rounds,
-            threads=threads,
-            details={
-                "within_noise": list(result.within_noise),
-                "shapes": {name: list(a.shape) for name, a in ready.items()},
-                **describe_machine(),
-            },
-        )
+        return bench_result(result, ready, threads=threads)
 
     def lower(
         self,
@@ -184,12 +171,11 @@ class TensorRtBackend:
         from graphopt.sparsity.marks import declared_pattern
         from graphopt.tensorrt import validate
         from graphopt.tensorrt.validate import parts, require_valid
-        from graphopt.verify import random_feeds
 
         least = str(target.options.get("tensorrt", "10.3"))
         found = validate(model, target, least)
         require_valid(found, target, parts(model))
-        sample = dict(feeds) if feeds is not None else dict(random_feeds(model, 0, samples=1)[0])
+        sample = feeds_for([model], feeds)
         shapes = profiles(model, sizes or "", sample)
         sparse = eligibility(model, target).sparse()
         session = {

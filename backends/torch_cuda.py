@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from graphopt import bundle
 from graphopt.backend import Artefacts, BenchResult
 from graphopt.backends.texts import text
+from graphopt.benching import bench_result, feeds_for
 from graphopt.errors import DataError, MissingBackendError, ModelError
 from graphopt.fx.extra import require_torch, torch_threads
 
@@ -162,33 +163,22 @@ class TorchBackend:
         from graphopt.fx.semi_structured.lower import fate_rows, summary
         from graphopt.model import load
         from graphopt.timing import paired
-        from graphopt.verify import random_feeds
 
         loaded = [load(model) if isinstance(model, Path) else model for model in models]
-        if feeds is None:
-            feeds = random_feeds(loaded[0], 0, samples=1)[0]
+        given = feeds_for(loaded, feeds)
         sessions = [self.session(model, target, threads=threads) for model in loaded]
         with torch_threads(threads):
-            result = paired([_call(session, feeds) for session in sessions], seconds)
+            result = paired([_call(session, given) for session in sessions], seconds)
         runners = [session.runner for session in sessions]
-        return BenchResult(
-            milliseconds=result.milliseconds,
-            ratios=result.ratios,
-            low=result.low,
-            high=result.high,
-            rounds=result.rounds,
+        return bench_result(
+            result,
+            given,
             threads=threads,
-            batch=_batch(feeds),
-            details={
-                "torch": torch.__version__,
-                "device": _device_name(runners[0].lowered.device),
-                "dtype": target.dtype,
-                "runs": [f"{runner.describe()}; {summary(runner.lowered.fates)}" for runner in runners],
-                "layers": [fate_rows(runner.lowered.fates) for runner in runners],
-                "within_noise": list(result.within_noise),
-                "shapes": {name: list(array.shape) for name, array in feeds.items()},
-                **bundle.describe_machine(),
-            },
+            torch=torch.__version__,
+            device=_device_name(runners[0].lowered.device),
+            dtype=target.dtype,
+            runs=[f"{runner.describe()}; {summary(runner.lowered.fates)}" for runner in runners],
+            layers=[fate_rows(runner.lowered.fates) for runner in runners],
         )
 
     def lower(
@@ -304,10 +294,3 @@ def _device_name(device: torch.device) -> str:
     import torch
 
     return "cpu" if device.type == "cpu" else str(torch.cuda.get_device_name(device))
-
-
-def _batch(feeds: Mapping[str, Array]) -> int | None:
-    """Samples in one run: the common length of axis 0 of all inputs; None where there is none."""
-    lengths = {array.shape[:1] for array in feeds.values()}
-    length = lengths.pop() if len(lengths) == 1 else ()
-    return int(length[0]) if length else None

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from graphopt.errors import UsageError
+
+ARCHITECTURES = {"x86_64": "x86-64", "amd64": "x86-64", "arm64": "aarch64", "aarch64": "aarch64"}
+"""Target architectures by the name that the operating system gives the machine, lower case."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +177,18 @@ class Target:
     options: Mapping[str, Any] = field(default_factory=dict)
     limits: tuple[str, ...] = ()
     description: str = ""
+
+
+def this_architecture() -> str:
+    """The processor of this machine, as targets name it."""
+    name = platform.machine().lower()
+    return ARCHITECTURES.get(name, name)
+
+
+def other_processor(target: Target) -> str | None:
+    """Why code for the processor of a target does not run on this machine's; None where it does."""
+    here = this_architecture()
+    return None if here == target.arch else f"this machine is {here}, the target {target.arch}"
 
 
 def parse_target(name: str, table: object, source: str) -> Target:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +22,7 @@ from graphopt.backends.ort_providers import fell_back, settings
 from graphopt.errors import DataError, MissingBackendError, ModelError, UsageError
 from graphopt.executor import Session
 from graphopt.lowering.steps import lower
-from graphopt.target import Target
+from graphopt.target import Target, this_architecture
 
 NET = """<ir_version: 8, opset_import: ["" : 17, "ai.onnx.ml" : 3, "com.nobody" : 1]>
 g (float[N,3,8,8] x, float shift) => (float[N,4,8,8] "out/y:0", float[N,4,8,8] file)
@@ -31,7 +30,7 @@ g (float[N,3,8,8] x, float shift) => (float[N,4,8,8] "out/y:0", float[N,4,8,8] f
     c = Conv<pads=[1,1,1,1]>(x, w)  "out/y:0" = Relu(c)  file = Add(c, shift) }""".replace(
     "@W@", ", ".join(f"{v:.3f}" for v in np.random.default_rng(0).normal(size=108))
 )
-HERE = backend_module.ARCHITECTURES.get(platform.machine().lower(), "?")
+HERE = this_architecture()
 TARGET = Target("here", "ort", arch=HERE)
 ORT = OrtBackend()
 
