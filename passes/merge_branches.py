@@ -144,10 +144,9 @@ def _absorb(term: _Term, base: Linear, other: _Term, opset: int, names: Names, r
     producer = other.value.producer()
     origin = [label(other.reader)] if producer is None or other.value is base.input else [label(producer)]
     # In place: a weight of hundreds of megabytes is twice that in float64.
-    total = base.matrices()
-    total *= own
-    total += weight if sign == 1 else sign * weight
-    reason = base.replace(total, own * base.bias() + sign * branch.bias, names, origin)
+    weight *= sign
+    base.add_to(weight, own)
+    reason = base.replace(weight, own * base.bias() + sign * branch.bias, names, origin)
     if reason:
         reasons[reason] = None
         return False

@@ -29,7 +29,7 @@ class Branch:
     """A linear map of the tensor that a sum's branches share.
 
     Attributes:
-        weight: (groups, outputs per group, inputs per group, kernel positions).
+        weight: (groups, outputs per group, inputs per group, kernel positions); an array of its own.
         bias: (outputs,).
         windows: of a convolution; all empty for a matrix product.
         transposed: whether it is a transposed convolution; None where it is pointwise and may stand for either.
@@ -64,7 +64,7 @@ def branch_of(value: ir.Value, base: Linear, opset: int) -> Branch | str | None:
 
 
 def embedded(branch: Branch, base: Linear) -> Float64 | str:
-    """The weight of `branch` in the layout of the weight of `base`, or why it does not fit there."""
+    """The weight of `branch`, or a new array, in the layout of the weight of `base`; or why it does not fit there."""
     outer = base_windows(base)
     if isinstance(outer, str):
         return outer
@@ -179,8 +179,9 @@ def _scaled(node: ir.Node, base: Linear, opset: int) -> Branch | str | None:
     if not isinstance(inner, Branch):
         return inner
     scale, shift = (np.broadcast_to(a, base.outputs) for a in affine)
-    weight = inner.weight * scale.reshape(inner.weight.shape[0], -1, 1, 1)
-    return replace(inner, weight=weight, bias=inner.bias * scale + shift)
+    weight = inner.weight
+    weight *= scale.reshape(weight.shape[0], -1, 1, 1)
+    return replace(inner, bias=inner.bias * scale + shift)
 
 
 def _in_channels(affine: tuple[Float64, Float64] | str, base: Linear) -> tuple[Float64, Float64] | str:

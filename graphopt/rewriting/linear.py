@@ -19,17 +19,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.errors import ModelError
-from graphopt.rewriting.constants import Float64, constant, float64
+from graphopt.rewriting.constants import Float64, array, constant, float64
 from graphopt.rewriting.edit import new_initializer, replace_value, set_constant, sole_use
 from graphopt.rewriting.large_weights import LARGE, carried, scaled
 from graphopt.rewriting.names import Names
 from graphopt.rewriting.nodes import is_onnx, label, mark_origin
 from graphopt.rewriting.precision import misfit, misfit_of_bias
+from graphopt.rewriting.row_blocks import row_blocks
 
 LINEAR_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
@@ -85,6 +88,14 @@ class Linear:
         weight = self._weight()
         weight *= self.factor
         return weight
+
+    def add_to(self, total: Float64, sign: float) -> None:
+        """Add W times `sign` to `total`, which is as `matrices` gives it, with no second array in float64."""
+        data = array(self.node.inputs[1])
+        assert data is not None  # linear_view checked it
+        for group, own in zip(total, self._laid_out(data), strict=True):
+            for rows in row_blocks(own.shape):
+                group[rows] += sign * (own[rows].astype(np.float64) * self.factor)
 
     def bias(self) -> Float64:
         """b in float64, (outputs,); Gemm's beta is in it, and it is zero where there is none."""
@@ -174,6 +185,10 @@ class Linear:
     def _weight(self) -> Float64:
         data = float64(self.node.inputs[1])
         assert data is not None  # linear_view checked it
+        return self._laid_out(data)
+
+    def _laid_out(self, data: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """A view of the weight as it is stored."""
         match self.node.op_type:
             case "Conv":
                 return data.reshape(self.groups, self.outputs // self.groups, self.inputs // self.groups, -1)
