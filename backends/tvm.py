@@ -8,7 +8,6 @@ target the kernels are CUDA C (`tvm_cuda`).
 from __future__ import annotations
 
 import importlib.metadata
-import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,7 +19,9 @@ from graphopt.backends.tvm_build import why_unavailable
 from graphopt.backends.tvm_cpp import ABOUT as CPP_FILES
 from graphopt.backends.tvm_cpp import guide, write_runner
 from graphopt.backends.tvm_target import device_target, linker
+from graphopt.benching import batch_of, bench_result, feeds_for, shapes_of
 from graphopt.errors import MissingBackendError, ModelError, UsageError
+from graphopt.target import other_processor
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -31,9 +32,6 @@ if TYPE_CHECKING:
     from graphopt.bundle import Bundle
     from graphopt.data.feeds import Array
     from graphopt.target import Target
-
-ARCHITECTURES = {"x86_64": "x86-64", "amd64": "x86-64", "arm64": "aarch64", "aarch64": "aarch64"}
-"""Target architectures by the name that the operating system gives the machine, lower case."""
 
 PACKAGES = ("apache-tvm", "apache-tvm-ffi")
 
@@ -65,8 +63,7 @@ class TvmBackend:
             return missing
         if target.device == "gpu":
             return "bundles for GPUs are cross-compiled, and run on the device alone"
-        here = ARCHITECTURES.get(platform.machine().lower(), platform.machine().lower())
-        return None if here == target.arch else f"this machine is {here}, the target {target.arch}"
+        return other_processor(target)
 
     def missing(self, target: Target) -> str | None:
         """TVM, or a compiler that links for the target."""
@@ -120,27 +117,12 @@ class TvmBackend:
         """
         from graphopt.model import load
         from graphopt.timing import paired
-        from graphopt.verify import random_feeds
 
         loaded = [load(model) if isinstance(model, Path) else model for model in models]
-        given = random_feeds(loaded[0], 0, samples=1)[0] if feeds is None else feeds
+        given = feeds_for(loaded, feeds)
         sessions = [self.session(model, target, threads=threads) for model in loaded]
         result = paired([session.ready(given) for session in sessions], seconds)
-        return BenchResult(
-            milliseconds=result.milliseconds,
-            ratios=result.ratios,
-            low=result.low,
-            high=result.high,
-            rounds=result.rounds,
-            threads=threads,
-            batch=_batch(given),
-            details={
-                **_versions(),
-                "within_noise": list(result.within_noise),
-                "shapes": {name: list(array.shape) for name, array in given.items()},
-                **bundle.describe_machine(),
-            },
-        )
+        return bench_result(result, given, threads=threads, **_versions())
 
     def lower(
         self,
@@ -265,9 +247,8 @@ class TvmBackend:
         from graphopt.backends.tvm_session import loaded
         from graphopt.executor import Session
         from graphopt.timing import paired
-        from graphopt.verify import random_feeds
 
-        given = dict(random_feeds(model, 0, samples=1)[0] if feeds is None else feeds)
+        given = feeds_for([model], feeds)
         session = _session_of(loaded(library), bundle.describe_model(model), THREADS)
         with Session(reference, optimize=True, threads=THREADS) as other:
             run, names = other.session.run, other.output_names
@@ -276,13 +257,13 @@ class TvmBackend:
             "latency_ms": result.milliseconds[1],
             "rounds": result.rounds,
             "threads": THREADS,
-            "batch": _batch(given),
+            "batch": batch_of(given),
             "inputs": "random" if feeds is None else "real",
             "ratio_to_onnxruntime": result.ratios[1],
             "ratio_quartiles": [result.low[1], result.high[1]],
             "onnxruntime": ort.__version__,
             "onnxruntime_ms": result.milliseconds[0],
-            "shapes": {name: list(array.shape) for name, array in given.items()},
+            "shapes": shapes_of(given),
             **bundle.describe_machine(),
         }
 
@@ -376,10 +357,3 @@ def _text(device: Any) -> dict[str, str]:
 
 def _versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in PACKAGES}
-
-
-def _batch(feeds: Mapping[str, Array]) -> int | None:
-    """Samples in one run: the common length of axis 0 of all inputs; None where there is none."""
-    lengths = {array.shape[:1] for array in feeds.values()}
-    length = lengths.pop() if len(lengths) == 1 else ()
-    return int(length[0]) if length else None
