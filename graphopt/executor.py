@@ -64,6 +64,7 @@ class Session:
         outputs: run these tensors of the main graph as the outputs instead of the model's own outputs.
         low_memory: keep memory at weights plus live tensors: no prepacked copies of weights, no arena.
         profile: beginning of the name of a file into which the runtime writes what its kernels took.
+        config: entries of the session's configuration, by the runtime's names.
         shapes: tell the runtime the shapes that a saved file would tell it, which some of its fusions ask for. Finding
             them takes longer than the rest of loading a model: leave it out where only the numbers count.
 
@@ -285,9 +286,16 @@ def check_feeds(
     for name, array in feeds.items():
         spec = known.get(name)
         if spec is None:
-            raise DataError("the model has no such input", where=f"array {name}", hint=f"its inputs are {_list(specs)}")
+            raise DataError(
+                "the model has no such input",
+                where=f"array {name}",
+                hint=f"its inputs are {_list(specs)}; leave it out",
+            )
         if not _fits(array.dtype, spec.dtype):
-            raise DataError(f"it is {array.dtype}, the model takes {spec.dtype}", where=f"input {name}")
+            raise DataError(
+                f"it is {array.dtype}, the model takes {spec.dtype}", where=f"input {name}",
+                hint=f"store it as .astype({str(spec.dtype)!r}) gives it" if spec.dtype.kind != "U" else "store strings",
+            )  # fmt: skip
         wrong = len(array.shape) != len(spec.shape) or any(
             isinstance(want, int) and want != have for want, have in zip(spec.shape, array.shape, strict=False)
         )
