@@ -129,9 +129,10 @@ def measurement(found: BenchResult, *, real: bool) -> dict[str, Any]:
 def write(folder: Path, fill: Callable[[Path], dict[str, Any]]) -> Bundle:
     """Make a bundle: complete or not at all.
 
-    The files are made in a temporary folder beside the destination. A destination that does not exist appears with one
-    rename; into one that exists the files are moved one by one, the manifest last, and what an earlier bundle left
-    there unchanged and this one does not have is removed.
+    The files are made in a temporary folder beside the destination, or in the nearest folder above it that exists.
+    A destination that does not exist appears with one rename, folders above it with it; into one that exists the files
+    are moved one by one, the manifest last, and what an earlier bundle left there unchanged and this one does not have
+    is removed.
 
     Args:
         folder: the destination.
@@ -139,16 +140,14 @@ def write(folder: Path, fill: Callable[[Path], dict[str, Any]]) -> Bundle:
             with `model` (the name of a file) and `target` (`target_table`) in it.
 
     Raises:
-        UsageError: the destination is a file, or its parent does not exist.
+        UsageError: the destination is a file.
         GraphoptError: it cannot be written.
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError("the destination is a file", where=str(folder), hint="name a folder")
-    if not folder.resolve().parent.is_dir():
-        raise UsageError("its parent folder does not exist", where=str(folder), hint="create it first")
-    parent = folder.resolve().parent
+    nearest = next(above for above in folder.resolve().parents if above.exists())
     try:
-        stage = Path(tempfile.mkdtemp(prefix=f".{folder.resolve().name}-", dir=parent))
+        stage = Path(tempfile.mkdtemp(prefix=f".{folder.resolve().name}-", dir=nearest))
     except OSError as error:
         raise GraphoptError(
             f"cannot be written: {error.strerror}", where=str(folder), hint="check its rights"
@@ -189,6 +188,7 @@ def _settle(path: Path) -> None:
 def _place(stage: Path, folder: Path, names: list[str]) -> None:
     if not folder.exists():
         stage.chmod(0o755)
+        folder.resolve().parent.mkdir(parents=True, exist_ok=True)
         stage.rename(folder)
         return
     stale = [name for name in _left_by_us(folder) if name not in names]

@@ -233,7 +233,7 @@ def run(
 
     Args:
         bundle: folder that `lower` wrote; its files are checked against the manifest.
-        inputs: arrays by input name, or an `.npz` file of them.
+        inputs: arrays by input name, or an `.npz` file of them; labels may lie beside them.
         threads: threads of the session.
 
     Returns:
@@ -245,6 +245,7 @@ def run(
         DataError: the inputs do not fit.
     """
     from graphopt.bundle import read
+    from graphopt.data.feeds import IGNORED_KEYS
     from graphopt.files.arrays import read_npz
 
     found = read(bundle)
@@ -265,7 +266,8 @@ def run(
             where="inputs" if isinstance(inputs, Mapping) else os.fspath(inputs),
             hint=f"store the arrays of one call under {', '.join(sorted(names))}",
         )
-    return dict(backend.open(found, threads=threads).run(arrays))
+    given = {key: array for key, array in arrays.items() if key in names or key not in IGNORED_KEYS}
+    return dict(backend.open(found, threads=threads).run(given))
 
 
 def describe_target(name: str) -> dict[str, Any]:

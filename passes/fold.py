@@ -156,9 +156,7 @@ class Fold(Pass):
             infer_shapes(model)
             left = computed_sizes(model)
             result.skipped += left
-            result.notes.append(
-                f"warning: {len(left)} nodes still compute or read sizes at run time" if left else "all sizes are fixed"
-            )
+            result.notes.append(f"warning: {_still(len(left))} at run time" if left else "all sizes are fixed")
         return result
 
     def _member(self, name: str, ctx: Context) -> Pass:
@@ -176,6 +174,10 @@ class Fold(Pass):
         if after.bytes > before.bytes + _NODE * (before.nodes - after.nodes) and not may_grow:
             parts.append(f"{before.bytes} -> {after.bytes} bytes")
         return ", ".join(parts)
+
+
+def _still(nodes: int) -> str:
+    return "1 node still computes or reads sizes" if nodes == 1 else f"{nodes} nodes still compute or read sizes"
 
 
 def _restore(model: ir.Model, backup: ir.Model) -> None:

@@ -154,3 +154,21 @@ def test_every_target_says_what_it_lacks_here() -> None:
         table = json.loads(call("targets", name, "--json").stdout)
         assert table["lowers here"] or table["why not lowered"]
         assert table["runs here"] or table["why not"]
+
+
+def test_run_takes_labels_beside_inputs_and_helps_with_what_does_not_fit(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "bundle"
+    call("lower", MODEL, "--target", "cpu", "-o", folder)
+    with np.load(CALIB) as data:
+        feeds = {name: data[name][:1] for name in data.files}
+
+    def run(path: str, code: int, **arrays: np.ndarray) -> Result:
+        if arrays:
+            np.savez(tmp_path / path, **arrays)
+        return call("run", folder, "--input", tmp_path / path, "-o", tmp_path / "y.npz", code=code)
+
+    run("labelled.npz", 0, **feeds, labels=np.zeros(1, np.int64))
+    wide = run("wide.npz", 3, **{name: array.astype(np.float64) for name, array in feeds.items()})
+    assert "store it as .astype('float32') gives it" in last_line(wide)
+    assert "leave it out" in last_line(run("more.npz", 3, **feeds, other=np.zeros(1)))
+    assert "there is no such file" in last_line(run("absent.npz", 3))

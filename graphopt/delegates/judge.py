@@ -28,7 +28,8 @@ class Refusal:
         kind: "operator", "quantised", "opset", "shape", "rank", "type", "constant", "absent", "attribute", "check",
             "body".
         reason: what is wrong with it, a sentence about the node.
-        change: what would lift it, an imperative that is the same for all nodes that the same change helps.
+        change: what would lift it, an imperative that is the same for all nodes that the same change helps; "" where
+            none is known.
     """
 
     kind: str
@@ -86,7 +87,7 @@ def _no_rule(unit: Unit, delegate: Delegate) -> Refusal:
             f"leave {op} in float",
         )
     instead = delegate.instead.get(op)
-    return Refusal("operator", f"{op} has no kernel there", f"replace {op}" + (f": {instead}" if instead else ""))
+    return Refusal("operator", f"{op} has no kernel there", f"replace {op}: {instead}" if instead else "")
 
 
 def _against(unit: Unit, rule: Rule, delegate: Delegate, fix: str) -> Iterator[Refusal]:

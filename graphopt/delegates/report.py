@@ -220,7 +220,7 @@ class _Survey:
 
     def _changes(self, taken: int, share: float, parts: int) -> list[Change]:
         """Every single change that helps, then all of these together where that is more than the best of them."""
-        every = list(dict.fromkeys(found.change for unit in self.units for found in self.against[unit]))
+        every = list(dict.fromkeys(r.change for unit in self.units for r in self.against[unit] if r.change))
         helpful = []
         for change in every:
             found = self._with(frozenset({change}))

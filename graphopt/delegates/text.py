@@ -19,7 +19,7 @@ def as_text(found: Report) -> str:
     """A report as plain lines: what is taken, what is refused and why, what would help."""
     lines = [found.summary()]
     for number, part in enumerate(found.parts, 1):
-        lines.append(f"  part {number}: {len(part.nodes)} nodes, {part.macs:.1%}: {_ends(part.nodes)}")
+        lines.append(f"  part {number}: {_nodes(len(part.nodes))}, {part.macs:.1%}: {_ends(part.nodes)}")
     if found.refused:
         lines.append("  refused:")
     rows: dict[tuple[str, ...], list[Refused]] = {}
@@ -36,6 +36,10 @@ def as_text(found: Report) -> str:
     lines += [f"  note: {note}" for note in found.notes]
     lines += [f"  source ({found.date}): {source}" for source in found.sources]
     return "\n".join(lines) + "\n"
+
+
+def _nodes(count: int) -> str:
+    return f"{count} node{'' if count == 1 else 's'}"
 
 
 def _ends(nodes: Sequence[str]) -> str:

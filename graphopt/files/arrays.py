@@ -79,6 +79,8 @@ def _mapped_members(path: Path) -> dict[str, Array]:
 
 def _unreadable(path: Path, error: Exception) -> DataError:
     reason = str(error)
+    if isinstance(error, FileNotFoundError):
+        return DataError("there is no such file", where=str(path), hint="check the path")
     if "pickle" in reason:
         # numpy takes every file it does not know for a pickle, and advises to load that unsafely.
         reason = "it is neither .npy nor .npz, or holds Python objects"

@@ -55,7 +55,7 @@ def render(stage: Path, manifest: Mapping[str, Any]) -> str:
         f"{target.get('description', '')}".strip(),
         "## Run",
         manifest["guide"].strip(),
-        _code(f"{shlex.join(manifest['run'])} in.npz out.npz", f"sh {BENCH}"),
+        _code(f"{shlex.join(manifest['run'])} in.npz out.npz", _bench(stage)),
         "Keys of `in.npz` are the names of the inputs, keys of `out.npz` those of the outputs.",
         _list("On the device it needs:", manifest["needs"]),
         "## Inputs and outputs",
@@ -73,6 +73,13 @@ def render(stage: Path, manifest: Mapping[str, Any]) -> str:
         _list("## Limits", [*manifest["warnings"], *manifest["limits"]]),
     ]  # fmt: skip
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _bench(stage: Path) -> str:
+    """How bench.sh is called; one of a backend that does not run without inputs says so in its usage."""
+    path = stage / BENCH
+    wants = path.exists() and f"usage: {BENCH} in.npz" in path.read_text(encoding="utf-8")
+    return f"sh {BENCH}{' in.npz' if wants else ''}"
 
 
 def _title(manifest: Mapping[str, Any]) -> str:
@@ -93,6 +100,12 @@ def _time(measured: Mapping[str, Any] | None) -> list[str]:
     at = f"{threads} thread" if threads == 1 else f"{threads} threads"
     first = f"Time: {measured['latency_ms']:.3g} ms a run ({measured['inputs']} inputs, {at}, {where})."
     told = ("latency_ms", "rounds", "threads", "batch", "inputs", "device", "processor", "machine", "cores", "system")
+    if "ratio_to_onnxruntime" in measured:
+        told = (*told, "ratio_to_onnxruntime", "onnxruntime_ms")
+        first += (
+            f" ONNX Runtime takes {measured['onnxruntime_ms']:.3g} ms for the model as it was given: this bundle takes "
+            f"{measured['ratio_to_onnxruntime']:.3g} times as long."
+        )
     more = [f"{k}: {_number(v)}" for k, v in measured.items() if k not in told and isinstance(v, (int, float))]
     return [first, *more]
 
@@ -101,9 +114,14 @@ def _difference(verified: Mapping[str, Any] | None) -> str:
     if verified is None:
         return "Difference to the model: not compared (`graphopt lower --verify` does)."
     return (
-        f"Difference to the model: {verified['relative']:.2g} relative (cosine similarity {verified['cosine']:.6g}), "
-        f"on {verified['feeds']} {verified['inputs']} inputs, of {verified['ran']} to {verified['reference']}."
+        f"Difference to the model: {verified['relative']:.2g} relative (cosine similarity {verified['cosine']:.6g}). "
+        f"Run on {_inputs(verified['feeds'], verified['inputs'])}: {verified['ran']}. "
+        f"Compared with the model by {verified['reference']}."
     )
+
+
+def _inputs(count: int, kind: str) -> str:
+    return f"{count} {kind} input{'' if count == 1 else 's'}"
 
 
 def _reported(report: Mapping[str, Any]) -> list[str]:

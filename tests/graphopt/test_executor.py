@@ -107,8 +107,11 @@ def test_weights_without_a_numpy_type_go_through_files_when_they_are_many(tmp_pa
     ("feeds", "message"),
     [
         ({}, r"input x: the data has no array for it"),
-        ({"x": X, "z": X}, r"array z: the model has no such input; its inputs are x"),
-        ({"x": X.astype(np.float64)}, r"input x: it is float64, the model takes float32"),
+        ({"x": X, "z": X}, r"array z: the model has no such input; its inputs are x; leave it out"),
+        (
+            {"x": X.astype(np.float64)},
+            r"input x: it is float64, the model takes float32; store it as .astype\('float32'\) gives it",
+        ),
         ({"x": X[0]}, r"input x: its shape is \[4\], the model takes \[batch, 4\]"),
         ({"x": X[:, :3]}, r"input x: its shape is \[3, 3\], the model takes \[batch, 4\]"),
     ],

@@ -39,6 +39,17 @@ def test_nothing_measured_is_said_and_empty_sections_are_left_out(tmp_path: Path
         assert absent not in text
 
 
+def test_figures_are_sentences() -> None:
+    verified = {
+        "relative": 1e-6, "cosine": 1.0, "feeds": 1, "inputs": "random", "ran": "the bundle", "reference": "a runtime",
+    }  # fmt: skip
+    measured = {"latency_ms": 2.0, "inputs": "random", "ratio_to_onnxruntime": 0.5, "onnxruntime_ms": 4.0}
+    text = render(Path(), MANIFEST | {"verified": verified, "measured": measured})
+    assert "Run on 1 random input: the bundle. Compared with the model by a runtime." in text
+    assert "ONNX Runtime takes 4 ms for the model as it was given: this bundle takes 0.5 times as long." in text
+    assert "ratio_to" not in text and "onnxruntime_ms" not in text
+
+
 def test_measured_figures_are_told_with_their_origin(tmp_path: Path) -> None:
     report = {
         "model": "net.onnx",
@@ -67,5 +78,8 @@ def test_what_could_not_be_measured_is_no_figure(tmp_path: Path) -> None:
 
 def test_a_bench_script_of_the_backend_stays(tmp_path: Path) -> None:
     (tmp_path / "bench.sh").write_text("mine")
+    assert "    sh bench.sh\n" in render(tmp_path, MANIFEST)
     write_bench(tmp_path, MANIFEST)
     assert (tmp_path / "bench.sh").read_text() == "mine"
+    (tmp_path / "bench.sh").write_text('echo "usage: bench.sh in.npz"')
+    assert "    sh bench.sh in.npz\n" in render(tmp_path, MANIFEST)
