@@ -294,7 +294,7 @@ def check_feeds(
         if not _fits(array.dtype, spec.dtype):
             raise DataError(
                 f"it is {array.dtype}, the model takes {spec.dtype}", where=f"input {name}",
-                hint=f"store it as .astype({str(spec.dtype)!r}) gives it" if spec.dtype.kind != "U" else "store strings",
+                hint="store text" if spec.dtype.kind == "U" else f"store it as .astype({str(spec.dtype)!r}) gives it",
             )  # fmt: skip
         wrong = len(array.shape) != len(spec.shape) or any(
             isinstance(want, int) and want != have for want, have in zip(spec.shape, array.shape, strict=False)
