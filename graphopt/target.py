@@ -29,7 +29,6 @@ class QuantScheme:
         fused_sums: a sum is computed by the layer before it, whose result it takes unquantised: of its operands those
             get Q/DQ that no layer makes for it alone (the residual branch).
         per_channel_ops: operators whose weights may have one scale per channel; (): all.
-        static_shapes: it takes models without free dimensions only.
         ops: operator types that the target executes in int8.
         dynamic: operator types that it executes in int8 with scales found as the activations arrive; MatMul and Gemm
             are written in standard ONNX, LSTM as an operator of ONNX Runtime.
@@ -44,7 +43,6 @@ class QuantScheme:
     float_outputs: bool = False
     fused_sums: bool = False
     per_channel_ops: tuple[str, ...] = ()
-    static_shapes: bool = False
     ops: tuple[str, ...] = ()
     dynamic: tuple[str, ...] = ("MatMul", "Gemm")
 
@@ -189,6 +187,23 @@ def other_processor(target: Target) -> str | None:
     """Why code for the processor of a target does not run on this machine's; None where it does."""
     here = this_architecture()
     return None if here == target.arch else f"this machine is {here}, the target {target.arch}"
+
+
+def int8_scheme(target: Target, where: str, hint: str = "leave the pass out") -> QuantScheme:
+    """How a target wants int8 tensors.
+
+    Args:
+        target: asked.
+        where: what needs it, for the error message.
+        hint: what to do where it has none.
+
+    Raises:
+        UsageError: it executes none; says why, where its table does.
+    """
+    if target.quant is None:
+        why = f": {target.quant_refusal}" if target.quant_refusal else ""
+        raise UsageError(f"target {target.name} does not execute int8{why}", where=where, hint=hint)
+    return target.quant
 
 
 def parse_target(name: str, table: object, source: str) -> Target:

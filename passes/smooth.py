@@ -16,13 +16,14 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.base import Context, Effect, Pass, PassResult, Skip, option
-from graphopt.errors import DataError, UsageError
+from graphopt.errors import DataError
 from graphopt.quantization.scales.groups import ScaleGroups, scale_groups
 from graphopt.quantization.scales.rules import LAYERS
 from graphopt.quantization.scales.scaling import apply_scales, log_limit
 from graphopt.rewriting.names import Names
 from graphopt.rewriting.nodes import is_onnx, label
 from graphopt.rewriting.prepare import prepare
+from graphopt.target import int8_scheme
 
 if TYPE_CHECKING:
     from graphopt.numerics.smoothing import ChannelRange, Smoothing
@@ -61,11 +62,7 @@ class Smooth(Pass):
         from graphopt.files.shape_inference import infer_shapes
         from graphopt.quantization.scales.readers import channel_ranges
 
-        scheme = ctx.target.quant
-        if scheme is None:
-            raise UsageError(
-                f"target {ctx.target.name} does not execute int8", where="smooth", hint="leave the pass out"
-            )
+        scheme = int8_scheme(ctx.target, "smooth")
         if ctx.calibration is None:
             raise DataError("no calibration data", where="smooth", hint="give unlabelled samples with --calib")
         result = PassResult(changed=False, notes=prepare(model))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from graphopt.errors import UsageError
 from graphopt.numerics.rounding import Grid, affine
 from graphopt.pipeline.clone import private_clone
 from graphopt.quantization.static.emit import Emitter
 from graphopt.quantization.static.plan import plan
 from graphopt.quantization.static.prepare import to_integer_form
-from graphopt.target import Target
+from graphopt.target import Target, int8_scheme
 
 RANGE = 8.0
 """Of every activation, from its negative or, behind an operator that has none below, from 0."""
@@ -25,11 +24,7 @@ def as_int8(model: ir.Model, target: Target) -> ir.Model:
     Raises:
         UsageError: the target does not execute int8.
     """
-    scheme = target.quant
-    if scheme is None:
-        raise UsageError(
-            f"target {target.name} does not execute int8", where="precision=int8", hint="leave the option out"
-        )
+    scheme = int8_scheme(target, "precision=int8", "leave the option out")
     copy = private_clone(model)
     to_integer_form(copy)
     planned = plan(copy, scheme)

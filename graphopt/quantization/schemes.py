@@ -8,7 +8,6 @@ from typing import Any
 import onnx_ir as ir
 
 from graphopt.base import Context, PassResult, Skip
-from graphopt.errors import UsageError
 from graphopt.files.opset import opset_of, raise_opset
 from graphopt.files.shape_inference import infer_shapes
 from graphopt.pipeline.clone import private_clone
@@ -17,7 +16,7 @@ from graphopt.quantization.formats import BITS, Candidate, Format, candidates
 from graphopt.quantization.prepared import Prepared
 from graphopt.quantization.rounding.interface import Rounding, nearest
 from graphopt.quantization.weights.unpacked import OPSET_MIN
-from graphopt.target import QuantScheme
+from graphopt.target import QuantScheme, int8_scheme
 
 
 def quantise_uniformly(
@@ -51,9 +50,7 @@ def quantise_uniformly(
     Raises:
         UsageError: activations are to be integers, and the target computes in floating point only.
     """
-    scheme = ctx.target.quant
-    if scheme is None and wanted not in BITS:
-        raise UsageError(f"target {ctx.target.name} does not execute int8", where="quantize", hint="leave the pass out")
+    scheme = ctx.target.quant if wanted in BITS else int8_scheme(ctx.target, "quantize")
     infer_shapes(model)
     found = candidates(model, ctx.target, exclude, block=block, symmetric=symmetric)
     raised = None

@@ -482,6 +482,9 @@ def test_what_cannot_start():
     context = _context(m, Target("npu", "none", quant=None))
     with pytest.raises(UsageError, match="npu does not execute int8"):
         Quantize().run(m, context)
+    told = _context(m, Target("npu", "none", quant=None, quant_refusal="it has floats alone"))
+    with pytest.raises(UsageError, match="npu does not execute int8: it has floats alone"):
+        Quantize().run(m, told)
     empty = Context(Target("cpu", "ort"), None, None, 0, 1, Silent(), pass_class)
     with pytest.raises(DataError, match="no calibration data"):
         Quantize().run(m, empty)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from graphopt.base import Context, PassResult, Skip
-from graphopt.errors import UsageError
 from graphopt.numerics.normal import Normal
 from graphopt.numerics.rounding import affine
 from graphopt.quantization.prepared import Prepared
@@ -16,6 +15,7 @@ from graphopt.quantization.static.plan import plan
 from graphopt.quantization.static.prepare import to_integer_form
 from graphopt.quantization.static.report import layer_rows, summary
 from graphopt.quantization.static.scheme import StaticOptions
+from graphopt.target import int8_scheme
 
 
 def quantise_without_data(
@@ -32,9 +32,7 @@ def quantise_without_data(
     Raises:
         UsageError: the target does not execute int8.
     """
-    scheme = ctx.target.quant
-    if scheme is None:
-        raise UsageError(f"target {ctx.target.name} does not execute int8", where="quantize", hint="leave the pass out")
+    scheme = int8_scheme(ctx.target, "quantize")
     result = PassResult(changed=False)
     possible = plan(model, scheme, exclude=options.exclude)
     if not possible.units:

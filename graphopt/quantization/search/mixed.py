@@ -34,6 +34,7 @@ from graphopt.quantization.search.sensitivity import by_halves
 from graphopt.quantization.search.writer import Writer
 from graphopt.quantization.static.scheme import StaticOptions, prepare
 from graphopt.quantization.weights.sizes import bytes_of
+from graphopt.target import int8_scheme
 
 INTEGERS: tuple[Format, ...] = ("int8", "int8-dynamic", "int8-weights", "int4-weights")
 """What layers may be where every format is allowed."""
@@ -104,9 +105,7 @@ def quantise_within(
         DataError: there is no calibration data.
         MissingBackendError: latency is bounded and the target cannot run here.
     """
-    scheme = ctx.target.quant
-    if scheme is None:
-        raise UsageError(f"target {ctx.target.name} does not execute int8", where="quantize", hint="leave the pass out")
+    scheme = int8_scheme(ctx.target, "quantize")
     if ctx.calibration is None:
         raise DataError("no calibration data", where="quantize", hint="give unlabelled samples with --calib")
     if wanted.latency is not None and (reason := _unmeasurable(ctx)) is not None:

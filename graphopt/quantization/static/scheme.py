@@ -14,7 +14,7 @@ from typing import Literal
 import onnx_ir as ir
 
 from graphopt.base import Context, PassResult, Skip
-from graphopt.errors import DataError, UsageError
+from graphopt.errors import DataError
 from graphopt.pipeline.clone import private_clone
 from graphopt.quantization.prepared import Prepared
 from graphopt.quantization.ranges.choice import RangeChoice, choose_rule, measure_ranges
@@ -31,7 +31,7 @@ from graphopt.quantization.static.prepare import to_integer_form
 from graphopt.quantization.static.report import add_costs, layer_rows, summary
 from graphopt.quantization.static.sensitive import sensitivity
 from graphopt.quantization.weights.sizes import bytes_of
-from graphopt.target import QuantScheme
+from graphopt.target import QuantScheme, int8_scheme
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,7 @@ def quantise_static(model: ir.Model, ctx: Context, options: StaticOptions) -> Pa
         UsageError: the target does not execute int8.
         DataError: there is no calibration data.
     """
-    scheme = ctx.target.quant
-    if scheme is None:
-        raise UsageError(f"target {ctx.target.name} does not execute int8", where="quantize", hint="leave the pass out")
+    scheme = int8_scheme(ctx.target, "quantize")
     if ctx.calibration is None:
         raise DataError("no calibration data", where="quantize", hint="give unlabelled samples with --calib")
     result = PassResult(changed=False)
