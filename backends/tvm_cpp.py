@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.resources
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from graphopt.backends.texts import text
+
 if TYPE_CHECKING:
     from graphopt.target import Target
 
-FILES = {"main.cc": "tvm_main.cc", "CMakeLists.txt": "tvm_CMakeLists.txt", "npz.h": "npz.h"}
+FILES = {"main.cc": "cpp/tvm_main.cc", "CMakeLists.txt": "cpp/tvm_CMakeLists.txt", "npz.h": "cpp/npz.h"}
 """Files that are the same in every bundle, and where their text is."""
 
 ABOUT = {
@@ -52,9 +53,8 @@ def write_runner(folder: Path, model: str, described: Mapping[str, Any], threads
         described: inputs and outputs as in the manifest (`graphopt.bundle.describe_model`).
         threads: that it uses where nobody says otherwise.
     """
-    sources = importlib.resources.files("graphopt.backends") / "cpp"
     for name, source in FILES.items():
-        (folder / name).write_text((sources / source).read_text("utf-8"), encoding="utf-8")
+        (folder / name).write_text(text(source), encoding="utf-8")
     settings = SETTINGS.format(
         model=literal(model),
         threads=threads,
@@ -74,13 +74,13 @@ def guide(versions: Mapping[str, str], target: Target) -> str:
             f"      -DCMAKE_CXX_COMPILER={target.options['linker']} "
         )
     packages = " ".join(f"{package}=={version}" for package, version in versions.items())
-    text = importlib.resources.files("graphopt.backends").joinpath("tvm_cpp.txt").read_text("utf-8").strip()
-    return text.replace("{options}", options).replace("{packages}", packages).replace("{cmake}", cmake)
+    told = text("tvm_cpp.txt").strip()
+    return told.replace("{options}", options).replace("{packages}", packages).replace("{cmake}", cmake)
 
 
-def literal(text: str) -> str:
-    """A C++ string literal, whatever is in the text: bytes that are no plain letters stand in octal."""
-    plain = (chr(b) if 32 <= b < 127 and b not in b'"\\?' else f"\\{b:03o}" for b in text.encode())
+def literal(name: str) -> str:
+    """A C++ string literal, whatever is in the name: bytes that are no plain letters stand in octal."""
+    plain = (chr(b) if 32 <= b < 127 and b not in b'"\\?' else f"\\{b:03o}" for b in name.encode())
     return f'"{"".join(plain)}"'
 
 

@@ -7,6 +7,7 @@ tests are skipped. What runs under emulation is correct or not; how fast it is t
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,34 @@ def test_float_models(target: str, name: str, python: Path, data_dir: Path, tmp_
     jobs.lower(source, target, tmp_path / "bundle", input_shape=shapes)
     with Session(source) as here:
         assert largest_difference(here.run(feeds), on_arm64(python, tmp_path / "bundle", feeds, tmp_path)) < 1e-4
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("name", ("resnet20_cifar10", "minilm_l6"))
+def test_the_cpp_runner_of_tvm_bundles(name: str, python: Path, data_dir: Path, tmp_path: Path) -> None:
+    compiler = "aarch64-linux-gnu-g++"
+    for tool in ("cmake", compiler):
+        if shutil.which(tool) is None:
+            pytest.skip(f"no {tool}")
+    feeds = real_inputs(data_dir, name)
+    source = data_dir / "models" / f"{name}.onnx"
+    bundle = tmp_path / "bundle"
+    jobs.lower(source, "tvm-arm64", bundle, input_shape={key: array.shape for key, array in feeds.items()})
+    system = ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={compiler}"]
+    for command in (
+        ["cmake", "-S", bundle, "-B", bundle / "build", f"-DTVM_ROOT={python.parent / 'packages'}", *system],
+        ["cmake", "--build", bundle / "build"],
+    ):
+        built = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert built.returncode == 0, built.stdout + built.stderr
+    np.savez(tmp_path / "x.npz", **feeds)  # type: ignore[arg-type]
+    ran = subprocess.run(
+        [python.parent / "run", "build/runner", tmp_path / "x.npz", tmp_path / "y.npz"],
+        cwd=bundle, capture_output=True, text=True, timeout=900, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    with np.load(tmp_path / "y.npz") as found, Session(source) as here:
+        assert largest_difference(here.run(feeds), dict(found)) < 1e-4
 
 
 @pytest.mark.data
