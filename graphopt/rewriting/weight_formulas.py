@@ -78,6 +78,7 @@ def formula_nodes(value: ir.Value) -> list[ir.Node] | None:
 def computed(nodes: Sequence[ir.Node], opset: int) -> Array | None:
     """The value of the last of `nodes`, in float64; None where an operand is not what its operator asks for."""
     known: dict[ir.Value, Array] = {}
+    last_reader = {value: node for node in nodes for value in node.inputs}
     for node in nodes:
         operands: list[Array | None] = []
         for index, value in enumerate(node.inputs):
@@ -85,12 +86,15 @@ def computed(nodes: Sequence[ir.Node], opset: int) -> Array | None:
             if found is None and value is not None:
                 found = array(value)
             if found is not None and not (index and node.op_type in _SIZES) and found.dtype.kind in "fV":
-                found = found.astype(np.float64)
+                found = found.astype(np.float64, copy=False)
             operands.append(found)
         with np.errstate(all="ignore"):
             result = _apply(node, operands, opset)
         if result is None:
             return None
+        for value in node.inputs:
+            if value is not None and last_reader[value] is node:
+                known.pop(value, None)
         known[node.outputs[0]] = result
     return known[nodes[-1].outputs[0]]
 
