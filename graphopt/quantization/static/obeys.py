@@ -43,8 +43,6 @@ def violations(model: ir.Model, scheme: QuantScheme) -> list[Violation]:
     """
     found: list[Violation] = []
     kernels = _kernels(model.graph, scheme)
-    if scheme.static_shapes and kernels:
-        found += _free_dimensions(model.graph)
     fused = _fused(model.graph, scheme)
     for node in model.graph:
         if is_quantised(node) and not is_onnx(node, *LINEAR):
@@ -261,10 +259,3 @@ def _fused(graph: ir.Graph, scheme: QuantScheme) -> dict[str, int]:
         if is_onnx(node, "Add") and node.outputs:
             sums[node.outputs[0].name or ""] = tuple(i for i, v in enumerate(node.inputs) if v in _activations(node))
     return fused_operands(graph, sums)
-
-
-def _free_dimensions(graph: ir.Graph) -> Iterator[Violation]:
-    for value in graph.inputs:
-        free = [str(d) for d in value.shape or () if not isinstance(d, int)]
-        if value.shape is None or free:
-            yield Violation(str(value.name), "static shapes", f"free dimensions: {', '.join(free) or 'all'}")
