@@ -20,6 +20,7 @@ from graphopt.backend import Artefacts, BenchResult
 from graphopt.backends.texts import text
 from graphopt.benching import bench_result, feeds_for
 from graphopt.errors import DataError, MissingBackendError, ModelError
+from graphopt.extras import how_to_install
 from graphopt.fx.extra import require_torch, torch_threads
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 LOWER_SECONDS = 1.0
 """Time that `lower` spends on measuring, where the target can run here."""
 
-NEEDS = ("Python 3.11 with `graphopt[torch]`", "an NVIDIA GPU of compute capability 8.0 or newer")
+NEEDS = ("Python 3.11 with graphopt and its extra `torch`", "an NVIDIA GPU of compute capability 8.0 or newer")
 
 
 class TorchSession:
@@ -115,7 +116,7 @@ class TorchBackend:
     def missing(self, target: Target) -> str | None:
         """Torch: whether it covers a model is found out by making its module."""
         if importlib.util.find_spec("torch") is None:
-            return "torch is not installed (pip install 'graphopt[torch]')"
+            return f"torch is not installed ({how_to_install('torch')})"
         return None
 
     def session(self, model: ir.Model | Path, target: Target, *, threads: int = 1) -> TorchSession:

@@ -15,12 +15,14 @@ import os
 import re
 import sys
 import tempfile
+import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphopt.errors import MissingBackendError, ModelError
+from graphopt.extras import how_to_install
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -28,8 +30,6 @@ if TYPE_CHECKING:
     from tvm.relax import VMExecutable
 
     from graphopt.target import Target
-
-INSTALL = "pip install 'graphopt[tvm]'"
 
 LOG_LINE = re.compile(rb"\[\d\d:\d\d:\d\d\] \S+:\d+: (Warning|Info): ")
 """How TVM's log begins a line."""
@@ -39,10 +39,10 @@ def why_unavailable() -> str | None:
     """Why TVM cannot compile here; None where it can."""
     found = importlib.util.find_spec("tvm")
     if found is None:
-        return f"TVM is not installed ({INSTALL})"
+        return f"TVM is not installed ({how_to_install('tvm')})"
     # Not find_spec("tvm.relax"), which imports tvm: that takes seconds, and `graphopt targets` asks for every target.
     if not any((Path(folder) / "relax").is_dir() for folder in found.submodule_search_locations or ()):
-        return f"the package 'tvm' that is installed is not Apache TVM ({INSTALL})"
+        return f"the package 'tvm' that is installed is not Apache TVM ({how_to_install('tvm')})"
     return None
 
 
@@ -54,7 +54,7 @@ def require_tvm(target: Target) -> None:
     """
     reason = why_unavailable()
     if reason is not None:
-        raise MissingBackendError(reason, where=f"target {target.name!r}", hint=INSTALL)
+        raise MissingBackendError(reason, where=f"target {target.name!r}", hint=how_to_install("tvm"))
 
 
 def imported(model: ir.Model) -> IRModule:
@@ -96,13 +96,17 @@ def imported(model: ir.Model) -> IRModule:
     with quiet():
         try:
             return importer.from_onnx(proto.graph, model.opset_imports.get("", 1))
-        except ModelError:
+        except ModelError as error:
+            _forget(error)
             raise
         except Exception as error:
+            _forget(error)
             raise ModelError(
                 f"TVM's importer does not take the model: {_first_line(error)}",
                 hint="lower it to a target of ONNX Runtime (cpu)",
             ) from error
+        finally:
+            del importer
 
 
 def compiled(model: ir.Model, target: Target, database: Path | None = None) -> VMExecutable:
@@ -272,21 +276,33 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_log() -> Iterator[None]:
-    """Without the lines of TVM's C++ log on the error stream, which has no switch; other lines come at the end."""
+    """Without the lines of TVM's C++ log on the error stream, which has no switch; other lines come at the end.
+
+    After an error none do: whoever catches it tells what happened.
+    """
     sys.stderr.flush()
     kept = os.dup(2)
     with tempfile.TemporaryFile() as caught:
         os.dup2(caught.fileno(), 2)
+        failed = True
         try:
             yield
+            failed = False
         finally:
             sys.stderr.flush()
             os.dup2(kept, 2)
             os.close(kept)
             caught.seek(0)
             for line in caught.read().splitlines(keepends=True):
-                if not LOG_LINE.match(line):
+                if not failed and not LOG_LINE.match(line):
                     os.write(2, line)
+
+
+def _forget(error: BaseException | None) -> None:
+    """Drop what the frames of an error hold: a half-filled builder of TVM complains on stderr when it goes."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _first_line(error: Exception) -> str:

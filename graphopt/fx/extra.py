@@ -7,6 +7,7 @@ import importlib
 from collections.abc import Iterator
 
 from graphopt.errors import MissingBackendError
+from graphopt.extras import how_to_install
 
 
 def require_torch(what: str) -> None:
@@ -18,7 +19,7 @@ def require_torch(what: str) -> None:
     try:
         importlib.import_module("torch")
     except ImportError as error:
-        raise MissingBackendError("it needs torch", where=what, hint="run: pip install 'graphopt[torch]'") from error
+        raise MissingBackendError("it needs torch", where=what, hint=how_to_install("torch")) from error
 
 
 @contextlib.contextmanager

@@ -43,8 +43,8 @@ NOT_THE_SAME_TWICE = {"measured", "verified", "files"}
 TIMES = {"README.md"}
 """Files that tell times."""
 
-TOOLS = {"tvm": "graphopt[tvm]", "torch": "graphopt[torch]"}
-"""Backends that need a package beside graphopt's own, and how it is installed."""
+TOOLS = {"tvm": "extra 'tvm'", "torch": "extra 'torch'"}
+"""Backends that need a package beside graphopt's own, and what brings it."""
 
 TARGETS = list(registry.targets())
 OF_EACH_KIND = list({(t.backend, t.artefacts): t.name for t in registry.targets().values()}.values())
