@@ -315,8 +315,12 @@ def targets(name: str | None, as_json: bool) -> None:
 
     if name is not None:
         table = describe_target(name)
-        said = [{"key": key, "value": value} for key, value in table.items() if value not in ("", (), [], None)]
-        print_rows(table if as_json else said, as_json)
+        if as_json:
+            print_json(table)
+        else:
+            from graphopt.report import tables
+
+            tables.print_facts(tables.console(sys.stdout), table)
         return
     rows = [describe_target(each) for each in registry.targets()]
     keep = ("name", "backend", "arch", "runs here", "lowers here", "description")

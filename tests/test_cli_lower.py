@@ -172,3 +172,10 @@ def test_run_takes_labels_beside_inputs_and_helps_with_what_does_not_fit(tmp_pat
     assert "store it as .astype('float32') gives it" in last_line(wide)
     assert "leave it out" in last_line(run("more.npz", 3, **feeds, other=np.zeros(1)))
     assert "there is no such file" in last_line(run("absent.npz", 3))
+
+
+def test_the_table_of_a_target_is_folded_and_whole() -> None:
+    told = call("targets", "jetson-orin").stdout
+    assert max(map(len, told.splitlines())) <= 120
+    limit = registry.target("jetson-orin").limits[0]
+    assert limit in " ".join(told.split())

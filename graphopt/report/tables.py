@@ -5,7 +5,8 @@ Text from models and data is never read as rich markup and never reaches the ter
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import IO, TYPE_CHECKING, Any
 
@@ -32,6 +33,9 @@ MOST_WEIGHTS = 24
 """Compressed weights that the terminal shows; `report.json` has all of them."""
 PLAIN_WIDTH = 4000
 """Lines are not folded where no person reads them: a script that greps them wants whole rows."""
+
+FACTS_WIDTH = 120
+"""Lines of facts, which are prose, are folded for whoever reads them."""
 
 
 class _Console(Console):
@@ -287,6 +291,19 @@ def print_mappings(out: Console, rows: Sequence[dict[str, Any]]) -> None:
     for row in rows:
         found.add_row(*(text.cell(row.get(column.name)) for column in columns))
     out.print(found)
+
+
+def print_facts(out: Console, facts: Mapping[str, Any]) -> None:
+    """Keys and their values, whole: long ones go on below themselves. Those that say nothing are left out."""
+    told = {key: value for key, value in facts.items() if value not in ("", (), [], None)}
+    indent = max(map(len, told), default=0) + 2
+    for key, value in told.items():
+        whole = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+        shown = text.clean(whole, PLAIN_WIDTH) if isinstance(whole, str) else text.cell(whole)
+        width = max(min(out.width, FACTS_WIDTH) - indent, 20)
+        lines = textwrap.wrap(shown, width, break_long_words=False, break_on_hyphens=False)
+        for number, line in enumerate(lines or [""]):
+            out.print(Text(f"{'' if number else key:<{indent}}{line}"), soft_wrap=True)
 
 
 def heading(out: Console, line: str) -> None:
