@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from graphopt import bundle
 from graphopt.backend import Artefacts, BenchResult
 from graphopt.backends import ort_format
+from graphopt.backends.ort_fusions import SLOW_FUSION, configuration
 from graphopt.backends.ort_providers import Settings, chosen, fell_back, missing_provider, needs, settings, unprofiled
 from graphopt.backends.texts import text
 from graphopt.benching import bench_result, feeds_for
@@ -58,8 +59,10 @@ class OrtBackend:
         """Nothing: bundles are ONNX files."""
         return None
 
-    def session(self, model: ir.Model | Path, target: Target, *, threads: int = 1) -> Session:
-        """A session with all of the runtime's optimisations on, on the target's own device.
+    def session(
+        self, model: ir.Model | Path, target: Target, *, threads: int = 1, config: Mapping[str, str] | None = None
+    ) -> Session:
+        """A session with all of the runtime's optimisations on, on the target's own device; `config` as in `executor`.
 
         Raises:
             MissingBackendError: it cannot run here.
@@ -71,14 +74,17 @@ class OrtBackend:
         if target.options:
             loaded = load(model, check_weights=False) if isinstance(model, Path) else model
             of = settings(loaded, target, None, bundled=False)
-        return self._session(model, target, of, Path(), threads)
+        return self._session(model, target, of, Path(), threads, config)
 
-    def _session(self, model: ir.Model | Path, target: Target, of: Settings, folder: Path, threads: int) -> Session:
+    def _session(
+        self, model: ir.Model | Path, target: Target, of: Settings, folder: Path, threads: int,
+        config: Mapping[str, str] | None,
+    ) -> Session:  # fmt: skip
         from graphopt.executor import Session
 
         reason = self.unavailable(target)
         if reason is None:
-            made = Session(model, optimize=True, threads=threads, providers=chosen(target, of, folder))
+            made = Session(model, optimize=True, threads=threads, providers=chosen(target, of, folder), config=config)
             reason = fell_back(made.session, target)
             if reason is None:
                 return made
@@ -95,6 +101,7 @@ class OrtBackend:
         *,
         threads: int = 1,
         seconds: float = 2.0,
+        config: Mapping[str, str] | None = None,
     ) -> BenchResult:
         """Measure the models, paired and interleaved, large ones in turns; see `graphopt.timing`.
 
@@ -104,6 +111,7 @@ class OrtBackend:
             feeds: one batch of inputs for all models; None: random inputs (`graphopt.data.random_feeds`), batch 1.
             threads: threads of one session.
             seconds: time to spend on measured rounds.
+            config: entries of the sessions' configuration.
 
         Raises:
             MissingBackendError: the target cannot run here.
@@ -118,7 +126,7 @@ class OrtBackend:
 
         @contextmanager
         def ready(model: ir.Model | Path) -> Iterator[Callable[[], object]]:
-            with self.session(model, target, threads=threads) as session:
+            with self.session(model, target, threads=threads, config=config) as session:
                 yield _call(session, given)
 
         if _weights(models) > TOGETHER:
@@ -164,9 +172,10 @@ class OrtBackend:
         of = settings(model, target, sizes, bundled=True)
         path = folder / "model.onnx"
         save(model, path, compress=compress)
+        config = configuration(model, feeds_for([model], feeds), LOWER_SECONDS) if target.device == "cpu" else {}
         runs_here = self.unavailable(target) is None
         if runs_here:
-            measured = self._measure(model, target, feeds)
+            measured = self._measure(model, target, feeds, config)
         else:
             measured = None
             Session(path, optimize=True).close()  # that another processor can load it says much, if not all
@@ -175,6 +184,8 @@ class OrtBackend:
         about, limits = dict(ABOUT), list(unprofiled(model, target, sizes))
         if ort or ort_format.MODEL in target.artefacts:
             limits += self._own_format(model, path, target, about)
+        if config:
+            limits.append(SLOW_FUSION)
         others = beyond_onnx(model)
         if others:
             limits.append(f"ONNX Runtime alone reads the file: it holds {', '.join(others)}.")
@@ -189,6 +200,7 @@ class OrtBackend:
                 "providers": list(target.providers),
                 "provider_options": of,
                 "graph_optimization_level": "ORT_ENABLE_ALL",
+                "config": config,
                 "intra_op_num_threads": 1,
                 "inter_op_num_threads": 1,
             },
@@ -208,18 +220,22 @@ class OrtBackend:
 
     def open(self, bundle: Bundle, *, threads: int = 1) -> Session:
         """A session of the bundle's model, set up as its manifest says."""
-        of = bundle.manifest["session"].get("provider_options", {})
-        return self._session(bundle.model, bundle.target, of, bundle.folder, threads)
+        setup = bundle.manifest["session"]
+        of, config = setup.get("provider_options", {}), setup.get("config")
+        return self._session(bundle.model, bundle.target, of, bundle.folder, threads, config)
 
     def stand_in(self, bundle: Bundle, *, threads: int = 1) -> tuple[Session, str]:
         """The same file on this machine's processor."""
         from graphopt.executor import Session
 
-        session = Session(bundle.model, optimize=True, threads=threads)
+        config = bundle.manifest["session"].get("config")
+        session = Session(bundle.model, optimize=True, threads=threads, config=config)
         return session, f"the bundle's model.onnx, by ONNX Runtime on this {this_architecture()} processor"
 
-    def _measure(self, model: ir.Model, target: Target, feeds: Mapping[str, Array] | None) -> dict[str, Any]:
-        found = self.bench([model], target, feeds, seconds=LOWER_SECONDS)
+    def _measure(
+        self, model: ir.Model, target: Target, feeds: Mapping[str, Array] | None, config: Mapping[str, str]
+    ) -> dict[str, Any]:
+        found = self.bench([model], target, feeds, seconds=LOWER_SECONDS, config=config)
         return bundle.measurement(found, real=feeds is not None)
 
 

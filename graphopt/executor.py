@@ -84,6 +84,7 @@ class Session:
         outputs: Sequence[str] | None = None,
         low_memory: bool = False,
         profile: Path | None = None,
+        config: Mapping[str, str] | None = None,
         shapes: bool = True,
     ) -> None:
         import onnxruntime as ort
@@ -105,6 +106,8 @@ class Session:
         if profile is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(profile)
+        for name, value in (config or {}).items():
+            options.add_session_config_entry(name, value)
         if low_memory:
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.enable_cpu_mem_arena = False
