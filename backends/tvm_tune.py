@@ -20,11 +20,13 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
 import tempfile
+import threading
 import time
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,8 +113,9 @@ def tune(mod: IRModule, device: Any, folder: Path, seconds: float) -> dict[str, 
     start = time.perf_counter()
     trials = 0
     try:
-        with _silent():
-            trials = _search(todo, own_times(mod, todo, device), device, folder, start + budget)
+        with _silent(), _interrupts_kept() as stop_if_asked:
+            own = own_times(mod, todo, device)
+            trials = _search(todo, own, device, folder, start + budget, stop_if_asked)
     finally:
         spent = time.perf_counter() - start
         ledger |= {key_of(task): ledger.get(key_of(task), 0.0) + spent for task in todo}
@@ -120,10 +123,17 @@ def tune(mod: IRModule, device: Any, folder: Path, seconds: float) -> dict[str, 
     return {**told, "seconds": round(spent, 1), "trials": trials}
 
 
-def _search(tasks: Sequence[Any], own: Sequence[float | None], device: Any, folder: Path, end: float) -> int:
+def _search(
+    tasks: Sequence[Any],
+    own: Sequence[float | None],
+    device: Any,
+    folder: Path,
+    end: float,
+    stop_if_asked: Callable[[], None],
+) -> int:
     """Rounds of trials until the clock shows `end`, each for the kernel that has most to gain; how many trials.
 
-    `own` is what our own schedules take (`own_times`).
+    `own` is what our own schedules take (`own_times`); `stop_if_asked` is called between rounds.
 
     TVM's own scheduler gives every kernel a round first, learns the results of a round when it comes to the same kernel
     again, and knows no clock. Here a round ends with its records on the disk.
@@ -143,6 +153,7 @@ def _search(tasks: Sequence[Any], own: Sequence[float | None], device: Any, fold
     stale = [0] * len(tasks)
     trials = 0
     while time.perf_counter() < end and min(stale) < GIVE_UP:
+        stop_if_asked()
         at = max(range(len(tasks)), key=lambda k: float(tasks[k].weight) * known[k] * PATIENCE ** stale[k])
         ms.tune.tune_tasks(
             tasks=[contexts[at]], task_weights=[1.0], work_dir=str(folder), max_trials_global=TRIALS_A_ROUND,
@@ -153,7 +164,27 @@ def _search(tasks: Sequence[Any], own: Sequence[float | None], device: Any, fold
         found = _best(database, tasks[at], device, known[at])
         stale[at] = 0 if found < 0.99 * known[at] else stale[at] + 1
         known[at] = found
+    stop_if_asked()
     return trials
+
+
+@contextlib.contextmanager
+def _interrupts_kept() -> Iterator[Callable[[], None]]:
+    """Ctrl-C waits until the function that this gives is called: an exception that passes through TVM's C++ crashes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    asked: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: asked.append(number))
+
+    def stop_if_asked() -> None:
+        if asked:
+            raise KeyboardInterrupt
+
+    try:
+        yield stop_if_asked
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _best(database: Any, task: Any, device: Any, known: float | None) -> float:

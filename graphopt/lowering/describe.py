@@ -95,9 +95,10 @@ def _prepared(record: PassRecord) -> dict[str, Any]:
 
 
 def _warnings(prepared: list[PassRecord]) -> list[str]:
-    """What the target's own passes warn of; whatever they say to warn is in their notes, marked."""
+    """What the target's own passes warn of, once; whatever they say to warn is in their notes, marked."""
     mark = "warning: "
-    return [f"{r.name}: {note.removeprefix(mark)}" for r in prepared for note in r.notes if note.startswith(mark)]
+    told = (f"{r.name}: {note.removeprefix(mark)}" for r in prepared for note in r.notes if note.startswith(mark))
+    return list(dict.fromkeys(told))
 
 
 def _reported(report: Mapping[str, Any]) -> dict[str, Any]:
