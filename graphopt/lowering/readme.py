@@ -99,9 +99,9 @@ def _time(measured: Mapping[str, Any] | None) -> list[str]:
     threads = measured.get("threads", 1)
     at = f"{threads} thread" if threads == 1 else f"{threads} threads"
     first = f"Time: {measured['latency_ms']:.3g} ms a run ({measured['inputs']} inputs, {at}, {where})."
-    told = ("latency_ms", "rounds", "threads", "batch", "inputs", "device", "processor", "machine", "cores", "system")
+    told = {"latency_ms", "rounds", "threads", "batch", "inputs", "device", "processor", "machine", "cores", "system"}
     if "ratio_to_onnxruntime" in measured:
-        told = (*told, "ratio_to_onnxruntime", "onnxruntime_ms")
+        told |= {"ratio_to_onnxruntime", "onnxruntime_ms"}
         first += (
             f" ONNX Runtime takes {measured['onnxruntime_ms']:.3g} ms for the model as it was given: this bundle takes "
             f"{measured['ratio_to_onnxruntime']:.3g} times as long."
