@@ -35,6 +35,10 @@ LOG_LINE = re.compile(rb"\[\d\d:\d\d:\d\d\] \S+:\d+: (Warning|Info): ")
 """How TVM's log begins a line."""
 
 
+CHECK = re.compile(r"^(\w+Error: )?Check failed: \(.*?\) is false:?\s*")
+"""The condition in C++ that an error of TVM quotes before it says what is wrong."""
+
+
 def why_unavailable() -> str | None:
     """Why TVM cannot compile here; None where it can."""
     found = importlib.util.find_spec("tvm")
@@ -307,4 +311,4 @@ def _forget(error: BaseException | None) -> None:
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    return (CHECK.sub("", lines[-1]) or "a check within it failed") if lines else type(error).__name__

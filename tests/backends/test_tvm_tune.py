@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from graphopt.backends.tvm_build import quiet
+from graphopt.backends.tvm_build import _first_line, quiet
 from graphopt.backends.tvm_tune import _interrupts_kept
 
 
@@ -31,3 +31,10 @@ def test_the_error_stream_is_kept_unless_an_error_tells_the_same(capfd: pytest.C
         os.write(2, b"BlockBuilder destroyed with remaining blocks!\n")
         raise ValueError("told")
     assert capfd.readouterr().err == ""
+
+
+def test_conditions_of_cpp_are_not_quoted() -> None:
+    quoted = RuntimeError("Traceback\nInternalError: Check failed: (a.size() == 2) is false: two sizes are needed")
+    assert _first_line(quoted) == "two sizes are needed"
+    assert _first_line(RuntimeError("Check failed: (f(x) > 0) is false: ")) == "a check within it failed"
+    assert _first_line(RuntimeError("plain words")) == "plain words"
