@@ -315,9 +315,15 @@ def _session_of(module: Any, described: Mapping[str, Any], threads: int) -> TvmS
     return TvmSession(module, inputs, [v["name"] for v in described["outputs"]], threads)
 
 
+DIFFERS = "With open sizes TVM orders the expressions of sizes anew each time: model.so is not the same bytes."
+"""What the reader of a bundle with open sizes must know."""
+
+
 def _limits(model: ir.Model, plain: Mapping[str, str]) -> tuple[str, ...]:
     """What does not hold of a bundle."""
     limits = [UNCHECKED] if any(node.op_type.startswith("Gather") for node in model.graph.all_nodes()) else []
+    if any(not isinstance(d, int) for value in model.graph.inputs for d in value.shape or ()):
+        limits.append(DIFFERS)
     if plain:
         limits.append(f"No schedule fits {len(plain)} of its kernels, which run as plain loops: {', '.join(plain)}.")
     return tuple(limits)
