@@ -15,6 +15,7 @@ import shlex
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -137,7 +138,7 @@ class TensorRtBackend:
         ready = feeds_for(loaded, feeds)
         sessions = [self.session(model, target) for model in loaded]
         try:
-            result = paired([lambda s=s: s.run(ready) for s in sessions], seconds)  # type: ignore[misc]
+            result = paired([partial(session.run, ready) for session in sessions], seconds)
         finally:
             for session in sessions:
                 session.close()

@@ -38,9 +38,9 @@ def qualify(graph: onnx.GraphProto) -> None:
 def refusal(node: ir.Node) -> str | None:
     """Why a node of `CONVERTERS` cannot be converted; None where it can."""
     name = qualified(node.domain, node.op_type)
-    given = [k for k in LACKING_INPUTS.get(name, ()) if k < len(node.inputs) and node.inputs[k] is not None]
-    if given:
-        return f"its input {node.inputs[given[0]].name!r} (number {given[0]}) has no counterpart in TVM"  # type: ignore[union-attr]
+    for place, value in enumerate(node.inputs):
+        if value is not None and place in LACKING_INPUTS.get(name, ()):
+            return f"its input {value.name!r} (number {place}) has no counterpart in TVM"
     attributes = node.attributes
     lacking = [key for key in LACKING_ATTRIBUTES.get(name, ()) if key in attributes and attributes[key].value]
     if lacking:
